@@ -1,0 +1,123 @@
+"""Opens a data file for a run: read, measured, checked against the budget. The one door through which data comes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from data.jsonl import read_records
+from data.measure import Verify, measure
+from data.record import BadRecords, OnBadRecord, Record, RecordError, SpecialTokens
+from data.size_table import Size
+from vl2.prompt import IMAGE_PLACEHOLDER
+from vl2.tiles import Resolution, num_image_tokens
+from vl2.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Usable records with their sizes."""
+
+    records: tuple[Record, ...]
+    """In the order of the file."""
+    sizes: tuple[Size, ...]
+    """One for each record."""
+    fingerprint: str
+    """sha256 hex of what the records say, their images' names and bytes, and their sizes; no absolute path, no time."""
+    skipped: tuple[RecordError, ...]
+    """Rows that were left out, with on_bad_record=skip."""
+
+
+def open_dataset(
+    path: str | PathLike[str],
+    *,
+    tokenizer: Tokenizer,
+    candidates: Sequence[Resolution],
+    max_tokens: int | None = None,
+    max_tiles_per_pack: int | None = None,
+    special_tokens: SpecialTokens = "error",
+    on_bad_record: OnBadRecord = "error",
+    max_bad: int = 0,
+    verify: Verify = "header",
+    cache: Path | None = None,
+    workers: int | None = None,
+) -> Dataset:
+    """Read and measure a data file, and check that each conversation fits into a pack.
+
+    Args:
+        path: JSON lines with `messages` and `images`.
+        tokenizer: counts the text.
+        candidates: resolutions (width, height) in pixels an image may be shown at.
+        max_tokens: budget of a pack, tokens; None does not check.
+        max_tiles_per_pack: budget of a pack, tiles with global views; None does not check.
+        special_tokens: "error" refuses special tokens typed into a text, "neutralise" encodes them as plain text.
+        on_bad_record: "error" stops at the first row that cannot be used, "skip" lists it in `skipped`.
+        max_bad: rows that may be skipped.
+        verify: "header" or "decode", see `data.measure.measure`.
+        cache: file of the size table, see `default_cache`.
+        workers: processes for measuring; None takes one a core.
+
+    Raises:
+        ValueError: no such file, no usable row, or too many bad ones; `RecordError` names file, row and field.
+    """
+    bad = BadRecords(on_bad_record=on_bad_record, max_bad=max_bad)
+    records = read_records(path, tokenizer=tokenizer, special_tokens=special_tokens, bad=bad)
+    sizes = measure(records, tokenizer, candidates, cache=cache, workers=workers, verify=verify, bad=bad)
+    kept: list[tuple[Record, Size]] = []
+    for record, size in zip(records, sizes, strict=True):
+        if size is None:
+            continue
+        problem = _over_budget(record, size, max_tokens, max_tiles_per_pack)
+        if problem:
+            bad.add(problem)
+        else:
+            kept.append((record, size))
+    if not kept:
+        found = f"none; all {len(bad.skipped)} rows were skipped" if bad.skipped else "an empty file"
+        raise ValueError(f"{path}: empty dataset: expected at least one conversation, found {found}")
+    return Dataset(
+        records=tuple(record for record, _ in kept),
+        sizes=tuple(size for _, size in kept),
+        fingerprint=_fingerprint(kept, tokenizer),
+        skipped=tuple(sorted(bad.skipped, key=lambda error: error.row)),
+    )
+
+
+def default_cache(path: str | PathLike[str]) -> Path:
+    """Return the size table's usual place for a data file: in the user's cache folder, named after the file's path."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
+    return root / "deepseek-vl2-finetune" / f"sizes-{name}.npz"
+
+
+def _over_budget(
+    record: Record, size: Size, max_tokens: int | None, max_tiles_per_pack: int | None
+) -> RecordError | None:
+    if max_tokens is not None and size.tokens > max_tokens:
+        of_images = sum(num_image_tokens(grid) for grid in size.grids)
+        return record.error(
+            "messages",
+            f"conversation of {size.tokens} tokens ({of_images} of them for {len(size.grids)} {IMAGE_PLACEHOLDER}), "
+            f"expected at most data.max_tokens={max_tokens}; shorten it, lower data.max_tiles or raise data.max_tokens",
+        )
+    if max_tiles_per_pack is not None and size.tiles > max_tiles_per_pack:
+        return record.error(
+            "images",
+            f"conversation of {size.tiles} tiles, expected at most data.max_tiles_per_pack={max_tiles_per_pack}; "
+            "lower data.max_tiles or raise data.max_tiles_per_pack",
+        )
+    return None
+
+
+def _fingerprint(kept: Sequence[tuple[Record, Size]], tokenizer: Tokenizer) -> str:
+    digest = hashlib.sha256(tokenizer.fingerprint.encode())
+    for record, size in kept:
+        messages = [[m.role, m.content, m.plain] for m in record.messages]
+        images = [[image.name, image.stat().st_size] for image in record.images]
+        digest.update(json.dumps([messages, images, size.tokens, size.supervised, size.grids]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,170 @@
+"""Builds the packs of a plan: one flat stream of ids, labels and positions, and the tiles of its images.
+
+A pack is one micro-batch: a dictionary of arrays without a batch axis.
+
+    two samples of 5 and 3 tokens, the first with image tokens # and one image of 2 tiles, p = prompt, a = answer
+
+    input_ids     p # # p a   p a a        position_ids  0 1 2 3 4   0 1 2        seq_lens  5 3
+    labels        - - - a -   a a -        tiles         [2, 3, 384, 384]         grids     [[1, 1]]
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import paddle.io
+
+from data.images import ImageError, decode
+from data.plan import Plan
+from data.record import BadRecords, OnBadRecord, Record
+from data.size_table import Size
+from vl2.prompt import IGNORE, render
+from vl2.tiles import PAD_COLOUR, TILE_SIZE, Grid, Resolution, cut_tiles, num_tiles, tile_grid
+from vl2.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, np.ndarray]
+
+
+class PackDataset(paddle.io.Dataset):
+    """The packs of a plan, built when asked for.
+
+    An item is a dictionary of arrays (T tokens, S samples, N tiles, I images):
+
+        input_ids           int64 [T]
+        labels              int64 [T]   shifted; IGNORE where nothing is learned
+        position_ids        int64 [T]   from 0 in each sample
+        seq_lens            int64 [S]   sum T
+        tiles               uint8 [N, 3, 384, 384]   absent in a pack without images
+        grids               int64 [I, 2]             columns and rows of local tiles; absent likewise
+        pack                int64 []    index in the plan
+        supervised_in_step  int64 []    supervised tokens of the pack's optimizer step, over all ranks
+
+    An empty pack is one sample of one BOS, with nothing supervised.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        plan: Plan,
+        sizes: Sequence[Size],
+        tokenizer: Tokenizer,
+        candidates: Sequence[Resolution],
+        *,
+        num_ranks: int = 1,
+        on_bad_record: OnBadRecord = "error",
+        max_bad: int = 0,
+    ):
+        """Keep what packs are built from; nothing is read yet.
+
+        Args:
+            records, sizes: as the plan was made of.
+            plan: which samples form each pack.
+            tokenizer: gives the ids.
+            candidates: resolutions (width, height) in pixels an image may be shown at.
+            num_ranks: item p goes to rank p mod num_ranks, see `Plan.order`.
+            on_bad_record: what to do with an image that turns out broken: "error", or with "skip" show a plain
+                picture and learn nothing from its sample, so that the step keeps its planned size.
+            max_bad: samples that may be lost so, in each process that builds packs.
+        """
+        super().__init__()
+        self.records, self.plan, self.sizes = records, plan, sizes
+        self.tokenizer, self.candidates = tokenizer, tuple(candidates)
+        self._order = plan.order(num_ranks)
+        self._bad = BadRecords(on_bad_record=on_bad_record, max_bad=max_bad)
+        self._lost: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.plan.packs)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Build the pack at a position.
+
+        Raises:
+            RecordError: a broken image, or a file that changed since it was measured.
+        """
+        pack = int(self._order[index])
+        spec = self.plan.packs[pack]
+        samples = [self._build(sample) for sample in spec.samples] or [_empty_sample(self.tokenizer)]
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        batch: Batch = {
+            "input_ids": np.concatenate([sample["input_ids"] for sample in samples]),
+            "labels": np.concatenate([sample["labels"] for sample in samples]),
+            "position_ids": np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
+            "seq_lens": np.array(lengths, dtype=np.int64),
+        }
+        pictured = [sample for sample in samples if "tiles" in sample]
+        if pictured:
+            batch["tiles"] = np.concatenate([sample["tiles"] for sample in pictured])
+            batch["grids"] = np.concatenate([sample["grids"] for sample in pictured])
+        batch["pack"] = np.array(pack, dtype=np.int64)
+        batch["supervised_in_step"] = np.array(self.plan.supervised(pack // self.plan.packs_per_step), dtype=np.int64)
+        return batch
+
+    def _build(self, index: int) -> Batch:
+        """Render a sample and cut its images; what comes out has the size that was planned."""
+        record, size = self.records[index], self.sizes[index]
+        rendered = render(record.messages, size.grids, self.tokenizer)
+        labels = rendered.labels
+        built = (len(labels), int((labels != IGNORE).sum()))
+        if built != (size.tokens, size.supervised):
+            raise record.error(
+                "messages",
+                f"planned as {size.tokens} tokens, {size.supervised} of them supervised, but built as {built[0]} and "
+                f"{built[1]}: the plan was made with another tokenizer or other data; start again",
+            )
+        sample: Batch = {"input_ids": rendered.input_ids, "labels": labels}
+        if size.grids:
+            tiles, whole = self._tiles(index)
+            if not whole:
+                sample["labels"] = np.full_like(labels, IGNORE)
+            sample["tiles"] = tiles
+            sample["grids"] = np.array(size.grids, dtype=np.int64)
+        return sample
+
+    def _tiles(self, index: int) -> tuple[np.ndarray, bool]:
+        """Decode and cut the images of a sample; False when one of them is broken and may be skipped."""
+        record, size = self.records[index], self.sizes[index]
+        tiles, whole = [], True
+        for i, (path, grid) in enumerate(zip(record.images, size.grids, strict=True)):
+            try:
+                image = decode(path)
+            except ImageError as error:
+                problem = record.error(f"images[{i}]", str(error))
+                if index not in self._lost:  # each epoch meets it again
+                    self._bad.add(problem)
+                    self._lost.add(index)
+                    logger.warning("%s; nothing is learned from this sample", problem)
+                tiles.append(_plain_tiles(grid))
+                whole = False
+                continue
+            found = tile_grid(image.size, len(record.images), self.candidates)
+            if found != grid:
+                raise record.error(
+                    f"images[{i}]",
+                    f"planned as {grid[0]}×{grid[1]} tiles, but {path} now gives {found[0]}×{found[1]}: "
+                    "the image changed after it was measured; start again",
+                )
+            tiles.append(cut_tiles(image, grid))
+        return np.concatenate(tiles), whole
+
+
+def collate(packs: list[Batch]) -> Batch:
+    """Pass on the one pack of a micro-batch."""
+    (pack,) = packs
+    return pack
+
+
+def _plain_tiles(grid: Grid) -> np.ndarray:
+    return np.full((num_tiles(grid), 3, TILE_SIZE, TILE_SIZE), PAD_COLOUR[0], dtype=np.uint8)
+
+
+def _empty_sample(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "input_ids": np.array([tokenizer.bos_id], dtype=np.int64),
+        "labels": np.array([IGNORE], dtype=np.int64),
+    }

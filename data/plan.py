@@ -1,0 +1,311 @@
+"""Plans a run before its first step: which samples form each pack, which packs form each optimizer step.
+
+A plan is a pure function of sizes and settings; ranks, workers and the length of the run decide nothing in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from data.size_table import Size
+
+PATCHES_PER_TILE = 729  # 27 × 27: what a tile costs the vision tower, in the unit of a language token
+WINDOW = 8192  # samples packed together: large enough to fill packs, small enough to be quick
+FILE_WINDOW = 128  # rows of a curriculum that may change places
+JITTER = 0.3  # share by which a sample may count as larger than it is when samples are put in order
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSpec:
+    """What goes into one pack."""
+
+    samples: tuple[int, ...]
+    """Indices of the records, in the order of the stream; none in the empty packs that fill up a step."""
+    tokens: int
+    """Their tokens."""
+    tiles: int
+    """Their tiles, global views included."""
+    supervised: int
+    """Their supervised tokens."""
+
+    @property
+    def cost(self) -> int:
+        """Work in the unit of a token: language tokens and vision patches."""
+        return self.tokens + self.tiles * PATCHES_PER_TILE
+
+
+EMPTY_PACK = PackSpec(samples=(), tokens=0, tiles=0, supervised=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every pack of every optimizer step of a run.
+
+    Example: packs_per_step 2, an epoch of 3 packs, two epochs; - is an empty pack
+
+        step      0      1      2      3
+        packs    a b    c -    d e    f -
+        epoch     0      0      1      1
+    """
+
+    packs: tuple[PackSpec, ...]
+    """Flat: pack p belongs to step p // packs_per_step."""
+    packs_per_step: int
+    """Packs of an optimizer step, over all ranks."""
+    steps_per_epoch: tuple[int, ...]
+    """Steps of each epoch in this plan; the last may be cut off."""
+    settings: dict[str, Any] = field(hash=False)
+    """All that decides a plan besides its length; the same settings give the same packs."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return len(self.packs) // self.packs_per_step
+
+    @property
+    def num_packs(self) -> int:
+        """Packs with samples in them."""
+        return sum(1 for pack in self.packs if pack.samples)
+
+    @property
+    def fill(self) -> float:
+        """Tokens of the packs with samples, as a share of their token budget."""
+        return sum(pack.tokens for pack in self.packs) / (self.num_packs * self.settings["data.max_tokens"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 hex of `settings`; a run may be resumed under a plan with the same fingerprint, longer or shorter."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    def step(self, step: int) -> tuple[PackSpec, ...]:
+        """Return the packs of an optimizer step, counted from 0."""
+        return self.packs[step * self.packs_per_step : (step + 1) * self.packs_per_step]
+
+    def supervised(self, step: int) -> int:
+        """Count the supervised tokens of an optimizer step: what its loss is divided by."""
+        return sum(pack.supervised for pack in self.step(step))
+
+    def epoch(self, step: int) -> int:
+        """Return the epoch an optimizer step belongs to, counted from 0."""
+        ends = np.cumsum(self.steps_per_epoch)
+        return int(np.searchsorted(ends, step, side="right"))
+
+    def rank_order(self, step: int, num_ranks: int) -> tuple[tuple[int, ...], ...]:
+        """Deal the packs of a step to ranks: the same number to each, the work as even as that allows.
+
+        Args:
+            step: optimizer step, counted from 0.
+            num_ranks: must divide packs_per_step.
+
+        Returns:
+            For each rank the indices of its packs in `packs`.
+
+        Raises:
+            ValueError: if the ranks do not divide packs_per_step.
+        """
+        if num_ranks < 1 or self.packs_per_step % num_ranks:
+            raise ValueError(
+                f"packs_per_step={self.packs_per_step} cannot be dealt to {num_ranks} ranks; expected a multiple of it"
+            )
+        first = step * self.packs_per_step
+        indices = range(first, first + self.packs_per_step)
+        room = self.packs_per_step // num_ranks
+        dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+        load = [0] * num_ranks
+        for index in sorted(indices, key=lambda i: (-self.packs[i].cost, i)):
+            rank = min((r for r in range(num_ranks) if len(dealt[r]) < room), key=lambda r: (load[r], r))
+            dealt[rank].append(index)
+            load[rank] += self.packs[index].cost
+        return tuple(tuple(own) for own in dealt)
+
+    def order(self, num_ranks: int) -> np.ndarray:
+        """Lay the packs out for a sampler that deals position p to rank p mod num_ranks.
+
+        Returns:
+            int64 [packs]: the index in `packs` at each position. Steps stay together.
+
+        Example: packs 0 to 3 in one step, dealt (0, 3) and (1, 2) to two ranks: [0, 1, 3, 2].
+        """
+        if num_ranks == 1:
+            return np.arange(len(self.packs), dtype=np.int64)
+        dealt = [self.rank_order(step, num_ranks) for step in range(self.num_steps)]
+        return np.array(dealt, dtype=np.int64).transpose(0, 2, 1).reshape(-1)
+
+
+def make_plan(
+    sizes: Sequence[Size],
+    *,
+    max_tokens: int,
+    max_tiles_per_pack: int,
+    packs_per_step: int,
+    seed: int,
+    epochs: float | None = None,
+    max_steps: int | None = None,
+    order: str = "random",
+    data_fingerprint: str = "",
+) -> Plan:
+    """Plan a run of so many epochs, of so many steps, or whichever ends first.
+
+    Epoch k depends on (seed, k) only and ends with its own step, filled up with empty packs: a longer run repeats
+    a shorter one and goes on.
+
+    Args:
+        sizes: of every record.
+        max_tokens: budget of a pack, tokens.
+        max_tiles_per_pack: budget of a pack, tiles with global views.
+        packs_per_step: packs of an optimizer step, over all ranks.
+        seed: of the order.
+        epochs: passes over the data; 0.5 takes the first half of the steps of one pass.
+        max_steps: optimizer steps.
+        order: "random", or "file": neighbouring rows, from the first to the last, in every epoch.
+        data_fingerprint: `Dataset.fingerprint`, which becomes part of the plan's.
+
+    Raises:
+        ValueError: no records, a record over the budget, or a setting out of range.
+    """
+    if not sizes:
+        raise ValueError("empty dataset: expected at least one record to plan")
+    for name, value in (
+        ("packs_per_step", packs_per_step),
+        ("data.max_tokens", max_tokens),
+        ("epochs", epochs),
+        ("max_steps", max_steps),
+    ):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value}: expected a number above 0")
+    if epochs is None and max_steps is None:
+        raise ValueError("epochs and max_steps are both null: expected at least one of them")
+    tokens = np.array([size.tokens for size in sizes], dtype=np.int64)
+    tiles = np.array([size.tiles for size in sizes], dtype=np.int64)
+    supervised = np.array([size.supervised for size in sizes], dtype=np.int64)
+    if tokens.max() > max_tokens or tiles.max() > max_tiles_per_pack:
+        worst = int(np.argmax((tokens > max_tokens) | (tiles > max_tiles_per_pack)))
+        raise ValueError(
+            f"record {worst} has {tokens[worst]} tokens and {tiles[worst]} tiles, "
+            f"expected at most data.max_tokens={max_tokens} and data.max_tiles_per_pack={max_tiles_per_pack}"
+        )
+
+    limit = max_steps if max_steps is not None else math.inf
+    passes = epochs if epochs is not None else math.inf
+    packs: list[PackSpec] = []
+    steps_per_epoch: list[int] = []
+    for epoch in itertools.count():
+        steps_left, passes_left = limit - sum(steps_per_epoch), passes - epoch
+        if steps_left <= 0 or passes_left <= 0:
+            break
+        members = pack_epoch(tokens, tiles, max_tokens, max_tiles_per_pack, seed=seed, epoch=epoch, order=order)
+        num_steps = math.ceil(len(members) / packs_per_step)
+        num_steps = int(min(num_steps, steps_left, math.ceil(num_steps * min(passes_left, 1))))
+        members = members[: num_steps * packs_per_step]
+        for samples in members:
+            index = list(samples)
+            packs.append(
+                PackSpec(
+                    samples=samples,
+                    tokens=int(tokens[index].sum()),
+                    tiles=int(tiles[index].sum()),
+                    supervised=int(supervised[index].sum()),
+                )
+            )
+        packs.extend([EMPTY_PACK] * (num_steps * packs_per_step - len(members)))
+        steps_per_epoch.append(num_steps)
+
+    settings = {
+        "data": data_fingerprint or _fingerprint(tokens, tiles, supervised),
+        "data.max_tokens": max_tokens,
+        "data.max_tiles_per_pack": max_tiles_per_pack,
+        "packs_per_step": packs_per_step,
+        "data.order": order,
+        "seed": seed,
+    }
+    return Plan(
+        packs=tuple(packs), packs_per_step=packs_per_step, steps_per_epoch=tuple(steps_per_epoch), settings=settings
+    )
+
+
+def pack_epoch(
+    tokens: np.ndarray,
+    tiles: np.ndarray,
+    max_tokens: int,
+    max_tiles: int,
+    *,
+    seed: int,
+    epoch: int,
+    order: str = "random",
+) -> list[tuple[int, ...]]:
+    """Put every sample into exactly one pack, within both budgets, and shuffle the packs.
+
+    The samples are shuffled and cut into windows; a window is packed about largest first, each sample into the
+    fullest pack that still has room (best fit decreasing). Exactly largest first would put the same samples together
+    in every epoch: 63 % of the pairs of 2,000 mixed samples came again in the next one, with the jitter 8 %, for at
+    most 0.3 % more packs.
+
+    Args:
+        tokens: int64 [samples], tokens of each sample.
+        tiles: int64 [samples], tiles of each sample.
+        max_tokens: budget of a pack, tokens.
+        max_tiles: budget of a pack, tiles.
+        seed, epoch: all that the order depends on.
+        order: "file" leaves the samples as they are, takes smaller windows, and shuffles packs within one only.
+
+    Returns:
+        Sample indices of each pack.
+    """
+    random = np.random.default_rng([seed, epoch])
+    in_file_order = order == "file"
+    shuffled = np.arange(len(tokens)) if in_file_order else random.permutation(len(tokens))
+    # The dominant share of its budget is what makes a sample hard to place.
+    weight = np.maximum(tokens / max_tokens, tiles / max_tiles) * random.uniform(1, 1 + JITTER, len(tokens))
+    packs: list[tuple[int, ...]] = []
+    for window in np.array_split(shuffled, math.ceil(len(shuffled) / (FILE_WINDOW if in_file_order else WINDOW))):
+        hardest_first = window[np.argsort(-weight[window], kind="stable")]
+        found = list(_best_fit(hardest_first, tokens, tiles, max_tokens, max_tiles))
+        packs.extend([found[i] for i in random.permutation(len(found))] if in_file_order else found)
+    return packs if in_file_order else [packs[i] for i in random.permutation(len(packs))]
+
+
+def _best_fit(
+    samples: np.ndarray, tokens: np.ndarray, tiles: np.ndarray, max_tokens: int, max_tiles: int
+) -> Iterator[tuple[int, ...]]:
+    """Put samples, in the order given, into the fullest pack that has room for their tokens and tiles.
+
+    Open packs lie in buckets by (tiles left, tokens left). For each number of tiles left, an integer has bit t set
+    where a pack has t tokens left; the lowest bit at or above a sample's tokens is the fullest pack with room for it.
+    """
+    packs: list[list[int]] = []
+    buckets: dict[tuple[int, int], list[int]] = {}
+    masks: dict[int, int] = {}
+    for sample, need, need_tiles in zip(samples.tolist(), tokens[samples].tolist(), tiles[samples].tolist()):
+        best: tuple[int, int] | None = None  # (tokens left, tiles left)
+        for tiles_left, mask in masks.items():
+            fits = mask >> need if tiles_left >= need_tiles else 0
+            if fits:
+                found = (need + (fits & -fits).bit_length() - 1, tiles_left)
+                best = found if best is None or found < best else best
+        if best is None:
+            pack, tokens_left, tiles_left = len(packs), max_tokens, max_tiles
+            packs.append([])
+        else:
+            tokens_left, tiles_left = best
+            bucket = buckets[tiles_left, tokens_left]
+            pack = bucket.pop()
+            if not bucket:
+                masks[tiles_left] ^= 1 << tokens_left
+        packs[pack].append(sample)
+        tokens_left, tiles_left = tokens_left - need, tiles_left - need_tiles
+        buckets.setdefault((tiles_left, tokens_left), []).append(pack)
+        masks[tiles_left] = masks.get(tiles_left, 0) | 1 << tokens_left
+    return map(tuple, packs)
+
+
+def _fingerprint(*columns: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()

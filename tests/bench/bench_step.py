@@ -1,0 +1,107 @@
+"""Seconds and peak memory of a LoRA step, by hand: `OMP_NUM_THREADS=2 python tests/bench/bench_step.py [mha|mla]`.
+
+A mid-size model (hidden 512, 6 layers, 32 + 2 experts of 352, SigLIP 4 x 384) on 1024 tokens with one image of three
+tiles, LoRA of rank 8 on attention, routed and shared experts, labels on the last 343 tokens. Ratios are against a
+forward pass of the same run: the machine's own speed cancels out.
+"""
+
+import resource
+import sys
+import time
+
+import numpy as np
+import paddle
+
+from vl2.config import VL2Config
+from vl2.generate import generate
+from vl2.lora import LoRASettings, apply_lora
+from vl2.weights import init_model
+
+LATENT = {"use_mla": True, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
+IMAGE_ID = 5
+REPEATS = 5
+
+
+def build(attention: str):
+    language = {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "intermediate_size": 2736,
+        "moe_intermediate_size": 352,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "n_routed_experts": 32,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "use_mla": False,
+        **(LATENT if attention == "mla" else {}),
+    }
+    raw = {
+        "language_config": language,
+        "vision_config": {"width": 384, "layers": 4, "heads": 6},
+        "projector_config": {"input_dim": 384, "n_embed": 512},
+        "candidate_resolutions": [[384, 384], [768, 384]],
+    }
+    model = init_model(VL2Config.from_dict(raw), IMAGE_ID, seed=0)
+    return apply_lora(model, LoRASettings(groups=("attention", "experts", "shared_experts"), rank=8))
+
+
+def batch(tokens: int = 1024, supervised: int = 343) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(10, 8000, tokens)
+    ids[8 : 8 + 617] = IMAGE_ID
+    labels = np.full(tokens, -100)
+    labels[-supervised - 1 : -1] = ids[-supervised:]
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": np.arange(tokens),
+        "seq_lens": np.array([tokens]),
+        "tiles": rng.integers(0, 256, [3, 3, 384, 384], np.uint8),
+        "grids": np.array([[2, 1]]),
+    }
+
+
+def median(work) -> float:
+    seconds = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:]))  # the first one warms up
+
+
+def main() -> None:
+    attention = sys.argv[1] if len(sys.argv) > 1 else "mha"
+    lora, data = build(attention), batch()
+    factors = [p for p in lora.factors().values() if not p.stop_gradient]
+    optimizer = paddle.optimizer.AdamW(1e-4, parameters=factors)
+    lora.train()
+    forward = median(lambda: lora.model.loss(data))
+
+    def step() -> None:
+        loss_sum, count = lora.model.loss(data)
+        (loss_sum / count).backward()
+        optimizer.step()
+        optimizer.clear_grad()
+
+    whole = median(step)
+    lora.eval()
+    with paddle.no_grad():
+        vision = median(lambda: lora.model.vision(paddle.to_tensor(data["tiles"]), "float32"))
+    short = {key: value for key, value in data.items() if key in ("input_ids", "tiles", "grids")}
+    one = median(lambda: generate(lora.model, [short], eos_id=-1, max_new_tokens=1))
+    many = median(lambda: generate(lora.model, [short], eos_id=-1, max_new_tokens=17))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    print(f"{attention}: step {whole:.2f} s (forward {forward:.2f}, step/forward {whole / forward:.2f})")
+    print(f"  {1024 / whole:.0f} tokens/s, peak {peak:.0f} MB")
+    print(
+        f"  inference: vision {vision:.2f} s, vision + prefill {one:.2f} s, {1000 * (many - one) / 16:.0f} ms a token"
+    )
+
+
+if __name__ == "__main__":
+    main()

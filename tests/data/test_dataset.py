@@ -1,0 +1,110 @@
+"""Opening a data file: budget, bad rows, fingerprint."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data.dataset import default_cache, open_dataset
+from data.record import RecordError
+from vl2.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "goldens" / "nano_bpe")
+CANDIDATES = ((384, 384), (768, 384))
+
+
+def row(question: str, answer: str = "ok", images: list[str] | None = None) -> dict:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "images": images or []}
+
+
+@pytest.fixture
+def write(tmp_path):
+    Image.new("RGB", (700, 300)).save(tmp_path / "a.png")
+
+    def write(*rows) -> Path:
+        path = tmp_path / "train.jsonl"
+        path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+def open_(path, **options):
+    return open_dataset(path, tokenizer=TOKENIZER, candidates=CANDIDATES, **options)
+
+
+def test_records_and_sizes_belong_together(write):
+    dataset = open_(write(row("one"), row("<image>", images=["a.png"])), max_tokens=4096, max_tiles_per_pack=32)
+    assert [record.row for record in dataset.records] == [1, 2]
+    assert [size.grids for size in dataset.sizes] == [(), ((2, 1),)]
+    assert dataset.skipped == ()
+
+
+@pytest.mark.parametrize("content", [(), ("", "  ")])
+def test_empty_dataset(write, content):
+    with pytest.raises(ValueError, match=r"train\.jsonl: empty dataset: expected at least one conversation"):
+        open_(write(*content))
+
+
+def test_conversation_longer_than_the_budget(write):
+    tokens = open_(write(row("<image> long", images=["a.png"]))).sizes[0].tokens
+    with pytest.raises(
+        RecordError,
+        match=rf"train\.jsonl, row 2, messages: conversation of {tokens} tokens \(617 of them for 1 <image>\), "
+        rf"expected at most data\.max_tokens={tokens - 1}",
+    ):
+        open_(write(row("short"), row("<image> long", images=["a.png"])), max_tokens=tokens - 1)
+    assert len(open_(write(row("<image> long", images=["a.png"])), max_tokens=tokens).records) == 1
+
+
+def test_more_tiles_than_the_budget(write):
+    with pytest.raises(RecordError, match=r"row 1, images: conversation of 3 tiles, expected .*max_tiles_per_pack=2"):
+        open_(write(row("<image>", images=["a.png"])), max_tiles_per_pack=2)
+
+
+def test_bad_rows_of_every_stage_are_skipped_and_listed(write):
+    path = write(
+        row("<image>", images=["gone.png"]), row("fine"), row("very long " * 50), "{", row("a", "<image>"), row("too")
+    )
+    dataset = open_(path, max_tokens=60, on_bad_record="skip", max_bad=4)
+    assert [record.row for record in dataset.records] == [2, 6]
+    assert len(dataset.sizes) == 2
+    assert [(error.row, error.where) for error in dataset.skipped] == [
+        (1, "images[0]"),
+        (3, "messages"),
+        (4, "row"),
+        (5, "messages[1].content"),
+    ]
+    with pytest.raises(ValueError, match=r"more than data\.max_bad=3 bad rows"):
+        open_(path, max_tokens=60, on_bad_record="skip", max_bad=3)
+
+
+def test_all_rows_skipped(write):
+    with pytest.raises(ValueError, match=r"empty dataset: .*found none; all 2 rows were skipped"):
+        open_(write("{", "}"), on_bad_record="skip", max_bad=2)
+
+
+def test_fingerprint_follows_the_content_not_the_place(write, tmp_path):
+    rows = row("<image>", images=["a.png"]), row("text")
+    fingerprint = open_(write(*rows)).fingerprint
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copyfile(write(*rows), moved / "other.jsonl")
+    shutil.copyfile(tmp_path / "a.png", moved / "a.png")  # a new mtime
+    assert open_(moved / "other.jsonl").fingerprint == fingerprint
+
+    assert open_(write(*reversed(rows))).fingerprint != fingerprint
+    assert open_(write(rows[0], row("texts"))).fingerprint != fingerprint
+    Image.new("RGB", (700, 300), (1, 2, 3)).save(tmp_path / "a.png")
+    assert open_(write(*rows)).fingerprint != fingerprint
+
+
+def test_default_cache_is_one_file_for_each_data_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert default_cache("a.jsonl") == default_cache(tmp_path / "a.jsonl")
+    assert default_cache("a.jsonl") != default_cache("b.jsonl")
+    assert default_cache("a.jsonl").parent.parent == tmp_path

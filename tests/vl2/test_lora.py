@@ -1,0 +1,343 @@
+"""LoRA layers, the float32 merge and the adapter's files, on a tiny random model, float32, CPU."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+
+from vl2.adapter import ADAPTER_FILE, load_adapter, read_adapter_config, save_adapter
+from vl2.config import VL2Config
+from vl2.lora import (
+    GROUPS,
+    LoRALinear,
+    LoRASettings,
+    apply_lora,
+    merge_in_place,
+    merged_tensors,
+    remove_lora,
+)
+from vl2.weights import init_model, read_header, train_parameters, write_safetensors
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+IMAGE_ID = 1000
+ALL = LoRASettings(groups=tuple(GROUPS), rank=4, alpha=12.0)
+
+
+@pytest.fixture(scope="module")
+def config() -> VL2Config:
+    return VL2Config.from_folder(GOLDENS / "nano_tiny")
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict:
+    """Two conversations in one stream: an image of one tile and the global view, then text only."""
+    rng = np.random.default_rng(5)
+    image = np.full(421, IMAGE_ID)
+    ids = np.concatenate([rng.integers(5, 900, 9), image, rng.integers(5, 900, 20), rng.integers(5, 900, 30)])
+    labels = np.where((np.arange(len(ids)) > 435) & (np.arange(len(ids)) % 3 > 0), np.roll(ids, -1), -100)
+    labels[-1] = -100
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "position_ids": np.concatenate([np.arange(450), np.arange(30)]),
+        "seq_lens": np.array([450, 30]),
+        "tiles": rng.integers(0, 255, (2, 3, 384, 384)).astype("uint8"),
+        "grids": np.array([[1, 1]]),
+    }
+
+
+def new_model(config: VL2Config, dtype: str = "float32"):
+    """Weights three times those of a fresh model, so that every block matters."""
+    model = init_model(config, IMAGE_ID, seed=1)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.set_value(parameter * 3.0)
+    if dtype != "float32":
+        model.to(dtype=dtype)
+    return model
+
+
+def randomise(lora_model, scale: float = 0.05) -> None:
+    """Factors that change the logits by 70 %; much larger ones make the model ill-conditioned (0.2: noise of 6e-5)."""
+    rng = np.random.default_rng(11)
+    for parameter in lora_model.factors().values():
+        parameter.set_value(rng.normal(0, scale, parameter.shape).astype("float32"))
+
+
+def logits(model, batch):
+    with paddle.no_grad():
+        inner = getattr(model, "model", model)
+        return inner.language.logits(inner(batch)).numpy()
+
+
+def test_at_initialisation_it_is_the_base(config, batch):
+    model = new_model(config)
+    expected = logits(model, batch)
+    lora_model = apply_lora(model, ALL, seed=3)
+    lora_model.eval()
+    assert np.array_equal(logits(lora_model, batch), expected)  # B is zero: x + 0 is x, bit for bit
+
+
+def test_report_counts_modules_and_parameters(config):
+    """1 dense layer, 3 with experts, 2 vision blocks; D 64, dense 176, 8 experts of 40, shared 80."""
+    reports = {report.group: report for report in apply_lora(new_model(config), ALL).reports}
+    assert {name: report.modules for name, report in reports.items()} == {
+        "attention": 4 * 4,
+        "experts": 3,
+        "shared_experts": 3 * 3,
+        "dense_mlp": 3,
+        "vision": 2 * 4,
+        "projector": 2,
+    }
+    assert reports["attention"].parameters == 16 * 4 * (64 + 64)
+    assert reports["experts"].parameters == 3 * 8 * 3 * 4 * (64 + 40)
+    assert reports["shared_experts"].parameters == 9 * 4 * (64 + 80)
+    assert reports["dense_mlp"].parameters == 3 * 4 * (64 + 176)
+
+
+def test_only_the_factors_are_trainable(config):
+    lora_model = apply_lora(new_model(config), ALL)
+    trainable = {name for name, p in lora_model.model.named_parameters() if not p.stop_gradient}
+    assert trainable == set(lora_model.factors())
+    assert sum(p.size for p in lora_model.factors().values()) == sum(r.parameters for r in lora_model.reports)
+
+
+def test_each_group_has_its_rank(config):
+    settings = LoRASettings(groups=("attention", "experts"), rank=4, alpha=8.0, ranks={"experts": 2})
+    lora_model = apply_lora(new_model(config), settings)
+    layer = lora_model.model.language.model.layers[1]
+    assert layer.self_attn.q_proj.lora_A.shape == [64, 4]
+    assert layer.self_attn.q_proj.scaling == 2.0
+    assert layer.mlp.experts.lora.gate_A.shape == [8, 64, 2]
+    assert layer.mlp.experts.lora.scaling == 4.0
+    assert [report.rank for report in lora_model.reports] == [4, 2]
+
+
+def test_initialisation_depends_on_seed_and_name_only(config):
+    name = "language.model.layers.2.self_attn.k_proj.lora_A"
+    alone = apply_lora(new_model(config), LoRASettings(groups=("attention",)), seed=3).factors()[name].numpy()
+    paddle.seed(99)
+    among = apply_lora(new_model(config), LoRASettings(groups=tuple(GROUPS)), seed=3).factors()[name].numpy()
+    other = apply_lora(new_model(config), LoRASettings(groups=("attention",)), seed=4).factors()[name].numpy()
+    assert np.array_equal(alone, among)
+    assert not np.array_equal(alone, other)
+    assert 0.9 / 8 < np.abs(alone).max() <= 1 / 8  # uniform in +-1/sqrt(64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"groups": ("attn",)}, "lora.groups: 'attn' is not a group; the groups are attention"),
+        ({"groups": ()}, "lora.groups is empty"),
+        ({"groups": ("vision", "vision")}, "names vision twice"),
+        ({"groups": ("vision",), "ranks": {"experts": 2}}, "lora.ranks sets experts, which lora.groups does not tune"),
+        ({"groups": ("vision",), "rank": 0}, "lora rank of vision is 0; expected a positive integer"),
+        ({"groups": ("vision",), "dropout": 1.0}, r"lora.dropout is 1.0; expected a probability"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoRASettings(**settings)
+
+
+def test_a_group_that_matches_nothing_is_an_error(config):
+    raw = json.loads(json.dumps(config.to_dict()))
+    raw["language_config"]["first_k_dense_replace"] = 0
+    model = init_model(VL2Config.from_dict(raw), IMAGE_ID, seed=1)
+    with pytest.raises(ValueError, match=r"lora\.groups: 'dense_mlp' matches nothing in this model"):
+        apply_lora(model, LoRASettings(groups=("attention", "dense_mlp")))
+
+
+def test_unrounded_merge_gives_the_adapters_logits(config, batch):
+    lora_model = apply_lora(new_model(config), ALL)
+    randomise(lora_model)
+    lora_model.eval()
+    adapted = logits(lora_model, batch)
+    lora_model.disable_lora()
+    base = logits(lora_model, batch)
+    lora_model.enable_lora()
+    merged = logits(merge_in_place(lora_model), batch)
+    scale = np.abs(adapted).max()
+    assert np.abs(adapted - base).max() > 0.5 * scale  # the adapter does something
+    # x (W + s A B) against x W + s (x A) B: another order of float32 sums, some 1e-7 a product.
+    assert np.abs(merged - adapted).max() < 1e-5 * scale
+
+
+def test_merge_adds_in_float32_on_a_bfloat16_base(config):
+    """PaddleNLP merges in the weight's dtype: with a small addition nearly nothing of it survives."""
+    lora_model = apply_lora(new_model(config, "bfloat16"), ALL)
+    randomise(lora_model, scale=0.01)
+    name = "language.model.layers.0.self_attn.q_proj.weight"
+    layer = lora_model.model.language.model.layers[0].self_attn.q_proj
+    delta = 3.0 * layer.lora_A.numpy() @ layer.lora_B.numpy()
+    base = layer.weight.astype("float32").numpy()
+    merged = merged_tensors(lora_model)[name]()
+    assert merged.dtype == np.float32
+    assert np.abs(merged - base - delta).max() < 1e-6 * np.abs(base).max()
+    with pytest.raises(NotImplementedError, match="merged_tensors"):
+        layer.merge()
+    with pytest.raises(NotImplementedError, match="merged_tensors"):
+        lora_model.merge()
+
+
+def test_bfloat16_base_computes_and_learns(config, batch):
+    lora_model = apply_lora(new_model(config, "bfloat16"), ALL)
+    randomise(lora_model)
+    loss, _ = lora_model.loss(batch)
+    loss.backward()
+    assert np.isfinite(float(loss))
+    for name, p in lora_model.factors().items():
+        assert p.dtype == paddle.float32 and p.grad.dtype == paddle.float32, name
+        assert float(p.grad.abs().max()) > 0, name
+
+
+def test_merged_tensors_name_every_tuned_weight_once(config):
+    lora_model = apply_lora(new_model(config), ALL)
+    randomise(lora_model)
+    merged = merged_tensors(lora_model)
+    parameters = dict(lora_model.model.named_parameters())
+    assert len(merged) == 16 + 3 * 2 + 9 + 3 + 8 + 2
+    assert all(merged[name]().shape == tuple(parameters[name].shape) for name in merged)
+    experts = merged["language.model.layers.1.mlp.experts.gate_up"]
+    assert np.array_equal(experts(expert=5), experts()[5])
+    lora = lora_model.model.language.model.layers[1].mlp.experts.lora
+    up = experts.base[5].numpy()[:, 40:] + 3.0 * lora.up_A[5].numpy() @ lora.up_B[5].numpy()
+    assert np.allclose(experts(5)[:, 40:], up, rtol=0, atol=1e-6)
+
+
+def test_factor_gradients_follow_from_the_full_gradient(config, batch):
+    """dL/dA = s dL/dW B^T and dL/dB = s A^T dL/dW, with dL/dW of a model that holds the merged weights."""
+    lora_model = apply_lora(new_model(config), ALL)
+    randomise(lora_model)
+    lora_model.loss(batch)[0].backward()
+    factors = {name: (p.numpy(), p.grad.numpy()) for name, p in lora_model.factors().items()}
+    names = list(merged_tensors(lora_model))
+    model = merge_in_place(lora_model)
+    train_parameters(model, names)
+    model.loss(batch)[0].backward()
+    full = {name: p.grad.numpy() for name, p in model.named_parameters() if name in names}
+
+    def check(prefix: str, grad: np.ndarray) -> None:
+        (a, grad_a), (b, grad_b) = factors[f"{prefix}_A"], factors[f"{prefix}_B"]
+        for found, expected in (
+            (grad_a, 3.0 * grad @ b.swapaxes(-1, -2)),
+            (grad_b, 3.0 * a.swapaxes(-1, -2) @ grad),
+        ):
+            # Relative in the 2-norm: four layers of float32 in another order; a swapped half or scaling is off by 1.
+            assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected), prefix
+
+    for name, grad in full.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight":
+            check(f"{path}.lora", grad)
+        elif leaf == "down":
+            check(f"{path}.lora.down", grad)
+        else:
+            check(f"{path}.lora.gate", grad[..., :40])
+            check(f"{path}.lora.up", grad[..., 40:])
+
+
+def test_recompute_equals_none_with_dropout(config, batch):
+    """Bit for bit: the RNG state is restored, and the same kernels see the same numbers.
+
+    A regression: PyLayers asked a saved tensor for its stop_gradient, which non-reentrant recompute does not give back;
+    gradients inside were wrong or missing while the loss stayed right.
+    """
+    settings = LoRASettings(groups=tuple(GROUPS), rank=4, dropout=0.3)
+    found = []
+    for every in (0, 1, 2):
+        lora_model = apply_lora(new_model(config), settings, seed=2)
+        randomise(lora_model)
+        lora_model.set_recompute(every)
+        lora_model.train()
+        paddle.seed(17)
+        loss, _ = lora_model.loss(batch)
+        loss.backward()
+        found.append((float(loss), {name: p.grad.numpy() for name, p in lora_model.factors().items()}))
+    for loss, grads in found[1:]:
+        assert loss == found[0][0]
+        assert all(np.array_equal(grads[name], found[0][1][name]) for name in grads)
+
+
+def test_dropout_is_off_in_eval_mode(config, batch):
+    lora_model = apply_lora(new_model(config), LoRASettings(groups=tuple(GROUPS), dropout=0.5))
+    randomise(lora_model)
+    lora_model.eval()
+    first = logits(lora_model, batch)
+    assert np.array_equal(logits(lora_model, batch), first)
+    lora_model.train()
+    assert not np.array_equal(logits(lora_model, batch), first)
+
+
+def test_remove_gives_the_base_back(config, batch):
+    model = new_model(config)
+    expected, names = logits(model, batch), [name for name, _ in model.named_parameters()]
+    lora_model = apply_lora(model, ALL)
+    randomise(lora_model)
+    model = remove_lora(lora_model)
+    assert sorted(name for name, _ in model.named_parameters()) == sorted(names)
+    assert not any(isinstance(layer, LoRALinear) for layer in model.sublayers())
+    assert np.array_equal(logits(model, batch), expected)
+
+
+# ---- files
+
+
+@pytest.fixture(scope="module")
+def saved(config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    settings = LoRASettings(groups=("attention", "experts"), rank=4, alpha=12.0, ranks={"experts": 2})
+    lora_model = apply_lora(new_model(config), settings)
+    randomise(lora_model)
+    save_adapter(lora_model, folder, {"base": "vl2/nano", "base_fingerprint": "abc", "rehearsal": True})
+    return folder
+
+
+def test_adapter_round_trip(config, batch, saved):
+    lora_model = apply_lora(new_model(config), read_adapter_config(saved).settings)
+    randomise(lora_model)
+    loaded = load_adapter(new_model(config), saved, base_fingerprint="abc")
+    assert np.array_equal(logits(loaded, batch), logits(lora_model, batch))
+    adapter = read_adapter_config(saved)
+    assert adapter.metadata == {"base": "vl2/nano", "base_fingerprint": "abc", "rehearsal": True}
+    assert adapter.settings.rank_of("experts") == 2
+
+
+def test_paddlenlp_reads_the_adapters_configuration(saved):
+    from paddlenlp.peft import LoRAConfig
+
+    config = LoRAConfig.from_pretrained(str(saved))
+    assert (config.r, config.lora_alpha, config.scaling) == (4, 12.0, 3.0)
+    assert config.target_modules == [GROUPS["attention"], GROUPS["experts"]]
+
+
+def test_another_base_is_refused(config, saved):
+    with pytest.raises(ValueError, match=r"trained on another base model \(vl2/nano"):
+        load_adapter(new_model(config), saved, base_fingerprint="def")
+
+
+def test_a_damaged_adapter_is_refused_and_nothing_is_set(config, saved, tmp_path):
+    """PaddleNLP's loader accepts a renamed, wrongly shaped, half-missing adapter without a word."""
+    shutil.copytree(saved, tmp_path / "a")
+    tensors = {name: tensor.read() for name, tensor in read_header(saved / ADAPTER_FILE)[0].items()}
+    renamed, reshaped = (
+        "language.model.layers.0.self_attn.q_proj.lora_A",
+        "language.model.layers.1.mlp.experts.lora.up_B",
+    )
+    tensors["q_proj.lora_A"] = tensors.pop(renamed)
+    tensors[reshaped] = tensors[reshaped][:, :1]
+    write_safetensors(tmp_path / "a" / ADAPTER_FILE, tensors, dict.fromkeys(tensors, "float32"))
+    with pytest.raises(ValueError, match="does not fit the model") as error:
+        load_adapter(new_model(config), tmp_path / "a")
+    text = str(error.value)
+    assert f"missing (1): {renamed}" in text
+    assert "unknown (1): q_proj.lora_A" in text
+    assert f"wrong shape (1): {reshaped} is [8, 1, 40], expected [8, 2, 40]" in text
+
+
+def test_no_adapter_there(config, tmp_path):
+    with pytest.raises(ValueError, match=r"no lora_config.json there; expected the folder of an adapter"):
+        load_adapter(new_model(config), tmp_path)

@@ -1,0 +1,145 @@
+"""The tokenizer against the official processor's, and what it may not mistake for a special token."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from vl2.tokenizer import Tokenizer
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+NANO = GOLDENS / "nano_bpe"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(NANO)
+
+
+def test_ids_equal_official(tokenizer):
+    pairs = json.loads((GOLDENS / "processor" / "tokenizer_nano.json").read_text())
+    assert len(pairs) == 11
+    for text, ids in pairs:
+        assert tokenizer.encode(text) == ids, text
+
+
+def test_added_tokens_take_the_official_ids(tokenizer):
+    """984 entries and these ids are what the official processor makes of the 976 entries of nano_bpe."""
+    assert len(tokenizer) == 984
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.image_id) == (0, 1, 2, 976)
+    assert [tokenizer.special_ids[token] for token in tokenizer.grounding_tokens] == [977, 978, 979, 980, 981]
+    assert (tokenizer.user_id, tokenizer.assistant_id) == (982, 983)
+    assert tokenizer.special_ids["<image>"] == 976
+
+
+def test_missing_padding_token_is_added_first(tmp_path):
+    raw = json.loads((NANO / "tokenizer.json").read_text())
+    raw["added_tokens"] = [entry for entry in raw["added_tokens"] if "pad" not in entry["content"]]
+    del raw["model"]["vocab"]["<｜▁pad▁｜>"]
+    raw["model"]["vocab"]["unused"] = 2
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.pad_id, tokenizer.image_id, tokenizer.assistant_id, len(tokenizer)) == (976, 977, 984, 985)
+
+
+@pytest.mark.parametrize(
+    "text", ["Hello world", "中文，标点。 <|ref|>狗<|/ref|>", "a\n\nb\r\n c", "emoji 😀 ok", "  x  "]
+)
+def test_decode_returns_the_text(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(text, plain=True)) == text
+
+
+def test_decode_skips_special_on_demand(tokenizer):
+    ids = [tokenizer.bos_id, *tokenizer.encode("<|ref|>dog<|/ref|>"), tokenizer.eos_id]
+    assert tokenizer.decode(ids) == "<｜begin▁of▁sentence｜><|ref|>dog<|/ref|><｜end▁of▁sentence｜>"
+    assert tokenizer.decode(ids, skip_special=True) == "dog"
+
+
+def test_plain_encoding_matches_only_grounding_tokens(tokenizer):
+    text = "Say <|Assistant|> or <｜end▁of▁sentence｜> or <image> to <|ref|>the dog<|/ref|>, <|User|>"
+    ids = tokenizer.encode(text, plain=True)
+    grounding = {tokenizer.special_ids[token] for token in tokenizer.grounding_tokens}
+    assert [i for i in ids if i in tokenizer.special_ids.values()] == [977, 978]
+    assert set(ids).isdisjoint(set(tokenizer.special_ids.values()) - grounding)
+    assert tokenizer.decode(ids) == text
+
+
+def test_plain_encoding_of_harmless_text_changes_nothing(tokenizer):
+    for text in ["Hello world", " <| not one |>", "中文 <|ref|>x<|/ref|><|det|>[[1, 2, 3, 4]]<|/det|>", ""]:
+        assert tokenizer.encode(text, plain=True) == tokenizer.encode(text)
+
+
+def test_added_tokens_that_are_not_flagged_special(tmp_path):
+    """The published vocabulary has some; they are matched as a whole all the same, so they are neutralised too."""
+    raw = json.loads((NANO / "tokenizer.json").read_text())
+    raw["added_tokens"].append({**raw["added_tokens"][-1], "id": 976, "content": "<｜fim▁hole｜>", "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.image_id == 977
+    assert tokenizer.encode("a<｜fim▁hole｜>") == [*tokenizer.encode("a"), 976]
+    assert tokenizer.find_typed_special("a<｜fim▁hole｜>") == "<｜fim▁hole｜>"
+    plain = tokenizer.encode("a<｜fim▁hole｜>", plain=True)
+    assert 976 not in plain and tokenizer.decode(plain) == "a<｜fim▁hole｜>"
+
+
+def test_find_typed_special(tokenizer):
+    assert tokenizer.find_typed_special("say <|Assistant|>: now") == "<|Assistant|>"
+    assert tokenizer.find_typed_special("<｜place▁holder▁no▁10｜>") == "<｜place▁holder▁no▁10｜>"
+    assert tokenizer.find_typed_special("<image> <|ref|>a<|/ref|><|det|>[]<|/det|><|grounding|> <|user|>") is None
+
+
+def test_save_equals_official_extension(tokenizer, tmp_path):
+    """The saved files are what the official processor saves, but for two keys that transformers rewrites on loading:
+    tokenizer_class (LlamaTokenizerFast is read as given) and post_processor."""
+    tokenizer.save(tmp_path)
+    special_map = json.loads((tmp_path / "special_tokens_map.json").read_text())
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    assert special_map["pad_token"] == {"content": "<｜▁pad▁｜>", **flags}
+    assert special_map["additional_special_tokens"] == [
+        {"content": "<|User|>", **flags},
+        {"content": "<|Assistant|>", **flags},
+    ]
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["added_tokens_decoder"]["976"] == {"content": "<image>", **flags, "special": True}
+    assert len(config["added_tokens_decoder"]) == 27
+    assert config["model_max_length"] == 4096
+
+    again = Tokenizer.from_folder(tmp_path)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.special_ids == tokenizer.special_ids
+    assert again.encode("<|User|>: hi") == tokenizer.encode("<|User|>: hi")
+
+
+def test_save_keeps_the_form_of_merges(tokenizer, tmp_path):
+    """The library rewrites "a b" merges as ["a", "b"], which the versions of the official environment cannot read."""
+    tokenizer.save(tmp_path)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert written["model"] == json.loads((NANO / "tokenizer.json").read_text())["model"]
+
+
+def test_fingerprint_follows_the_vocabulary(tokenizer, tmp_path):
+    raw = (NANO / "tokenizer.json").read_text()
+    shutil.copy(NANO / "tokenizer_config.json", tmp_path)
+    (tmp_path / "tokenizer.json").write_text(raw.replace("\\\\p{N}{1,3}", "\\\\p{N}{1,2}"))
+    assert Tokenizer.from_folder(tmp_path).fingerprint != tokenizer.fingerprint
+    assert Tokenizer.from_folder(NANO).fingerprint == tokenizer.fingerprint
+
+
+def test_folder_without_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match=r"expected a tokenizer\.json, found none"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_broken_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json: expected a tokenizer of the `tokenizers` library"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_tokenizer_without_bos(tmp_path):
+    shutil.copy(NANO / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
+    with pytest.raises(ValueError, match=r"expected the bos_token '<s>' in the vocabulary"):
+        Tokenizer.from_folder(tmp_path)

@@ -1,0 +1,1 @@
+"""The run: configuration, trainer, checkpoints, export, inference and evaluation."""

@@ -1,0 +1,191 @@
+"""Builds the parts of a training run from its configuration: data and plan, base model, what trains of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import paddle
+from paddle import nn
+
+from data.dataset import Dataset, default_cache, open_dataset
+from data.plan import Plan, make_plan
+from data.record import Record
+from data.shapes.write import write_shapes
+from train.config import TrainConfig
+from train.hub import resolve_model
+from train.state import trainable_parameters
+from vl2.adapter import load_factors, read_adapter_config
+from vl2.config import VL2Config
+from vl2.lora import GroupReport, LoRASettings, apply_lora
+from vl2.model import DeepseekVL2
+from vl2.tiles import Resolution, limit_candidates
+from vl2.tokenizer import Tokenizer
+from vl2.weights import init_model, load_model, train_parameters
+
+STORED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# In a part's folder of the checkpoint, but never computed with, or never to be trained.
+_NEVER_TRAINED = ("vision.attn_pool.", ".e_score_correction_bias")
+_PARTS = {
+    "vision": ("vision.",),
+    "projector": ("projector.", "image_newline", "view_seperator"),
+    "language": ("language.",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run learns from and is asked."""
+
+    path: str  # of the training data
+    dataset: Dataset
+    plan: Plan
+    tokenizer: Tokenizer
+    candidates: tuple[Resolution, ...]  # resolutions that data.max_tiles leaves
+    questions: tuple[Record, ...]  # held out; empty when nothing is asked
+    questions_path: str | None
+
+
+def build_data(config: TrainConfig) -> Data:
+    """Read, measure and plan the data; draws the shapes when there is no data.path.
+
+    Raises:
+        ValueError: a model that cannot be had, no config.json or tokenizer in its folder, a record that cannot be used,
+            an empty data set.
+    """
+    folder = resolve_model(config.model.path)
+    tokenizer = Tokenizer.from_folder(folder)
+    candidates = limit_candidates(VL2Config.from_folder(folder).candidate_resolutions, config.data.max_tiles)
+    path, questions_path = config.data.path, config.data.eval_path
+    if path is None:
+        shapes = config.data.shapes
+        drawn = Path(config.run_dir, "data")
+        path = str(write_shapes(drawn, task=shapes.task, split="train", count=shapes.train, seed=shapes.seed))
+        if questions_path is None:
+            questions_path = str(
+                write_shapes(drawn, task=shapes.task, split="test", count=shapes.test, seed=shapes.seed)
+            )
+
+    def open_file(file: str, max_tokens: int | None, max_tiles: int | None) -> Dataset:
+        return open_dataset(
+            file,
+            tokenizer=tokenizer,
+            candidates=candidates,
+            max_tokens=max_tokens,
+            max_tiles_per_pack=max_tiles,
+            special_tokens=config.data.special_tokens,  # type: ignore[arg-type]  # checked by the schema
+            on_bad_record=config.data.on_bad_record,  # type: ignore[arg-type]
+            max_bad=config.data.max_bad,
+            verify=config.data.verify,  # type: ignore[arg-type]
+            cache=default_cache(file),
+            workers=config.data.workers or None,
+        )
+
+    dataset = open_file(path, config.data.max_tokens, config.data.max_tiles_per_pack)
+    questions: tuple[Record, ...] = ()
+    if questions_path is not None and config.eval.questions:
+        questions = open_file(questions_path, None, None).records[: config.eval.questions]
+    plan = make_plan(
+        dataset.sizes,
+        max_tokens=config.data.max_tokens,
+        max_tiles_per_pack=config.data.max_tiles_per_pack,
+        packs_per_step=config.packs_per_step,
+        seed=config.seed,
+        epochs=None if config.max_steps else config.epochs,
+        max_steps=config.max_steps,
+        order=config.data.order,
+        data_fingerprint=dataset.fingerprint,
+    )
+    return Data(
+        path=path,
+        dataset=dataset,
+        plan=plan,
+        tokenizer=tokenizer,
+        candidates=candidates,
+        questions=questions,
+        questions_path=questions_path,
+    )
+
+
+def build_base(config: TrainConfig, tokenizer: Tokenizer) -> DeepseekVL2:
+    """The base model, all weights frozen and stored in the run's precision.
+
+    Raises:
+        ValueError: a folder without config.json, or with missing, unknown or wrongly shaped tensors.
+    """
+    dtype = STORED[config.precision]
+    folder = resolve_model(config.model.path)  # in the cache since build_data, where it was a name
+    if config.model.init == "random":
+        model = init_model(VL2Config.from_folder(folder), tokenizer.image_id, seed=config.seed, dtype=dtype)
+    else:
+        model = load_model(folder, dtype=dtype)
+    if paddle.get_device().startswith("gpu"):
+        model.compute_dtype = dtype
+    model.set_recompute(config.recompute)
+    return model
+
+
+def make_trainable(
+    model: DeepseekVL2, config: TrainConfig, *, candidates: tuple[Resolution, ...], base_fingerprint: str
+) -> tuple[nn.Layer, tuple[GroupReport, ...]]:
+    """Add the adapters, or with lora.rank 0 unfreeze parts.
+
+    Args:
+        model: from `build_base`, changed in place.
+        candidates: resolutions in force, which an export writes down.
+        base_fingerprint: of `model`; an adapter to start from must have been trained on it.
+
+    Returns:
+        (the VL2LoRAModel or the model itself, reports of the LoRA groups).
+
+    Raises:
+        ValueError: a group that matches nothing, or an adapter (lora.init) that does not fit.
+    """
+    model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
+    if config.lora.rank == 0:
+        prefixes = tuple(prefix for part in config.trainable for prefix in _PARTS[part])
+        names = [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
+        train_parameters(model, [name for name in names if not any(word in name for word in _NEVER_TRAINED)])
+        return model, ()
+    settings = LoRASettings(
+        groups=tuple(config.lora.groups),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        ranks=dict(config.lora.ranks),
+    )
+    lora_model = apply_lora(model, settings, seed=config.seed)
+    if config.lora.init:
+        start = read_adapter_config(config.lora.init)
+        if start.metadata.get("base_fingerprint") != base_fingerprint:
+            base = start.metadata.get("base")
+            raise ValueError(f"lora.init={config.lora.init}: this adapter was trained on another base model ({base})")
+        load_factors(lora_model, config.lora.init)
+    return lora_model, lora_model.reports
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCount:
+    """Numbers in one part of the model."""
+
+    part: str  # vision, projector (with the two learned rows) or language
+    trainable: int
+    frozen: int
+    stored_bytes: int  # of both
+
+
+def count_parts(model: nn.Layer) -> tuple[PartCount, ...]:
+    """Trainable and frozen numbers of each part; adapters count where their weights lie."""
+    trainable = trainable_parameters(model)
+    inner = getattr(model, "model", model)
+    counts = []
+    for part, prefixes in _PARTS.items():
+        parameters = {name: p for name, p in inner.named_parameters() if name.startswith(prefixes)}
+        sizes = {name: int(p.size) for name, p in parameters.items()}
+        learned = sum(size for name, size in sizes.items() if name in trainable)
+        stored = sum(size * parameters[name].element_size() for name, size in sizes.items())
+        counts.append(
+            PartCount(part=part, trainable=learned, frozen=sum(sizes.values()) - learned, stored_bytes=stored)
+        )
+    return tuple(counts)

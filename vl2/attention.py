@@ -1,0 +1,247 @@
+"""Attention over a flat stream of segments: one function for packs, chunked prefill, decoding and the vision tower.
+
+Shape suffixes: T tokens of the stream, H heads, K channels of a q/k head, V channels of a v head, D model, S segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddle.autograd import PyLayer
+
+from vl2.config import LanguageConfig
+from vl2.linear import Linear
+
+# A longer segment is computed in blocks of QUERY_BLOCK queries: with fewer the calls cost more than the work saved.
+MAX_ROWS, QUERY_BLOCK = 1024, 512
+
+
+def attention(q_THK, k_THK, v_THV, q_lens: Sequence[int], k_lens: Sequence[int], *, scale: float, causal: bool = True):
+    """Softmax attention within each segment, causal and aligned at the segment's end.
+
+        q_lens (2, 1), k_lens (2, 3), causal       a b | e
+                                    keys   a       x .
+                                           b       x x
+                                           c           x      the second segment has a cache of two:
+                                           d           x      its single query is the last position
+                                           e           x
+
+    Args:
+        q_THK: [sum(q_lens), H, K].
+        k_THK: [sum(k_lens), H, K].
+        v_THV: [sum(k_lens), H, V].
+        q_lens: queries of each segment (host integers).
+        k_lens: keys of each segment; k >= q, the queries are the last positions.
+        scale: factor of the scores.
+        causal: False lets every query see every key of its segment.
+
+    Returns:
+        [sum(q_lens), H, V]. Segments never see each other.
+    """
+    if _flash_fits(q_THK, q_lens, k_lens):
+        return _flash_attention(q_THK, k_THK, v_THV, q_lens, scale, causal)
+    return _PlainAttention.apply(q_THK, k_THK, v_THV, list(q_lens), list(k_lens), scale, causal)
+
+
+def _segments(q_lens, k_lens, causal: bool):
+    """Of every segment its queries and keys (slices of the stream) and its blocks.
+
+    A block is (queries of the segment, number of its first keys that they see). A segment of up to MAX_ROWS queries is
+    one block; a longer causal one is cut, which skips the keys after each block and bounds the score matrix.
+    """
+    q_start = k_start = 0
+    for q_len, k_len in zip(q_lens, k_lens, strict=True):
+        step = q_len if q_len <= MAX_ROWS else QUERY_BLOCK
+        blocks = []
+        for start in range(0, q_len, step):
+            stop = min(start + step, q_len)
+            blocks.append((slice(start, stop), k_len - q_len + stop if causal else k_len))
+        yield slice(q_start, q_start + q_len), slice(k_start, k_start + k_len), blocks
+        q_start, k_start = q_start + q_len, k_start + k_len
+
+
+def _weights(q_HnK, k_HmK, causal: bool, future: dict):
+    """Softmax weights [H, n, m] in float32 of n scaled queries that are the last of m keys."""
+    scores_Hnm = paddle.matmul(q_HnK, k_HmK, transpose_y=True).astype("float32")
+    n, m = scores_Hnm.shape[1:]
+    if causal and n > 1:
+        if (n, m) not in future:
+            future[n, m] = paddle.triu(paddle.full([n, m], -1e30, dtype="float32"), diagonal=m - n + 1)
+        scores_Hnm = scores_Hnm.add_(future[n, m])
+    return F.softmax_(scores_Hnm, axis=-1)
+
+
+class _PlainAttention(PyLayer):
+    """Matrix products and one softmax a block, with a backward of its own.
+
+    Under autograd every slice of the stream would send back a gradient as long as the whole stream, and every
+    elementwise step of the scores would be a fresh array: on CPU memory passes, not arithmetic, cost the time.
+    """
+
+    @staticmethod
+    def forward(ctx, q_THK, k_THK, v_THV, q_lens, k_lens, scale, causal):
+        # Contiguous, because non-reentrant recompute returns a saved view without its strides.
+        q_HTK, k_HTK, v_HTV = (x.transpose([1, 0, 2]).contiguous() for x in (q_THK * scale, k_THK, v_THV))
+        # Asked now: under recompute the saved tensors come back as other objects, whose flag says nothing.
+        ctx.needs_grad = [not x.stop_gradient for x in (q_THK, k_THK, v_THV)]
+        outs, kept, future = [], [], {}
+        for queries, keys, blocks in _segments(q_lens, k_lens, causal):
+            q_HnK, k_HmK, v_HmV = q_HTK[:, queries], k_HTK[:, keys], v_HTV[:, keys]
+            for rows, seen in blocks:
+                weights_Hnm = _weights(q_HnK[:, rows], k_HmK[:, :seen], causal, future).astype(v_THV.dtype)
+                outs.append(paddle.matmul(weights_Hnm, v_HmV[:, :seen]))
+                if any(ctx.needs_grad):
+                    kept.append(weights_Hnm)
+        out_HTV = outs[0] if len(outs) == 1 else paddle.concat(outs, axis=1)
+        ctx.args = q_lens, k_lens, scale, causal
+        ctx.save_for_backward(q_HTK, k_HTK, v_HTV, out_HTV, *kept)
+        return out_HTV.transpose([1, 0, 2])
+
+    @staticmethod
+    def backward(ctx, grad_THV):
+        q_HTK, k_HTK, v_HTV, out_HTV, *kept = ctx.saved_tensor()
+        q_lens, k_lens, scale, causal = ctx.args
+        grad_HTV = grad_THV.transpose([1, 0, 2])
+        # sum_j weight_j * grad_weight_j of each query, which the softmax's backward subtracts
+        mean_HT1 = (grad_HTV * out_HTV).sum(axis=-1, keepdim=True).astype("float32")
+        grads: tuple[list, list, list] = [], [], []
+        kept = iter(kept)
+        for queries, keys, blocks in _segments(q_lens, k_lens, causal):
+            segment = [x[:, queries] for x in (q_HTK, grad_HTV, mean_HT1)] + [x[:, keys] for x in (k_HTK, v_HTV)]
+            for total, part in zip(grads, _segment_grads(*segment, blocks, kept), strict=True):
+                total.append(part)
+        grad_q, grad_k, grad_v = (parts[0] if len(parts) == 1 else paddle.concat(parts, axis=1) for parts in grads)
+        grads = (grad_q * scale, grad_k, grad_v)
+        return tuple(
+            grad.transpose([1, 0, 2]) if needed else None for grad, needed in zip(grads, ctx.needs_grad, strict=True)
+        )
+
+
+def _segment_grads(q_HnK, grad_HnV, mean_Hn1, k_HmK, v_HmV, blocks, kept):
+    """Gradients of one segment's q, k and v; `kept` yields the softmax weights of its blocks."""
+    grad_q, grad_k, grad_v = [], None, None
+    for rows, seen in blocks:
+        weights_Hnm, grad = next(kept), grad_HnV[:, rows]
+        part_v = paddle.matmul(weights_Hnm, grad, transpose_x=True)
+        scores_Hnm = paddle.matmul(grad, v_HmV[:, :seen], transpose_y=True).astype("float32")
+        scores_Hnm = scores_Hnm.subtract_(mean_Hn1[:, rows]).multiply_(weights_Hnm.astype("float32"))
+        scores_Hnm = scores_Hnm.astype(q_HnK.dtype)
+        grad_q.append(paddle.matmul(scores_Hnm, k_HmK[:, :seen]))
+        part_k = paddle.matmul(scores_Hnm, q_HnK[:, rows], transpose_x=True)
+        if len(blocks) == 1:
+            return grad_q[0], part_k, part_v
+        if grad_k is None:
+            grad_k, grad_v = paddle.zeros_like(k_HmK), paddle.zeros_like(v_HmV)
+        grad_k[:, :seen] += part_k
+        grad_v[:, :seen] += part_v
+    return paddle.concat(grad_q, axis=1), grad_k, grad_v
+
+
+def _flash_fits(q_THK, q_lens, k_lens) -> bool:
+    """Variable-length flash attention needs a GPU of Ampere or later and 16-bit numbers.
+
+    It is taken only where queries and keys coincide: its alignment of a shorter query with a longer key is not
+    something this code relies on.
+    """
+    if not q_THK.place.is_gpu_place() or q_THK.dtype not in (paddle.bfloat16, paddle.float16):
+        return False
+    return list(q_lens) == list(k_lens) and paddle.device.cuda.get_device_capability()[0] >= 8
+
+
+def _flash_attention(q_THK, k_THK, v_THV, lens, scale: float, causal: bool):
+    from paddle.nn.functional.flash_attention import flash_attn_unpadded
+
+    bounds = [0]
+    for length in lens:
+        bounds.append(bounds[-1] + length)
+    bounds_S1 = paddle.to_tensor(bounds, dtype="int32", place=q_THK.place)
+    width, longest = q_THK.shape[-1], max(lens)
+    v_width = v_THV.shape[-1]
+    if v_width < width:  # MLA: the kernel wants one head size for q, k and v
+        v_THV = F.pad(v_THV, [0, width - v_width], data_format="NCL")
+    out_THK, _ = flash_attn_unpadded(
+        q_THK, k_THK, v_THV, bounds_S1, bounds_S1, longest, longest, scale, 0.0, causal, False
+    )
+    return out_THK[..., :v_width]
+
+
+def rope_tables(position_ids_T, size: int, theta: float, num_heads: int = 1):
+    """Cosine and sine of rotary position embedding, float32: bfloat16 would merge distinct positions.
+
+    Args:
+        position_ids_T: int64 [T], restarting at 0 with each segment.
+        size: rotated channels of a head, even.
+        theta: base of the wavelengths.
+        num_heads: heads the tables are laid out for; Paddle's CPU product of equal shapes is several times as fast as
+            one that broadcasts, and one pair of tables serves all layers.
+
+    Returns:
+        (cos, sin), each [T, num_heads, size/2]: the halves of the official table are equal, so one is kept.
+    """
+    inverse = 1.0 / (theta ** (paddle.arange(0, size, 2, dtype="float32") / size))
+    angles = position_ids_T.astype("float32").unsqueeze(-1) * inverse.unsqueeze(0)
+    shape = [angles.shape[0], num_heads, angles.shape[1]]
+    return tuple(table.unsqueeze(1).expand(shape).contiguous() for table in (paddle.cos(angles), paddle.sin(angles)))
+
+
+def rotate_half_split(x_THK, cos_THh, sin_THh):
+    """Rotate pairs (i, i + K/2), as DeepSeek's MHA does; computed in float32, returned in x's dtype."""
+    return _Rotate.apply(x_THK, cos_THh, sin_THh)
+
+
+class _Rotate(PyLayer):
+    """A rotation; its gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx, x_THK, cos_THh, sin_THh):
+        ctx.save_for_backward(cos_THh.contiguous(), sin_THh.contiguous())
+        return _rotated(x_THK, cos_THh, sin_THh)
+
+    @staticmethod
+    def backward(ctx, grad_THK):
+        cos_THh, sin_THh = ctx.saved_tensor()
+        return _rotated(grad_THK, cos_THh, -sin_THh), None, None
+
+
+def _rotated(x_THK, cos_THh, sin_THh):
+    half = x_THK.shape[-1] // 2
+    first, second = x_THK[..., :half].astype("float32"), x_THK[..., half:].astype("float32")
+    rotated = paddle.concat(
+        [first * cos_THh - second * sin_THh, second * cos_THh + first * sin_THh],
+        axis=-1,
+    )
+    return rotated.astype(x_THK.dtype)
+
+
+class MultiHeadAttention(nn.Layer):
+    """Plain attention of DeepSeek-VL2-Tiny (`use_mla: false`)."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        size, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.q_proj = Linear(size, inner, bias_attr=False)
+        self.k_proj = Linear(size, inner, bias_attr=False)
+        self.v_proj = Linear(size, inner, bias_attr=False)
+        self.o_proj = Linear(inner, size, bias_attr=False)
+
+    @staticmethod
+    def rope(position_ids_T, config: LanguageConfig):
+        """The tables that `forward` rotates with, made once for all layers."""
+        return rope_tables(position_ids_T, config.head_dim, config.rope_theta, config.num_attention_heads)
+
+    def forward(self, x_TD, rope, q_lens, cache=None):
+        """[T, D] -> [T, D]; with a `LayerCache` the stream continues what it holds."""
+        heads = [-1, self.num_heads, self.head_dim]
+        q_THK = rotate_half_split(self.q_proj(x_TD).reshape(heads), *rope)
+        k_THK = rotate_half_split(self.k_proj(x_TD).reshape(heads), *rope)
+        v_THK = self.v_proj(x_TD).reshape(heads)
+        k_lens = q_lens
+        if cache is not None:
+            (k_THK, v_THK), k_lens = cache.append((k_THK, v_THK), q_lens)
+            q_lens = [n for n in q_lens if n]
+        out_THK = attention(q_THK, k_THK, v_THK, q_lens, k_lens, scale=self.head_dim**-0.5)
+        return self.o_proj(out_THK.reshape([-1, self.num_heads * self.head_dim]))

@@ -1,0 +1,115 @@
+"""The DeepSeek-V2 decoder over a flat stream of segments.
+
+Shape suffixes: T tokens, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from vl2.attention import MultiHeadAttention
+from vl2.cache import KVCache
+from vl2.config import LanguageConfig
+from vl2.linear import Linear
+from vl2.mla import LatentAttention
+from vl2.moe import MLP, MoE
+from vl2.norm import RMSNorm
+from vl2.recompute import recomputed
+
+# Supervised positions whose logits exist at the same time: 1024 x 129280 float32 is 0.5 GB.
+HEAD_CHUNK = 1024
+
+
+class DecoderLayer(nn.Layer):
+    """Pre-norm attention and MLP (dense in the first layers, experts after)."""
+
+    def __init__(self, config: LanguageConfig, index: int):
+        super().__init__()
+        self.self_attn = LatentAttention(config) if config.use_mla else MultiHeadAttention(config)
+        self.mlp = MoE(config) if config.is_moe(index) else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_TD, cos, sin, q_lens, cache=None):
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), (cos, sin), q_lens, cache)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Embedding(nn.Layer):
+    """Token embedding, [V, D]."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.weight = self.create_parameter([config.vocab_size, config.hidden_size])
+
+    def forward(self, ids_T):
+        return F.embedding(ids_T, self.weight)
+
+
+class Decoder(nn.Layer):
+    """Embedding, layers and final norm: what the checkpoint calls `language.model`."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config)
+        self.layers = nn.LayerList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute_every = 0
+
+    def forward(self, x_TD, position_ids_T, q_lens: list[int], cache: KVCache | None = None, trace: list | None = None):
+        """[T, D] -> [T, D] after the final norm.
+
+        Args:
+            x_TD: input embeddings of the stream.
+            position_ids_T: int64, restarting with each segment.
+            q_lens: tokens of each segment; with a cache one entry a sequence, 0 where it does not go on.
+            cache: continues these sequences; None for training.
+            trace: receives the input of every layer and the result, for parity checks.
+        """
+        cos, sin = self.layers[0].self_attn.rope(position_ids_T, self.config)
+        for i, layer in enumerate(self.layers):
+            if trace is not None:
+                trace.append(x_TD)
+            if cache is not None:
+                x_TD = layer(x_TD, cos, sin, q_lens, cache.layers[i])
+            elif self.recompute_every and i % self.recompute_every == 0 and paddle.is_grad_enabled():
+                x_TD = recomputed(layer, x_TD, cos, sin, q_lens)
+            else:
+                x_TD = layer(x_TD, cos, sin, q_lens)
+        x_TD = self.norm(x_TD)
+        if trace is not None:
+            trace.append(x_TD)
+        return x_TD
+
+
+class LanguageModel(nn.Layer):
+    """Decoder and untied output head."""
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias_attr=False)
+
+    def logits(self, hidden_ND):
+        """[N, D] -> float32 [N, V]."""
+        return self.lm_head(hidden_ND).astype("float32")
+
+    def loss_sum(self, hidden_ND, labels_N):
+        """Sum of -log p(label) over N supervised positions, float32 scalar; logits exist for one chunk at a time.
+
+        Args:
+            hidden_ND: final hidden states of the supervised positions only, N > 0.
+            labels_N: int64 next tokens, all valid.
+        """
+        n = hidden_ND.shape[0]
+        if n <= HEAD_CHUNK:
+            return self._chunk_loss(hidden_ND, labels_N)
+        chunks = [slice(i, min(i + HEAD_CHUNK, n)) for i in range(0, n, HEAD_CHUNK)]
+        parts = [recomputed(self._chunk_loss, hidden_ND[c], labels_N[c]) for c in chunks]
+        return paddle.add_n(parts)
+
+    def _chunk_loss(self, hidden_ND, labels_N):
+        return F.cross_entropy(self.logits(hidden_ND), labels_N, reduction="sum")

@@ -1,0 +1,59 @@
+"""Matrix products whose weight may be stored in a lower precision than the computation.
+
+Paddle has no bfloat16 kernels on CPU, so a frozen bfloat16 weight is cast where it is used. Shapes: [in, out].
+"""
+
+from __future__ import annotations
+
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddle.autograd import PyLayer
+
+
+class _FrozenMatmul(PyLayer):
+    """x @ w with w cast to x's dtype; keeps the stored weight for backward, not its cast copy."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)  # a parameter, so contiguous
+        return paddle.matmul(x, weight.astype(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensor()
+        return paddle.matmul(grad, weight.astype(grad.dtype), transpose_y=True), None
+
+
+def linear(x, weight, bias=None):
+    """x @ weight + bias in x's dtype, whatever dtype the parameters are stored in.
+
+    Args:
+        x: [..., in].
+        weight: [in, out]. Frozen and of another dtype: cast here and again in backward, so no copy outlives the call.
+            Trainable and of another dtype: cast under autograd, the gradient arrives in the parameter's dtype.
+        bias: [out] or None.
+
+    Returns:
+        [..., out] in x's dtype.
+    """
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.astype(x.dtype)
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    if weight.stop_gradient:
+        product = _FrozenMatmul.apply(x, weight)
+    else:
+        product = paddle.matmul(x, weight.astype(x.dtype))
+    return product if bias is None else product + bias
+
+
+class Linear(nn.Linear):
+    """paddle.nn.Linear whose forward is `linear`, so that stored and computing precision may differ."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+    def effective_weight(self, dtype):
+        """The matrix [in, out] that `forward` multiplies with, in `dtype`."""
+        return self.weight.astype(dtype)

@@ -1,0 +1,87 @@
+"""Multi-head latent attention of DeepSeek-VL2-Small and -full: keys and values come from one compressed row a token.
+
+Shape suffixes: T tokens of the stream, D model, H heads, C compressed channels (512), N channels of a head without
+position (nope, 128), R with position (rope, 64), V of a value head (128).
+"""
+
+from __future__ import annotations
+
+import paddle
+from paddle import nn
+
+from vl2.attention import attention, rope_tables, rotate_half_split
+from vl2.config import LanguageConfig
+from vl2.linear import Linear
+from vl2.norm import RMSNorm
+
+# Up to so many new tokens the heads are folded into the query instead of unfolding all cached rows.
+ABSORB_TOKENS = 32
+
+
+def rotate_interleaved(x_THR, cos_THh, sin_THh):
+    """Rotate pairs (2i, 2i + 1). The result is in half-split order, for queries and keys alike, so scores are right."""
+    tokens, heads, size = x_THR.shape
+    split = x_THR.reshape([tokens, heads, size // 2, 2]).transpose([0, 1, 3, 2]).reshape([tokens, heads, size])
+    return rotate_half_split(split, cos_THh, sin_THh)
+
+
+class LatentAttention(nn.Layer):
+    """MLA without query compression. Source: official DeepseekV2Attention, arXiv 2405.04434 section 2.1.
+
+    The cache holds the normed compressed row and the rotated shared key: C + R values a token (576), not
+    H * (N + R + V).
+    """
+
+    def __init__(self, config: LanguageConfig):
+        super().__init__()
+        heads, size = config.num_attention_heads, config.hidden_size
+        self.num_heads, self.rank = heads, config.kv_lora_rank or 0
+        self.nope, self.rope_dim, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.scale = (self.nope + self.rope_dim) ** -0.5
+        self.q_proj = Linear(size, heads * (self.nope + self.rope_dim), bias_attr=False)
+        self.kv_a_proj_with_mqa = Linear(size, self.rank + self.rope_dim, bias_attr=False)
+        self.kv_a_layernorm = RMSNorm(self.rank, 1e-6)  # the official class's own default, not the config's
+        self.kv_b_proj = Linear(self.rank, heads * (self.nope + self.v_dim), bias_attr=False)
+        self.o_proj = Linear(heads * self.v_dim, size, bias_attr=False)
+
+    @staticmethod
+    def rope(position_ids_T, config: LanguageConfig):
+        """The tables that `forward` rotates with, made once for all layers."""
+        return rope_tables(position_ids_T, config.qk_rope_head_dim, config.rope_theta, config.num_attention_heads)
+
+    def forward(self, x_TD, rope, q_lens, cache=None):
+        """[T, D] -> [T, D]; with a `LayerCache` the stream continues what it holds."""
+        cos, sin = rope
+        q = self.q_proj(x_TD).reshape([-1, self.num_heads, self.nope + self.rope_dim])
+        q_THN, q_THR = q[..., : self.nope], rotate_interleaved(q[..., self.nope :], cos, sin)
+        compressed = self.kv_a_proj_with_mqa(x_TD)
+        c_TC = self.kv_a_layernorm(compressed[:, : self.rank])
+        k_T1R = rotate_interleaved(compressed[:, self.rank :].unsqueeze(1), cos[:, :1], sin[:, :1])
+        k_lens = q_lens
+        if cache is not None:
+            (c_TC, k_T1R), k_lens = cache.append((c_TC, k_T1R), q_lens)
+            q_lens = [n for n in q_lens if n]
+        fold = cache is not None and sum(q_lens) <= ABSORB_TOKENS
+        attend = self._folded if fold else self._unfolded
+        out_THV = attend(q_THN, q_THR, c_TC, k_T1R, q_lens, k_lens)
+        return self.o_proj(out_THV.reshape([-1, self.num_heads * self.v_dim]))
+
+    def _unfolded(self, q_THN, q_THR, c_TC, k_T1R, q_lens, k_lens):
+        """Keys and values of all heads from the compressed rows: for training and long prefill."""
+        kv = self.kv_b_proj(c_TC).reshape([-1, self.num_heads, self.nope + self.v_dim])
+        k_THR = k_T1R.expand([k_T1R.shape[0], self.num_heads, self.rope_dim])
+        k = paddle.concat([kv[..., : self.nope], k_THR], axis=-1)
+        q = paddle.concat([q_THN, q_THR], axis=-1)
+        return attention(q, k, kv[..., self.nope :], q_lens, k_lens, scale=self.scale)
+
+    def _folded(self, q_THN, q_THR, c_TC, k_T1R, q_lens, k_lens):
+        """Scores against the compressed rows themselves, one key head for all queries: for decoding."""
+        # The effective weight, so that an adapter on kv_b_proj counts here too.
+        weight = self.kv_b_proj.effective_weight(c_TC.dtype).reshape([self.rank, self.num_heads, -1])
+        up_k_HNC = weight[..., : self.nope].transpose([1, 2, 0])
+        up_v_HCV = weight[..., self.nope :].transpose([1, 0, 2])
+        q_THC = paddle.matmul(q_THN.transpose([1, 0, 2]), up_k_HNC).transpose([1, 0, 2])
+        q = paddle.concat([q_THC, q_THR], axis=-1)
+        k = paddle.concat([c_TC.unsqueeze(1), k_T1R], axis=-1)
+        out_THC = attention(q, k, c_TC.unsqueeze(1), q_lens, k_lens, scale=self.scale)
+        return paddle.matmul(out_THC.transpose([1, 0, 2]), up_v_HCV).transpose([1, 0, 2])

@@ -1,0 +1,49 @@
+"""RMSNorm, computed in float32, with a backward of its own."""
+
+from __future__ import annotations
+
+import paddle
+from paddle import nn
+from paddle.autograd import PyLayer
+
+
+class _RMSNorm(PyLayer):
+    """Autograd would keep five [T, D] intermediates; this keeps the input and one number a row."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_D, eps):
+        x = x_TD.astype("float32")
+        scale_T1 = paddle.rsqrt(paddle.mean(x * x, axis=-1, keepdim=True) + eps)
+        # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
+        ctx.needs_grad = not x_TD.stop_gradient, not weight_D.stop_gradient
+        ctx.save_for_backward(x_TD.contiguous(), weight_D, scale_T1)
+        return ((x * scale_T1).astype(x_TD.dtype).astype("float32") * weight_D.astype("float32")).astype(x_TD.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        x_TD, weight_D, scale_T1 = ctx.saved_tensor()
+        x_needs_grad, weight_needs_grad = ctx.needs_grad
+        normed_TD = x_TD.astype("float32") * scale_T1
+        grad = grad_TD.astype("float32")
+        grad_x = None
+        if x_needs_grad:
+            inner = grad * weight_D.astype("float32")
+            mean_T1 = paddle.mean(inner * normed_TD, axis=-1, keepdim=True)
+            grad_x = ((inner - normed_TD * mean_T1) * scale_T1).astype(x_TD.dtype)
+        grad_weight = None
+        if weight_needs_grad:
+            axes = list(range(x_TD.ndim - 1))
+            grad_weight = (grad * normed_TD).sum(axis=axes).astype(weight_D.dtype)
+        return grad_x, grad_weight
+
+
+class RMSNorm(nn.Layer):
+    """Root-mean-square norm over the last axis. Source: official DeepseekV2RMSNorm."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = self.create_parameter([size], default_initializer=nn.initializer.Constant(1.0))
+
+    def forward(self, x_TD):
+        return _RMSNorm.apply(x_TD, self.weight, self.eps)

@@ -1,0 +1,118 @@
+"""Projector and image arrangement: patch features of the tiles to the image's rows in the token stream.
+
+Shape suffixes: N tiles, P patches (729), W vision width, D model, G projected rows of a tile (14 x 14 = 196).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from vl2.config import ProjectorConfig
+from vl2.linear import Linear
+
+
+class Projector(nn.Layer):
+    """27 x 27 patches -> zero-padded 28 x 28 -> 2 x 2 unfolded -> MLP -> 14 x 14 (`layers` 0 and 2)."""
+
+    def __init__(self, config: ProjectorConfig):
+        super().__init__()
+        self.ratio = config.downsample_ratio
+        inner = config.n_embed * config.mlp_ratio
+        self.layers = nn.LayerList(
+            [Linear(config.input_dim * self.ratio**2, inner), nn.GELU(), Linear(inner, config.n_embed)]
+        )
+
+    def forward(self, features_NPW):
+        """[N, P, W] -> [N, G, D]. An unfolded row holds channel c of the 2 x 2 patches at 4c .. 4c + 3."""
+        n, p, w = features_NPW.shape
+        side, r = int(p**0.5), self.ratio
+        pad = -side % r
+        x = features_NPW.reshape([n, side, side, w])
+        if pad:
+            x = F.pad(x, [0, pad, 0, pad], data_format="NHWC")
+        rows = (side + pad) // r
+        x = x.reshape([n, rows, r, rows, r, w]).transpose([0, 1, 3, 5, 2, 4]).reshape([n, rows * rows, w * r * r])
+        return self.layers[2](F.gelu(self.layers[0](x)))
+
+
+def distinct_tiles(tiles_N3XX: np.ndarray, grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Which tiles need encoding: the local tile of a 1 x 1 grid is its global view again.
+
+        grids (1, 1), (2, 1): tiles a a | b c d  ->  first 0 2 3 4, which 0 0 1 2 3
+
+    Args:
+        tiles_N3XX: uint8 tiles of all images, each image's global view first.
+        grids: (width, height) in tiles of each image.
+
+    Returns:
+        (first: positions of the distinct tiles, which: for each of the N tiles its place among them).
+    """
+    first, which, tile = [], [], 0
+    for w, h in grids:
+        for i in range(tile, tile + 1 + w * h):
+            if (w, h) != (1, 1) or i == tile or not np.array_equal(tiles_N3XX[i], tiles_N3XX[tile]):
+                first.append(i)
+            which.append(len(first) - 1)
+        tile += 1 + w * h
+    if tile != len(tiles_N3XX):
+        raise ValueError(f"{len(tiles_N3XX)} tiles were given, but the grids {[tuple(g) for g in grids]} need {tile}")
+    return np.array(first), np.array(which)
+
+
+def arrange_index(grids: Sequence[tuple[int, int]], rows: int) -> np.ndarray:
+    """Order in which the rows of a [projected rows | newline | separator] table enter the stream.
+
+    With 2 rows a tile instead of 14, one image of 2 x 1 tiles (0 global, 1 and 2 local), N newline, S separator:
+
+        0a 0b N        global view, each row ends with a newline
+        0c 0d N
+        S
+        1a 1b 2a 2b N  local rows run across the tiles
+        1c 1d 2c 2d N
+
+    Args:
+        grids: (width, height) in tiles of each image.
+        rows: projected rows along a side of a tile (14).
+
+    Returns:
+        int64 indices into a table of N * rows² projected rows, then newline, then separator.
+    """
+    tiles = sum(1 + w * h for w, h in grids)
+    newline, separator = tiles * rows * rows, tiles * rows * rows + 1
+    parts, tile = [], 0
+    square = np.arange(rows * rows).reshape(rows, rows)
+    for w, h in grids:
+        view = square + tile * rows * rows
+        parts.append(np.pad(view, ((0, 0), (0, 1)), constant_values=newline).ravel())
+        parts.append(np.array([separator]))
+        first = (tile + 1 + np.arange(h * w).reshape(h, w)) * rows * rows
+        local = (first[:, None, :, None] + square[None, :, None, :]).reshape(h * rows, w * rows)
+        parts.append(np.pad(local, ((0, 0), (0, 1)), constant_values=newline).ravel())
+        tile += 1 + w * h
+    return np.concatenate(parts).astype(np.int64)
+
+
+def arrange(projected_NGD, which: np.ndarray, newline_D, separator_D, grids: Sequence[tuple[int, int]]):
+    """Rows of all images in stream order.
+
+    Args:
+        projected_NGD: projected distinct tiles.
+        which: for every tile of every image, each image's global view first, its place in `projected_NGD`.
+        newline_D: the learned row end.
+        separator_D: the learned separator of global and local view.
+        grids: (width, height) in tiles of each image.
+
+    Returns:
+        [sum of image tokens, D].
+    """
+    n, g, d = projected_NGD.shape
+    rows = (which[:, None] * g + np.arange(g)).ravel()
+    table = np.concatenate([rows, [n * g, n * g + 1]])
+    index = paddle.to_tensor(table[arrange_index(grids, int(g**0.5))], place=projected_NGD.place)
+    ends = [x.astype(projected_NGD.dtype).reshape([1, d]) for x in (newline_D, separator_D)]
+    return paddle.gather(paddle.concat([projected_NGD.reshape([n * g, d]), *ends], axis=0), index)

@@ -1,0 +1,122 @@
+"""The chat template: a conversation and its image grids become token ids and labels, for training and inference.
+
+Ids and labels are made together from the same spans; nothing searches for `<image>` among ids afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from vl2.tiles import Grid, num_image_tokens
+from vl2.tokenizer import IMAGE_TOKEN, Tokenizer
+
+IMAGE_PLACEHOLDER = IMAGE_TOKEN
+IGNORE = -100  # label of a position whose next token is not supervised
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    """Who speaks: the system (first turn only), the user, the assistant."""
+    content: str
+    """What is said; in a user's turn each `<image>` stands for one image."""
+    plain: bool = False
+    """Encode special tokens in the content, except grounding tokens, as ordinary text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendered:
+    """A conversation as the model reads it."""
+
+    input_ids: np.ndarray
+    """int64 [T]; an image is `num_image_tokens` times the image id."""
+    labels: np.ndarray
+    """int64 [T], already shifted: labels[t] = input_ids[t+1] where that token is supervised, else IGNORE."""
+
+
+def render(
+    messages: Sequence[Message],
+    grids: Sequence[Grid],
+    tokenizer: Tokenizer,
+    *,
+    for_generation: bool = False,
+) -> Rendered:
+    """Turn a conversation into ids and labels; all an assistant says, EOS included, is supervised.
+
+    Args:
+        messages: an optional system turn first, then user and assistant turns.
+        grids: (columns, rows) of local tiles of each image, in the order of the placeholders.
+        tokenizer: gives the ids.
+        for_generation: the last turn is a user's, and the prompt ends where the answer begins, without EOS.
+
+    Raises:
+        ValueError: a system turn that is not first, a placeholder outside user turns, a number of placeholders
+            that is not the number of grids, or (for_generation) a last turn that is not a user's.
+
+    Example: user "Hi", assistant "Yes"
+
+        input_ids   BOS  <|User|>  ": Hi\\n\\n"  <|Assistant|>  ":"   "Yes"  EOS
+        labels       -      -          -              -        "Yes"   EOS    -
+
+    Source: `format_messages_v2`, deepseek_vl2/models/processing_deepseek_vl_v2.py, with mask_prompt=True.
+    """
+    if for_generation and (not messages or messages[-1].role != "user"):
+        found = messages[-1].role if messages else "no messages"
+        raise ValueError(f"to generate an answer the last message must be a user's, found: {found}")
+
+    spans: list[tuple[list[int], bool]] = [([tokenizer.bos_id], False)]  # (ids, supervised)
+    num_placed = 0
+    for index, message in enumerate(messages):
+        content = message.content.strip()
+        num_placeholders = content.count(IMAGE_PLACEHOLDER)
+        if message.role == "user":
+            user_grids = grids[num_placed : num_placed + num_placeholders]
+            num_placed += num_placeholders
+            if len(user_grids) == num_placeholders:
+                spans.append((_user_ids(content, user_grids, tokenizer, plain=message.plain), False))
+            continue
+        if num_placeholders:
+            raise ValueError(
+                f"messages[{index}]: {IMAGE_PLACEHOLDER} in a turn of role {message.role!r}; only users show images"
+            )
+        text_ids = tokenizer.encode(content, plain=message.plain)
+        if message.role == "assistant":
+            spans.append(([*text_ids, tokenizer.eos_id], True))
+        elif index == 0:
+            spans.append((text_ids, False))
+        else:
+            raise ValueError(f"messages[{index}]: a system message must be the first message")
+    if num_placed != len(grids):
+        raise ValueError(f"found {num_placed} {IMAGE_PLACEHOLDER} in the messages for {len(grids)} images")
+
+    input_ids = np.array([token for ids, _ in spans for token in ids], dtype=np.int64)
+    supervised = np.repeat([flag for _, flag in spans], [len(ids) for ids, _ in spans])
+    labels = np.full_like(input_ids, IGNORE)
+    labels[:-1] = np.where(supervised[1:], input_ids[1:], IGNORE)
+    return Rendered(input_ids=input_ids, labels=labels)
+
+
+def _user_ids(content: str, grids: Sequence[Grid], tokenizer: Tokenizer, *, plain: bool) -> list[int]:
+    """Ids of a user's turn, up to the colon after which the assistant speaks.
+
+    The pieces of text between images are encoded separately, together with the template's punctuation around
+    them, as the official code does: a space before a word belongs to its token.
+    """
+    body = f": {content}\n\n" if content else ":"
+    ids = [tokenizer.user_id]
+    pieces = body.split(IMAGE_PLACEHOLDER)
+    for i, piece in enumerate(pieces):
+        if i:
+            ids.extend([tokenizer.image_id] * num_image_tokens(grids[i - 1]))
+        ids.extend(tokenizer.encode(piece, plain=plain))
+    ids.append(tokenizer.assistant_id)
+    ids.extend(tokenizer.encode(":"))
+    return ids

@@ -1,0 +1,15 @@
+"""Activation recomputation, the one way it is right here."""
+
+from __future__ import annotations
+
+from paddle.distributed.fleet.utils import recompute
+
+
+def recomputed(layer, *args):
+    """layer(*args) whose activations are computed again in backward.
+
+    Always non-reentrant: the reentrant default loses every LoRA gradient of a block whose inputs are all frozen,
+    silently. The RNG state is restored, so dropout draws the same mask again. Inside such a layer a PyLayer must save
+    contiguous tensors only (a view comes back without its strides) and ask for stop_gradient in forward.
+    """
+    return recompute(layer, *args, use_reentrant=False)

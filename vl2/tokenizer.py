@@ -1,0 +1,208 @@
+"""DeepSeek-VL2's tokenizer: the published tokenizer.json plus the special tokens that the official processor adds.
+
+Built on the `tokenizers` library alone. It encodes text and knows the ids; the chat template is vl2/prompt.py's.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+BOS_TOKEN = "<｜begin▁of▁sentence｜>"
+EOS_TOKEN = "<｜end▁of▁sentence｜>"
+PAD_TOKEN = "<｜▁pad▁｜>"
+IMAGE_TOKEN = "<image>"
+GROUNDING_TOKENS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+USER_TOKEN = "<|User|>"
+ASSISTANT_TOKEN = "<|Assistant|>"
+
+_PLAIN_FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+_GROUNDING_SPLIT = re.compile("(" + "|".join(map(re.escape, GROUNDING_TOKENS)) + ")")
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Attributes:
+        bos_id, eos_id, pad_id, image_id, user_id, assistant_id: ids of the tokens the template places.
+        special_ids: every token that is matched as a whole instead of being built from pieces, with its id.
+        grounding_tokens: those of them that a user may type.
+        fingerprint: sha256 hex of everything that decides an id.
+    """
+
+    def __init__(self, tokenizer_json: str, config: dict[str, Any] | None = None, source: str = "tokenizer.json"):
+        """Build from the text of a tokenizer.json and the dictionary of a tokenizer_config.json.
+
+        Args:
+            tokenizer_json: contents of tokenizer.json.
+            config: contents of tokenizer_config.json; names the BOS, EOS and padding tokens.
+            source: where they come from, for errors.
+
+        Raises:
+            ValueError: if the JSON is no tokenizer, or it has no BOS or EOS.
+        """
+        self.config = dict(config or {})
+        try:
+            self._as_read: dict[str, Any] = json.loads(tokenizer_json)
+            self._matching = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the library raises a bare Exception
+            raise ValueError(f"{source}: expected a tokenizer of the `tokenizers` library, found: {error}") from error
+        # Neither kind of text may be cut or filled by settings that somebody left in the file.
+        self._matching.no_truncation()
+        self._matching.no_padding()
+
+        self._bos, self._eos, self._pad = (
+            _token_name(self.config, key, default)
+            for key, default in (("bos_token", BOS_TOKEN), ("eos_token", EOS_TOKEN), ("pad_token", PAD_TOKEN))
+        )
+        for key, token in (("bos_token", self._bos), ("eos_token", self._eos)):
+            if self._matching.token_to_id(token) is None:
+                raise ValueError(
+                    f"{source}: expected the {key} {token!r} in the vocabulary, found none; "
+                    "tokenizer.json and tokenizer_config.json must belong together"
+                )
+        self._add_missing_tokens()
+
+        # A second tokenizer that knows no special token: what it encodes is plain text whatever it looks like.
+        # (`encode_special_tokens=True` would still match added tokens that are not flagged as special.)
+        plain = copy.copy(self._as_read)
+        plain.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+
+        self.special_ids: dict[str, int] = {
+            token.content: index for index, token in sorted(self._matching.get_added_tokens_decoder().items())
+        }
+        self.grounding_tokens = GROUNDING_TOKENS
+        self.bos_id = self._id_of(self._bos)
+        self.eos_id = self._id_of(self._eos)
+        self.pad_id = self._id_of(self._pad)
+        self.image_id = self._id_of(IMAGE_TOKEN)
+        self.user_id = self._id_of(USER_TOKEN)
+        self.assistant_id = self._id_of(ASSISTANT_TOKEN)
+
+    @classmethod
+    def from_folder(cls, folder: str | PathLike[str]) -> Tokenizer:
+        """Read tokenizer.json and tokenizer_config.json of a model folder.
+
+        Raises:
+            ValueError: if tokenizer.json is missing or broken.
+        """
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: expected a tokenizer.json, found none; is this a DeepSeek-VL2 model folder?")
+        config_path = path.with_name("tokenizer_config.json")
+        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+        return cls(path.read_text(encoding="utf-8"), config, source=str(path))
+
+    def __len__(self) -> int:
+        """Number of entries, added tokens included; the embedding may have more rows."""
+        return self._matching.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 hex of the vocabulary, the rules and the names of the special tokens."""
+        decides = json.dumps([self._as_read, self._bos, self._eos, self._pad], sort_keys=True)
+        return hashlib.sha256(decides.encode()).hexdigest()
+
+    def encode(self, text: str, *, plain: bool = False) -> list[int]:
+        """Encode a text and add nothing.
+
+        Args:
+            text: any text; a special token in it becomes its one id.
+            plain: encode special tokens, except grounding tokens, as the ordinary characters they are written with.
+
+        Example: with plain, "<|User|>" becomes the pieces of "<", "|", "User", "|", ">", and "<|ref|>" its one id.
+        """
+        if not plain:
+            return self._matching.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for part in _GROUNDING_SPLIT.split(text):
+            if part in GROUNDING_TOKENS:
+                ids.append(self.special_ids[part])
+            elif part:
+                ids.extend(self._plain.encode(part, add_special_tokens=False).ids)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Decode ids to text.
+
+        Args:
+            ids: token ids.
+            skip_special: leave out special tokens, grounding tokens too.
+        """
+        return self._matching.decode([int(index) for index in ids], skip_special_tokens=skip_special)
+
+    def find_typed_special(self, text: str) -> str | None:
+        """Return the first special token that somebody typed into a text, grounding tokens and <image> excepted."""
+        found = self._typed_special.search(text)
+        return found.group() if found else None
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as read and extended.
+
+        tokenizer.json keeps the form it was read in, so that the library versions that could read it still can.
+        """
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        added = self._as_read["added_tokens"]
+        config = {
+            **self.config,
+            "bos_token": self._bos,
+            "eos_token": self._eos,
+            "pad_token": self._pad,
+            "added_tokens_decoder": {
+                str(entry["id"]): {key: value for key, value in entry.items() if key != "id"} for entry in added
+            },
+            "additional_special_tokens": self.config.get("additional_special_tokens") or [USER_TOKEN, ASSISTANT_TOKEN],
+        }
+        special_map: dict[str, Any] = {
+            "additional_special_tokens": [
+                {"content": _content(token), **_PLAIN_FLAGS} for token in config["additional_special_tokens"]
+            ],
+            **{key: {"content": config[key], **_PLAIN_FLAGS} for key in ("bos_token", "eos_token", "pad_token")},
+        }
+        for name, value in (
+            ("tokenizer.json", self._as_read),
+            ("tokenizer_config.json", config),
+            ("special_tokens_map.json", special_map),
+        ):
+            (target / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+    @cached_property
+    def _typed_special(self) -> re.Pattern[str]:
+        legitimate = {IMAGE_TOKEN, *GROUNDING_TOKENS}
+        forbidden = sorted(set(self.special_ids) - legitimate, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, forbidden)))
+
+    def _add_missing_tokens(self) -> None:
+        """Add what the official processor adds, in its order, both to the library's object and to what is saved."""
+        known = {entry["content"] for entry in self._as_read.setdefault("added_tokens", [])}
+        for token in (self._pad, IMAGE_TOKEN, *GROUNDING_TOKENS, USER_TOKEN, ASSISTANT_TOKEN):
+            if token not in known:
+                self._matching.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
+                entry = {"id": self._id_of(token), "content": token, **_PLAIN_FLAGS, "special": True}
+                self._as_read["added_tokens"].append(entry)
+
+    def _id_of(self, token: str) -> int:
+        index = self._matching.token_to_id(token)
+        assert index is not None, token
+        return index
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _token_name(config: dict[str, Any], key: str, default: str) -> str:
+    """Name of a special token in a tokenizer_config: a string, the dictionary of an AddedToken, or not there."""
+    value = config.get(key)
+    return _content(value) if value else default
