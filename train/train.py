@@ -265,6 +265,7 @@ def _fit(
             barrier()  # wandb may have kept rank 0
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
+            trainer.close()
             if log is not None:
                 log.close()
         # Once more, for a signal that came after the last step had agreed.

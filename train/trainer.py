@@ -26,6 +26,7 @@ from train.optim import build_optimizer, lr_factor
 from train.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
 from train.stop import StopRequest, ignore_in_worker
 
+WORKER_SECONDS = 2.0  # for a data loader's worker to end by itself
 MAX_SKIPPED_STEPS = 20  # fp16: so many overflows in a row are no longer the loss scale's
 
 
@@ -62,6 +63,34 @@ class PackErrors(paddle.io.Dataset):
             return self.packs[index]
         except ValueError as error:
             return {"error": np.frombuffer(str(error).encode(), dtype="uint8")}
+
+
+class PackLoader(paddle.io.DataLoader):
+    """A data loader that can be closed after an error, when the traceback keeps its iterator alive.
+
+    Its workers take no signal (see `ignore_in_worker`), so one that is left would keep the process from exiting.
+    """
+
+    iterator = None
+
+    def __iter__(self):
+        self.iterator = super().__iter__()
+        return self.iterator
+
+    def close(self) -> None:
+        """End the workers and threads; nothing when they have ended."""
+        iterator, self.iterator = self.iterator, None
+        if iterator is None:
+            return
+        workers = getattr(iterator, "_workers", [])
+        if workers:
+            iterator._try_shutdown_all(timeout=WORKER_SECONDS)
+        else:
+            iterator._try_shutdown_all()
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
 
 
 class VL2Trainer(Trainer):
@@ -103,6 +132,7 @@ class VL2Trainer(Trainer):
         self._skipped = 0
         self._logged_step = 0
         self._clock = time.perf_counter()
+        self.loader: PackLoader | None = None
 
     # ---- data
 
@@ -115,7 +145,7 @@ class VL2Trainer(Trainer):
         sampler = DistributedBatchSampler(
             packs, batch_size=1, num_replicas=dist.get_world_size(), rank=dist.get_rank(), shuffle=False
         )
-        return paddle.io.DataLoader(
+        self.loader = PackLoader(
             packs,
             batch_sampler=sampler,
             collate_fn=collate,
@@ -123,6 +153,12 @@ class VL2Trainer(Trainer):
             worker_init_fn=ignore_in_worker,
             places=[paddle.CPUPlace()],
         )
+        return self.loader
+
+    def close(self) -> None:
+        """End what `train` started, also when it ended with an error."""
+        if self.loader is not None:
+            self.loader.close()
 
     def _load_rng_state(self, checkpoint):
         """Nothing to load: randomness is a function of (seed, step, pack)."""

@@ -19,12 +19,12 @@ TASKS = ("pretrain", "chinese")
 SPLITS = ("train", "test")
 
 # Raise it with every change of what a seed draws or asks: folders written before are then made anew.
-_VERSION = 4
+_VERSION = 5
 
 # Of the pictures of the pre-training task, how many of each kind; "images" are two or three of "one".
 # "turns" are two or three of "one" too, but each is shown in its own turn. What 2 million weights learn in half an hour
 # decides the shares: several shapes in a picture, and asking back for an image by its number, take far longer.
-_PRETRAIN_LAYOUTS = {"one": 6, "turns": 6, "four": 0.5, "nine": 0.2, "images": 0.4}
+_PRETRAIN_LAYOUTS = {"one": 6, "turns": 6, "four": 0.4, "nine": 0.1, "images": 0.4}
 # So many rows come first that show one shape each: colours and forms are learned there in a few hundred rows, of
 # which the whole mix needs several thousand.
 _PRETRAIN_WARM_UP = 1000
@@ -48,7 +48,7 @@ def write_shapes(
     split: str,
     count: int,
     seed: int,
-    text_share: float = 0.2,
+    text_share: float = 0.1,
     wide_share: float = 0.05,
 ) -> Path:
     """Write `count` conversations about pictures of shapes and return the path of their JSONL.
@@ -101,7 +101,7 @@ def write_shapes(
 
 
 def rows(
-    *, task: str, split: str, count: int, seed: int, text_share: float = 0.2, wide_share: float = 0.05
+    *, task: str, split: str, count: int, seed: int, text_share: float = 0.1, wide_share: float = 0.05
 ) -> Iterator[Row]:
     """The conversations that write_shapes writes, with the same arguments."""
     for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
@@ -125,8 +125,8 @@ def _pretrain_row(rng: random.Random, split: str, text_share: float, wide_share:
     one_turn = split == "test"
     # A lesson is no question about a picture, so none is asked in the test.
     if not (warm_up or one_turn) and rng.random() < text_share:
-        lessons = [repeat_lesson, repeat_lesson, repeat_lesson, translate_lesson]
-        turns = tuple(rng.choice(lessons)(rng) for _ in range(1 if one_turn else rng.randint(4, 8)))
+        lessons = [repeat_lesson, repeat_lesson, translate_lesson]
+        turns = tuple(rng.choice(lessons)(rng) for _ in range(1 if one_turn else rng.randint(10, 16)))
         return Row(scenes=(), preamble="", turns=turns)
     if warm_up:
         layout = "one"

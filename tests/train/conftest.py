@@ -1,6 +1,7 @@
 """A tiny model folder, a small data file and a way to train in this process, for the tests of the run."""
 
 import json
+import multiprocessing
 import random
 import shutil
 from pathlib import Path
@@ -89,6 +90,16 @@ def run(arguments):
         return train(load_config(arguments(run_dir, *more)), **options)
 
     return go
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays():
+    """A worker that a test leaves behind would keep pytest from exiting after its last line."""
+    yield
+    left = multiprocessing.active_children()
+    for process in left:
+        process.kill()
+    assert left == []
 
 
 @pytest.fixture(autouse=True, scope="session")
