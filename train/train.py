@@ -28,8 +28,10 @@ from train.checkpoint import checkpoint_path, find_checkpoint, prune, write_fold
 from train.cli import run_cli
 from train.compose import to_yaml
 from train.config import TrainConfig, check_divides, load_config, rehearsal_notice
+from train.curve import draw_curve
 from train.devices import use_device
 from train.evaluate import ask_run
+from train.files import CURVE, METRICS
 from train.gradients import gather_rows
 from train.identity import changed_settings, differences, identity, model_fingerprint
 from train.inference import Loaded, Source
@@ -156,6 +158,7 @@ def train(config: TrainConfig, *, evaluate: Evaluate | None = ask_held_out, noti
     model.eval()
     after = _evaluate_once("after", evaluate, model, data, config)
     if first:
+        draw_curve(run_dir / METRICS, run_dir / CURVE, title=f"{config.recipe}, {config.model.path}")
         summary = _summary(
             config, history, before, after, final, checkpoint_path(run_dir / "checkpoints", len(history.losses))
         )
@@ -330,7 +333,8 @@ def _summary(
             "run_dir": str(run_dir),
             final.name: str(final),
             "checkpoint": str(checkpoint),
-            "metrics": str(run_dir / "metrics.jsonl"),
+            "metrics": str(run_dir / METRICS),
+            "curve": str(run_dir / CURVE) if (run_dir / CURVE).is_file() else None,
             "config": str(run_dir / "config.yaml"),
         },
         "versions": versions(),
