@@ -216,6 +216,22 @@ class EvaluateConfig:
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)
 
 
+@dataclass(kw_only=True)
+class RandomConfig:
+    """A checkpoint of random numbers at real size: `bash launch.sh random model=tiny key=value ...`"""
+
+    model: str = key("", "A name (nano, tiny, small, base), or a folder with a config.json.", path=True)
+    out: str = key("", "New folder to write; empty: outputs/random/NAME.", path=True)
+    numbers: str = key(
+        "random",
+        "random: drawn; holes: exact headers and sizes over zeros that take no disk space; none: print names, types, "
+        "shapes, bytes and files, write nothing.",
+        choices=("random", "holes", "none"),
+    )
+    tokenizer: str = key("", "Folder whose tokenizer is copied; empty: nano's.", path=True)
+    seed: int = key(0, "Of the numbers.", low=0)
+
+
 def load_config(argv: Sequence[str], machine: Machine | None = None) -> TrainConfig:
     """The configuration of a training run: recipe < rehearsal overlay < command line.
 
@@ -335,6 +351,15 @@ def load_eval_config(argv: Sequence[str]) -> EvaluateConfig:
     config = compose.compose(compose.read_command_line(argv, EvaluateConfig), EvaluateConfig)
     config.model = model_folder(_require(config.model, "eval needs model=FOLDER, a base model, a run or an export"))
     _require(config.data.path, "eval needs data.path=FILE, a JSONL with messages and images")
+    return config
+
+
+def load_random_config(argv: Sequence[str]) -> RandomConfig:
+    """The configuration of `random`."""
+    config = compose.compose(compose.read_command_line(argv, RandomConfig), RandomConfig)
+    _require(config.model, f"random needs model=NAME, one of {', '.join(compose.model_names())}, or a folder")
+    config.out = config.out or str(Path("outputs", "random", Path(config.model).name))
+    config.model, config.tokenizer = model_folder(config.model), config.tokenizer or str(NANO)
     return config
 
 

@@ -7,6 +7,7 @@ Module paths follow the checkpoint, so the conversion is three rules: a Linear w
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +77,24 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     return tensors, metadata
 
 
+def safetensors_header(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with: the length of its JSON and the JSON, filled up to a multiple of 8 bytes.
+
+    Args:
+        entries: name -> (safetensors' type name, shape), in the order in which the numbers follow.
+        metadata: text entries.
+    """
+    header: dict = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (kind, shape) in entries.items():
+        end = offset + math.prod(shape) * np.dtype(_NUMPY_TYPES[kind]).itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str], metadata=None) -> None:
     """Write one safetensors file.
 
@@ -85,20 +104,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Map
         dtypes: Paddle's type name of each tensor ("float32", "float16", "bfloat16").
         metadata: text entries of the header.
     """
-    header: dict = {"__metadata__": dict(metadata or {"format": "pt"})}
-    offset = 0
-    for name, array in tensors.items():
-        header[name] = {
-            "dtype": _FILE_TYPES[dtypes[name]],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    entries = {name: (_FILE_TYPES[dtypes[name]], array.shape) for name, array in tensors.items()}
+    header = safetensors_header(entries, metadata or {"format": "pt"})
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
+        file.write(header)
         for array in tensors.values():
             # A transposed view would write its base's bytes in the wrong order.
             file.write(np.ascontiguousarray(array).tobytes())
@@ -169,14 +178,19 @@ def _part_shape(shape: list[int], part: Part) -> tuple[int, ...]:
     return tuple(reversed(piece.shape)) if part.transposed else tuple(piece.shape)
 
 
+def official_shapes(model: nn.Layer) -> dict[str, tuple[int, ...]]:
+    """Official name -> shape ([out, in]) of every tensor of a model, with or without memory for its weights."""
+    shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
+    return {part.name: _part_shape(shapes[path], part) for path, parts in official_parts(model) for part in parts}
+
+
 def check_tensors(model: nn.Layer, stored: Mapping[str, StoredTensor], where: str) -> None:
     """Every official tensor there, none besides, each of the model's shape.
 
     Raises:
         ValueError: listing missing, unknown and wrongly shaped names.
     """
-    shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
-    expected = {part.name: _part_shape(shapes[path], part) for path, parts in official_parts(model) for part in parts}
+    expected = official_shapes(model)
     missing = [name for name in expected if name not in stored]
     extra = [name for name in stored if name not in expected]
     misshaped = [
@@ -194,6 +208,19 @@ def check_tensors(model: nn.Layer, stored: Mapping[str, StoredTensor], where: st
 
 
 # ---------------------------------------------------------------- model
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: VL2Config, where: str) -> None:
+    """Refuse a tokenizer with ids that the embedding has no row for.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if len(tokenizer) > config.language.vocab_size:
+        raise ValueError(
+            f"{where}: the tokenizer has {len(tokenizer)} entries, but language_config.vocab_size is "
+            f"{config.language.vocab_size}; tokenizer.json and config.json must belong together"
+        )
 
 
 def set_parameter(model: nn.Layer, path: str, value: paddle.Tensor, *, trainable: bool = False) -> None:
@@ -234,7 +261,9 @@ def load_model(
     """
     folder = Path(folder)
     config = VL2Config.from_folder(folder)
-    model = build_model(config, Tokenizer.from_folder(folder).image_id)
+    tokenizer = Tokenizer.from_folder(folder)
+    check_vocabulary(tokenizer, config, str(folder))
+    model = build_model(config, tokenizer.image_id)
     stored = checkpoint_tensors(folder)
     check_tensors(model, stored, str(folder))
     shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
@@ -272,18 +301,24 @@ def train_parameters(model: nn.Layer, names: Iterable[str]) -> None:
         set_parameter(model, name, parameters[name].astype("float32"), trainable=True)
 
 
+def initial_kind(path: str, num_dims: int) -> str:
+    """How a weight starts: "zeros" (a bias), "ones" (a norm) or "random"."""
+    if path.endswith(".bias"):
+        return "zeros"
+    return "ones" if num_dims == 1 and "norm" in path else "random"
+
+
 def init_model(config: VL2Config, image_token_id: int, *, seed: int, dtype: str = "float32") -> DeepseekVL2:
     """A model with random weights: normal of `initializer_range`, norms 1, biases 0. A function of the seed alone."""
     model = build_model(config, image_token_id)
     rng = np.random.default_rng(seed)
     for path, parameter in list(model.named_parameters()):
-        shape, leaf = parameter.shape, path.rpartition(".")[2]
-        if leaf == "bias":
-            value = np.zeros(shape, np.float32)
-        elif len(shape) == 1 and "norm" in path:
-            value = np.ones(shape, np.float32)
-        else:
+        shape = parameter.shape
+        kind = initial_kind(path, len(shape))
+        if kind == "random":
             value = rng.standard_normal(shape, np.float32) * np.float32(config.language.initializer_range)
+        else:
+            value = np.full(shape, 1 if kind == "ones" else 0, np.float32)
         set_parameter(model, path, paddle.to_tensor(value).astype(dtype))
     model.eval()
     return model
