@@ -88,6 +88,7 @@ class OptimConfig:
     schedule: str = key("cosine", "After the warm-up.", choices=("cosine", "constant"))
     warmup_ratio: float = key(0.03, "Linear warm-up.", unit="part of all optimizer steps", low=0, high=1)
     min_lr_ratio: float = key(0.1, "Where cosine ends.", unit="part of lr", low=0, high=1)
+    vision_lr_scale: float = key(1.0, "The vision tower (or its adapters) learns at lr times this.", low=0)
     weight_decay: float = key(0.0, "Decoupled weight decay of matrices.", low=0)
     beta1: float = key(0.9, "Adam's first moment.", low=0, high=0.9999)
     beta2: float = key(0.95, "Adam's second moment.", low=0, high=0.9999)
