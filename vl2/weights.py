@@ -24,6 +24,7 @@ from vl2.tokenizer import Tokenizer
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+PDPARAMS_FILE = "model_state.pdparams"  # PaddleNLP's name of old
 MAX_SHARD_BYTES = 5 * 10**9
 
 # safetensors name -> numpy type that holds its bits
@@ -65,15 +66,24 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise ValueError(f"{path}: its header is not JSON ({error}); not a safetensors file") from error
-    metadata = header.pop("__metadata__", {})
-    tensors = {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        if entry["dtype"] not in _NUMPY_TYPES:
-            raise ValueError(f"{path}: {name} has type {entry['dtype']}; expected one of {', '.join(_NUMPY_TYPES)}")
-        if 8 + length + stop > size:
-            raise ValueError(f"{path}: {size} bytes, but {name} ends at {8 + length + stop}; the file is truncated")
-        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, stop - start)
+    tensors, metadata = {}, {}
+    try:
+        metadata = header.pop("__metadata__", {})
+        for name, entry in header.items():
+            (start, stop), shape = entry["data_offsets"], tuple(map(int, entry["shape"]))
+            tensors[name] = StoredTensor(path, entry["dtype"], shape, 8 + length + start, stop - start)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its header does not describe tensors ({error!r}); no safetensors file") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NUMPY_TYPES:
+            raise ValueError(f"{path}: {name} has type {tensor.dtype}; expected one of {', '.join(_NUMPY_TYPES)}")
+        end = tensor.offset + tensor.num_bytes
+        if end > size:
+            raise ValueError(f"{path}: {size} bytes, but {name} ends at {end}; the file is truncated")
+        if tensor.num_bytes != math.prod(tensor.shape) * np.dtype(_NUMPY_TYPES[tensor.dtype]).itemsize:
+            raise ValueError(
+                f"{path}: {name} has {tensor.num_bytes} bytes, which do not fill {list(tensor.shape)} of {tensor.dtype}"
+            )
     return tensors, metadata
 
 
@@ -117,22 +127,42 @@ def checkpoint_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint folder, single file or sharded.
 
     Raises:
-        ValueError: no weights, a missing shard, or a file that is not whole.
+        ValueError: no weights, a missing shard, a file that is not whole, or an index that other shards are meant by.
     """
-    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    index, single, pickled = folder / INDEX_FILE, folder / SINGLE_FILE, folder / PDPARAMS_FILE
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder}: {INDEX_FILE} names shards that are not there: {', '.join(missing)}")
-        files = [folder / name for name in names]
-    elif single.is_file():
-        files = [single]
-    else:
-        raise ValueError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} there")
+        return _sharded_tensors(index)
+    if single.is_file():
+        return read_header(single)[0]
+    if pickled.is_file():
+        from vl2.pdparams import locate_arrays  # here: it needs StoredTensor
+
+        return locate_arrays(pickled)
+    raise ValueError(f"{folder}: no {SINGLE_FILE}, no {INDEX_FILE} and no {PDPARAMS_FILE} there")
+
+
+def _sharded_tensors(index: Path) -> dict[str, StoredTensor]:
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = sorted(set(map(str, places.values())))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index}: expected an index with a weight_map of tensors to files ({error!r})") from error
+    missing = [name for name in files if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{index.parent}: {index.name} names shards that are not there: {', '.join(missing)}; fetch them again"
+        )
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        tensors.update(read_header(file)[0])
+        found = read_header(index.parent / file)[0]
+        wrong = [name for name in found if places.get(name) != file]
+        wrong += [name for name, place in places.items() if place == file and name not in found]
+        if wrong:
+            raise ValueError(
+                f"{index.parent / file}: not the shard that {index.name} describes: {len(wrong)} tensors are in one "
+                f"and not in the other ({'; '.join(wrong[:5])}); index and shards must come from one checkpoint"
+            )
+        tensors.update(found)
     return tensors
 
 
