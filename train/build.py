@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,18 +145,9 @@ def make_trainable(
     """
     model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
     if config.lora.rank == 0:
-        prefixes = tuple(prefix for part in config.trainable for prefix in _PARTS[part])
-        names = [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
-        train_parameters(model, [name for name in names if not any(word in name for word in _NEVER_TRAINED)])
+        train_parameters(model, trained_names((name for name, _ in model.named_parameters()), config.trainable))
         return model, ()
-    settings = LoRASettings(
-        groups=tuple(config.lora.groups),
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
-        dropout=config.lora.dropout,
-        ranks=dict(config.lora.ranks),
-    )
-    lora_model = apply_lora(model, settings, seed=config.seed)
+    lora_model = apply_lora(model, lora_settings(config), seed=config.seed)
     if config.lora.init:
         start = read_adapter_config(config.lora.init)
         if start.metadata.get("base_fingerprint") != base_fingerprint:
@@ -163,6 +155,23 @@ def make_trainable(
             raise ValueError(f"lora.init={config.lora.init}: this adapter was trained on another base model ({base})")
         load_factors(lora_model, config.lora.init)
     return lora_model, lora_model.reports
+
+
+def trained_names(names: Iterable[str], parts: Sequence[str]) -> list[str]:
+    """Those of a model's parameters that train when `parts` of it do."""
+    prefixes = tuple(prefix for part in parts for prefix in _PARTS[part])
+    return [name for name in names if name.startswith(prefixes) and not any(word in name for word in _NEVER_TRAINED)]
+
+
+def lora_settings(config: TrainConfig) -> LoRASettings:
+    """The adapters that a configuration with lora.rank > 0 asks for."""
+    return LoRASettings(
+        groups=tuple(config.lora.groups),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        ranks=dict(config.lora.ranks),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

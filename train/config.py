@@ -88,6 +88,7 @@ class OptimConfig:
     schedule: str = key("cosine", "After the warm-up.", choices=("cosine", "constant"))
     warmup_ratio: float = key(0.03, "Linear warm-up.", unit="part of all optimizer steps", low=0, high=1)
     min_lr_ratio: float = key(0.1, "Where cosine ends.", unit="part of lr", low=0, high=1)
+    vision_lr_scale: float = key(1.0, "The vision tower (or its adapters) learns at lr times this.", low=0)
     weight_decay: float = key(0.0, "Decoupled weight decay of matrices.", low=0)
     beta1: float = key(0.9, "Adam's first moment.", low=0, high=0.9999)
     beta2: float = key(0.95, "Adam's second moment.", low=0, high=0.9999)
@@ -216,6 +217,22 @@ class EvaluateConfig:
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)
 
 
+@dataclass(kw_only=True)
+class RandomConfig:
+    """A checkpoint of random numbers at real size: `bash launch.sh random model=tiny key=value ...`"""
+
+    model: str = key("", "A name (nano, tiny, small, base), or a folder with a config.json.", path=True)
+    out: str = key("", "New folder to write; empty: outputs/random/NAME.", path=True)
+    numbers: str = key(
+        "random",
+        "random: drawn; holes: exact headers and sizes over zeros that take no disk space; none: print names, types, "
+        "shapes, bytes and files, write nothing.",
+        choices=("random", "holes", "none"),
+    )
+    tokenizer: str = key("", "Folder whose tokenizer is copied; empty: nano's.", path=True)
+    seed: int = key(0, "Of the numbers.", low=0)
+
+
 def load_config(argv: Sequence[str], machine: Machine | None = None) -> TrainConfig:
     """The configuration of a training run: recipe < rehearsal overlay < command line.
 
@@ -335,6 +352,15 @@ def load_eval_config(argv: Sequence[str]) -> EvaluateConfig:
     config = compose.compose(compose.read_command_line(argv, EvaluateConfig), EvaluateConfig)
     config.model = model_folder(_require(config.model, "eval needs model=FOLDER, a base model, a run or an export"))
     _require(config.data.path, "eval needs data.path=FILE, a JSONL with messages and images")
+    return config
+
+
+def load_random_config(argv: Sequence[str]) -> RandomConfig:
+    """The configuration of `random`."""
+    config = compose.compose(compose.read_command_line(argv, RandomConfig), RandomConfig)
+    _require(config.model, f"random needs model=NAME, one of {', '.join(compose.model_names())}, or a folder")
+    config.out = config.out or str(Path("outputs", "random", Path(config.model).name))
+    config.model, config.tokenizer = model_folder(config.model), config.tokenizer or str(NANO)
     return config
 
 

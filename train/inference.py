@@ -16,10 +16,12 @@ from paddle import nn
 from train.files import ADAPTER, ADAPTER_CONFIG, EXPORT_REPORT, WEIGHTS, WEIGHTS_FILE, WEIGHTS_METADATA
 from train.hub import resolve_model
 from train.identity import model_fingerprint
+from train.need import check_inference
 from vl2.config import VL2Config
 from vl2.generate import generate
 from vl2.model import DeepseekVL2
 from vl2.prompt import Message, render
+from vl2.published import published
 from vl2.tiles import Resolution, cut_tiles, limit_candidates, load_image, tile_grid
 from vl2.tokenizer import Tokenizer
 from vl2.weights import checkpoint_tensors, init_model, load_model, read_header, set_parameter
@@ -112,9 +114,12 @@ def load(folder: str | Path, precision: str = "auto") -> Loaded:
     Raises:
         ValueError: see `resolve_model`, `find_source` and `load_model`; an adapter of another base.
     """
+    if published(folder):  # before it is fetched
+        check_inference(folder, DTYPES.get(precision, "bfloat16"))
     source = find_source(resolve_model(folder))
     tokenizer = Tokenizer.from_folder(source.base)
     dtype = DTYPES[precision] if precision != "auto" else stored_dtype(source.base)
+    check_inference(source.base, dtype)
     model = load_base(source, tokenizer, dtype)
     lora = None
     if source.kind == "adapter":

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 import paddle.distributed as dist
 import yaml
 from paddle import nn
@@ -36,6 +37,7 @@ from train.gradients import gather_rows
 from train.identity import changed_settings, differences, identity, model_fingerprint
 from train.inference import Loaded, Source
 from train.metrics import MetricsLog
+from train.need import check_training
 from train.report import end_text, start_report, start_text
 from train.run_dir import check_run_dir, clear_run_dir, read_marker, write_marker
 from train.state import History, load_trained, read_state, save_state, save_trained, trained_folder, versions
@@ -100,6 +102,7 @@ def train(config: TrainConfig, *, evaluate: Evaluate | None = ask_held_out, noti
     # 1. Look at everything. Rank 0 draws and measures, the others read what it kept.
     if first:
         check_run_dir(run_dir, resume=config.resume, overwrite=config.overwrite)
+        check_training(config, 1 if paddle.get_device().startswith("gpu") else config.nproc)
     data = _first_rank_first(lambda: build_data(config))
     base = build_base(config, data.tokenizer)
     fingerprint = model_fingerprint(base)

@@ -235,6 +235,20 @@ def apply_lora(model: nn.Layer, settings: LoRASettings, *, seed: int = 0) -> VL2
     return VL2LoRAModel(model, settings, seed=seed)
 
 
+def plan_factors(model: nn.Layer, settings: LoRASettings) -> tuple[GroupReport, ...]:
+    """What `apply_lora` would add, counted without memory for it.
+
+    Args:
+        model: from `vl2.weights.build_model`, changed in place and of no use afterwards.
+        settings: see LoRASettings.
+
+    Raises:
+        ValueError: when a group matches no module of this model.
+    """
+    with paddle.LazyGuard():
+        return tuple(_add_factors(model, settings, group) for group in settings.groups)
+
+
 def merged_tensors(lora_model: VL2LoRAModel) -> dict[str, MergedTensor]:
     """The float32 sums of base and low-rank product, computed when called, so that one tensor is in memory at a time.
 
