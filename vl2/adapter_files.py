@@ -60,7 +60,7 @@ def adapter_metadata(folder: str | Path) -> dict[str, Any]:
     for file in weight_files(folder, form):
         text = read_header(file)[1].get(ENTRY)
         if text is not None:
-            return json.loads(text)
+            return _parsed(text, f"{file}: the entry {ENTRY!r} of its header")
     return {"base": document.get("base_model_name_or_path") or ""}
 
 
@@ -91,10 +91,14 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is none.
     """
+    return _parsed(path.read_text(encoding="utf-8"), str(path))
+
+
+def _parsed(text: str, where: str) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+        raise ValueError(f"{where}: not JSON ({error})") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(document).__name__}")
+        raise ValueError(f"{where}: expected a JSON object, found a {type(document).__name__}")
     return document

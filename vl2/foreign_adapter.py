@@ -218,6 +218,17 @@ def positive(path: Path, key: str, value: Any, kind: type) -> Any:
     return kind(value)
 
 
+def dropout(path: Path, value: Any) -> float:
+    """A dropout of a foreign configuration; absent is 0.
+
+    Raises:
+        ValueError: it is no probability.
+    """
+    if value is not None and (not isinstance(value, (int, float)) or not 0 <= value < 1):
+        raise ValueError(f"{path}: lora_dropout is {value!r}; expected a probability in [0, 1)")
+    return float(value or 0.0)
+
+
 def refuse(
     path: Path, key: str, value: Any, allowed: str = "only plain LoRA can be read here: A, B and alpha / r"
 ) -> NoReturn:

@@ -15,7 +15,7 @@ import numpy as np
 from paddlenlp.peft import LoRAConfig
 
 from vl2.adapter_files import PADDLE_CONFIG, PADDLE_SHARD, read_json
-from vl2.foreign_adapter import Declaration, Names, positive, refuse
+from vl2.foreign_adapter import Declaration, Names, dropout, positive, refuse
 from vl2.lora import LoRASettings
 from vl2.peft_format import compiled, number, official_pattern
 
@@ -91,5 +91,5 @@ def read_paddle_config(folder: Path) -> Declaration:
         alpha_of=lambda module: alpha,
         rank=rank,
         alpha=alpha,
-        dropout=float(document.get("lora_dropout") or 0.0),
+        dropout=dropout(path, document.get("lora_dropout")),
     )

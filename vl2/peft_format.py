@@ -7,13 +7,14 @@ suffix is hit; a key of rank_pattern has no alternative at its top and stands be
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vl2.adapter_files import PEFT_CONFIG, read_json
-from vl2.foreign_adapter import Declaration, Names, positive, refuse
+from vl2.foreign_adapter import Declaration, Names, dropout, positive, refuse
 from vl2.lora import GROUPS, LoRASettings
 
 PEFT_NAMES = Names(lambda module, letter: f"base_model.model.{module}.lora_{letter}.weight", transposed=True)
@@ -105,16 +106,14 @@ def read_peft_config(folder: Path) -> Declaration:
     alpha = positive(path, "lora_alpha", document.get("lora_alpha"), float)
     targets = matcher(path, "target_modules", document.get("target_modules"))
     excluded = matcher(path, "exclude_modules", document.get("exclude_modules") or [])
-    ranks = _table(path, "rank_pattern", document, int)
-    alphas = _table(path, "alpha_pattern", document, float)
     return Declaration(
         path=path,
         targets=lambda module: targets(module) and not excluded(module),
-        rank_of=lambda module: ranks.get(_pattern_of(ranks, module), rank),
-        alpha_of=lambda module: alphas.get(_pattern_of(alphas, module), alpha),
+        rank_of=_by_pattern(path, "rank_pattern", document, rank),
+        alpha_of=_by_pattern(path, "alpha_pattern", document, alpha),
         rank=rank,
         alpha=alpha,
-        dropout=float(document.get("lora_dropout") or 0.0),
+        dropout=dropout(path, document.get("lora_dropout")),
     )
 
 
@@ -142,15 +141,18 @@ def compiled(path: Path, key: str, text: str) -> re.Pattern[str]:
         raise ValueError(f"{path}: {key} holds {text!r}, which is no regular expression ({error})") from error
 
 
-def _table(path: Path, key: str, document: Mapping[str, Any], kind: type) -> dict[str, Any]:
+def _by_pattern(path: Path, key: str, document: Mapping[str, Any], common: Any) -> Callable[[str], Any]:
+    """The value of the first pattern that matches a module's name or an end of it after a dot, else the common one."""
     table = document.get(key) or {}
     if not isinstance(table, dict):
         raise ValueError(f"{path}: {key} is {table!r}; expected a table of patterns")
-    for name in table:
+    patterns = []
+    for name, value in table.items():
         compiled(path, key, name)
-    return {name: positive(path, f"{key}[{name!r}]", value, kind) for name, value in table.items()}
+        patterns.append((re.compile(rf"(.*\.)?({name})"), positive(path, f"{key}[{name!r}]", value, type(common))))
 
+    @functools.cache  # some write a key for every module
+    def look_up(module: str) -> Any:
+        return next((value for pattern, value in patterns if pattern.fullmatch(module)), common)
 
-def _pattern_of(table: Mapping[str, Any], module: str) -> str:
-    """The first key that matches the name or an end of it after a dot."""
-    return next((key for key in table if re.fullmatch(rf"(.*\.)?({key})", module)), module)
+    return look_up

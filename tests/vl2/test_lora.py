@@ -345,3 +345,15 @@ def test_a_damaged_adapter_is_refused_and_nothing_is_set(config, saved, tmp_path
 def test_no_adapter_there(config, tmp_path):
     with pytest.raises(ValueError, match=r"no lora_config\.json or adapter_config\.json there; expected the folder of"):
         load_adapter(new_model(config), tmp_path)
+
+
+def test_a_configuration_that_was_not_written_here(config, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "a")
+    path = tmp_path / "a" / "lora_config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "vl2": {"metadata": {}, "settings": {"groups": ["vision"], "size": 3}}}))
+    with pytest.raises(ValueError, match=r"lora_config\.json: not the configuration of an adapter made here"):
+        load_adapter(new_model(config), tmp_path / "a")
+    path.write_text(json.dumps({**document, "vl2": 3}))
+    with pytest.raises(ValueError, match=r"lora_config\.json: its entry 'vl2' was not written here"):
+        load_adapter(new_model(config), tmp_path / "a")
