@@ -68,16 +68,21 @@ def export(config: ExportConfig) -> dict[str, Any]:
         ValueError: `out` holds something, `run` holds nothing trained, or the export is not what it should be (then
             nothing stands under its name).
     """
+    if config.adapter:
+        from train.export_adapter import export_adapter  # here: it needs check_out of this file
+
+        return export_adapter(config)
     if config.layout != "hf":
         raise ValueError(f"layout={config.layout}: only layout=hf is there so far")
-    source, out = find_source(config.run), Path(config.out)
+    source, out = find_source(config.run, config.base), Path(config.out)
     if source.trained is None:
         raise ValueError(f"run={config.run}: nothing was trained there; it is a base model or an export already")
     check_out(out, overwrite=config.overwrite)
     base_dtype = stored_dtype(source.base)
     dtype = base_dtype if config.dtype == "base" else DTYPES[config.dtype]
     # Full fine-tunes are held in float32, as they were trained; under an adapter the base's bits must stay.
-    loaded = load(config.run, {v: k for k, v in DTYPES.items()}[base_dtype if source.kind == "adapter" else "float32"])
+    precision = {v: k for k, v in DTYPES.items()}[base_dtype if source.kind == "adapter" else "float32"]
+    loaded = load(config.run, precision, base=config.base)
     probe = make_probe(loaded)
     report: dict[str, Any] = {
         "run": str(config.run),

@@ -22,7 +22,7 @@ Fine-tunes DeepSeek-VL2 on PaddlePaddle.
 
   bash launch.sh conf=RECIPE [key=value ...]       train
   bash launch.sh conf=RECIPE resume=auto           go on from the newest whole checkpoint
-  bash launch.sh export run=FOLDER                 the merged weights of a run, verified
+  bash launch.sh export run=FOLDER                 the merged weights of a run, or its adapter, verified
   bash launch.sh infer model=FOLDER image=FILE prompt=TEXT
   bash launch.sh eval model=FOLDER data.path=FILE  loss and exact match
   bash launch.sh random model=NAME                 a checkpoint of random numbers at a model's real size
