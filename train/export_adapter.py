@@ -30,7 +30,7 @@ from vl2.adapter_files import (
     PEFT_CONFIG,
     PEFT_FILE,
     adapter_format,
-    weight_files,
+    adapter_tensors,
 )
 from vl2.config import VL2Config
 from vl2.foreign_adapter import Adapter, foreign_tensors
@@ -38,7 +38,7 @@ from vl2.lora import LoRASettings
 from vl2.lora_slots import Slot, slots
 from vl2.paddle_format import PADDLE_NAMES, common_settings, paddle_config, paddle_index
 from vl2.peft_format import PEFT_NAMES, peft_config
-from vl2.weights import build_model, read_header, write_safetensors
+from vl2.weights import build_model, write_safetensors
 
 # One float32 rounding of B where it takes in another scaling; none where the scaling stays.
 _ROUNDING = 2.0**-23
@@ -133,8 +133,7 @@ def verify(
         ValueError: it is not what was written.
     """
     again = open_adapter(folder, skeleton)
-    files = weight_files(folder, str(adapter_format(folder)))
-    stored = {name: tensor for file in files for name, tensor in read_header(file)[0].items()}
+    stored = adapter_tensors(folder, str(adapter_format(folder)))
     wrong = [
         name
         for name in stored.keys() | tensors.keys()

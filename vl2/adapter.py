@@ -22,15 +22,15 @@ from vl2.adapter_files import (
     PEFT,
     adapter_format,
     adapter_metadata,
+    adapter_tensors,
     read_json,
-    weight_files,
 )
 from vl2.foreign_adapter import Adapter, Piece, open_foreign
 from vl2.lora import LoRASettings, VL2LoRAModel, apply_lora
 from vl2.lora_slots import difference, factor_shapes, slots
 from vl2.paddle_format import PADDLE_NAMES, read_paddle_config
 from vl2.peft_format import PEFT_NAMES, read_peft_config
-from vl2.weights import read_header, write_safetensors
+from vl2.weights import write_safetensors
 
 
 def save_adapter(lora_model: VL2LoRAModel, folder: str | Path, metadata: Mapping[str, Any]) -> None:
@@ -69,12 +69,12 @@ def open_adapter(folder: str | Path, model: nn.Layer) -> Adapter:
     form = adapter_format(folder)
     if form != OWN:
         read, names = (read_peft_config, PEFT_NAMES) if form == PEFT else (read_paddle_config, PADDLE_NAMES)
-        return open_foreign(folder, weight_files(folder, str(form)), read(folder), names, model, metadata)
-    (file,) = weight_files(folder, OWN)
-    stored, settings = read_header(file)[0], _own_settings(folder)
+        return open_foreign(folder, adapter_tensors(folder, str(form)), read(folder), names, model, metadata)
+    stored, settings = adapter_tensors(folder, OWN), _own_settings(folder)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     if lines := difference(shapes, factor_shapes(settings, slots(model))):
-        raise ValueError("\n".join([f"{file}: the adapter does not fit the model and its LoRA groups", *lines]))
+        where = folder / OWN_FILE
+        raise ValueError("\n".join([f"{where}: the adapter does not fit the model and its LoRA groups", *lines]))
     pieces = {name: (Piece(tensor),) for name, tensor in stored.items()}
     return Adapter(folder=folder, settings=settings, metadata=metadata, shapes=shapes, pieces=pieces)
 

@@ -2,7 +2,8 @@
 
 own      lora_config.json with our entry, peft_model.safetensors            what a run writes, stacked experts
 peft     adapter_config.json, adapter_model.safetensors                     PEFT (PyTorch)
-paddle   lora_config.json, peft_model.safetensors.index.json and its shards  PaddleNLP, PaddleMIX
+paddle   lora_config.json, peft_model.safetensors.index.json and its shards, PaddleNLP, PaddleMIX
+         or lora_model_state.pdparams
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vl2.weights import read_header
+from vl2.pdparams import locate_arrays
+from vl2.weights import StoredTensor, read_header
 
 OWN, PEFT, PADDLE = "own", "peft", "paddle"
 PADDLE_CONFIG, PEFT_CONFIG = "lora_config.json", "adapter_config.json"
@@ -19,8 +21,8 @@ OWN_FILE, PEFT_FILE = "peft_model.safetensors", "adapter_model.safetensors"
 PADDLE_INDEX, PADDLE_SHARD = "peft_model.safetensors.index.json", "peft_model-00001-of-00001.safetensors"
 # Our entry: in lora_config.json of an own adapter, in the header of the weights of one written for others.
 ENTRY = "vl2"
-# The same weights pickled: code could hide in them.
-_PICKLES = ("adapter_model.bin", "lora_model_state.pdparams")
+# What PaddleNLP's save_pretrained writes: its arrays are found without unpickling it. PyTorch's is not read at all.
+PADDLE_PICKLE, PEFT_PICKLE = "lora_model_state.pdparams", "adapter_model.bin"
 
 
 def adapter_format(folder: str | Path) -> str | None:
@@ -57,31 +59,41 @@ def adapter_metadata(folder: str | Path) -> dict[str, Any]:
         if not isinstance(entry, dict) or not isinstance(entry.get("metadata"), dict):
             raise ValueError(f"{folder / PADDLE_CONFIG}: its entry {ENTRY!r} was not written here")
         return entry["metadata"]
-    for file in weight_files(folder, form):
+    for file in {tensor.path for tensor in adapter_tensors(folder, form).values()}:
+        if file.name == PADDLE_PICKLE:
+            continue
         text = read_header(file)[1].get(ENTRY)
         if text is not None:
             return _parsed(text, f"{file}: the entry {ENTRY!r} of its header")
     return {"base": document.get("base_model_name_or_path") or ""}
 
 
-def weight_files(folder: Path, form: str) -> list[Path]:
-    """The safetensors files of an adapter.
+def adapter_tensors(folder: Path, form: str) -> dict[str, StoredTensor]:
+    """Every tensor of an adapter, whatever its name.
 
     Raises:
-        ValueError: none there, a shard that is missing, or weights that are pickled.
+        ValueError: no weights there, a shard that is missing, a file that is not whole, or one that is never unpickled.
     """
+    if form == PADDLE and not (folder / PADDLE_INDEX).is_file() and (folder / PADDLE_PICKLE).is_file():
+        return locate_arrays(folder / PADDLE_PICKLE)
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(folder, form):
+        tensors.update(read_header(file)[0])
+    return tensors
+
+
+def _weight_files(folder: Path, form: str) -> list[Path]:
     if form == PADDLE and (folder / PADDLE_INDEX).is_file():
         names = sorted(set(read_json(folder / PADDLE_INDEX).get("weight_map", {}).values()))
     else:
         names = [PEFT_FILE if form == PEFT else OWN_FILE]
     missing = [name for name in names if not (folder / name).is_file()]
-    pickles = [name for name in _PICKLES if (folder / name).is_file()]
-    if missing and pickles:
+    if missing and (folder / PEFT_PICKLE).is_file():
         raise ValueError(
-            f"{folder}: {pickles[0]} is a pickle, which may run code and is not read; save the adapter as safetensors"
+            f"{folder}: {PEFT_PICKLE} is a pickle, which may run code and is not read; save the adapter as safetensors"
         )
     if missing or not names:
-        raise ValueError(f"{folder}: no {', '.join(missing) or PADDLE_INDEX} there")
+        raise ValueError(f"{folder}: no {', '.join(missing) or 'shard in ' + PADDLE_INDEX} there")
     return [folder / name for name in names]
 
 

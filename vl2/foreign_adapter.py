@@ -5,7 +5,7 @@ What differs between the two (names, orientation, the configuration) is in peft_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -16,7 +16,7 @@ from paddle import nn
 
 from vl2.lora import GROUPS, LoRASettings
 from vl2.lora_slots import UNTUNED, UNUSED, Slot, difference, factor_shapes, slots
-from vl2.weights import StoredTensor, read_header
+from vl2.weights import StoredTensor
 
 
 class Piece(NamedTuple):
@@ -87,7 +87,7 @@ class Names(NamedTuple):
 
 def open_foreign(
     folder: Path,
-    files: Sequence[Path],
+    stored: Mapping[str, StoredTensor],
     declared: Declaration,
     names: Names,
     model: nn.Layer,
@@ -97,7 +97,7 @@ def open_foreign(
 
     Args:
         folder: of the adapter.
-        files: its safetensors files.
+        stored: all its tensors.
         declared: its configuration.
         names: its naming.
         model: the base, see `open_adapter`.
@@ -106,9 +106,6 @@ def open_foreign(
     Raises:
         ValueError: weights and configuration that disagree, or that do not fit the base; lists the names.
     """
-    stored: dict[str, StoredTensor] = {}
-    for file in files:
-        stored.update(read_header(file)[0])
     found = slots(model)
     targeted = {module: slot for module, slot in found.items() if declared.targets(module)}
     ignored = {names.name(module, letter) for module in UNUSED for letter in "AB"}

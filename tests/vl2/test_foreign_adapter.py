@@ -4,6 +4,7 @@ nano_small has both of the hard cases: kv_b_proj of the latent attention, and ex
 """
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -350,14 +351,37 @@ def test_paddlenlp_settings_that_cannot_be_read(tmp_path, config, message):
         open_adapter(tmp_path, skeleton())
 
 
-def test_a_part_of_a_tensor_parallel_adapter_and_a_pickled_one(tmp_path):
+def test_a_part_of_a_tensor_parallel_adapter(tmp_path):
     make_paddle(tmp_path)
     path = tmp_path / PADDLE_CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), "tensor_parallel_degree": 2}))
     with pytest.raises(ValueError, match=r"tensor_parallel_degree is 2; merge its parts first"):
         open_adapter(tmp_path, skeleton())
-    (tmp_path / OWN_FILE).rename(tmp_path / "lora_model_state.pdparams")
-    with pytest.raises(ValueError, match=r"lora_model_state\.pdparams is a pickle"):
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_saved_by_paddlenlp_itself(tmp_path, dtype):
+    """A state dictionary that paddle.save wrote, as LoRAModel.save_pretrained does: its arrays, never unpickled."""
+    make_paddle(tmp_path)
+    tensors = {name: t.read() for name, t in read_header(tmp_path / OWN_FILE)[0].items()}
+    (tmp_path / OWN_FILE).unlink()
+    state = {name: paddle.to_tensor(array).astype(dtype) for name, array in tensors.items()}
+    paddle.save(state, str(tmp_path / "lora_model_state.pdparams"))
+    adapter = open_adapter(tmp_path, skeleton())
+    name = "language.model.layers.1.mlp.experts.{}.up_proj.lora_A"
+    found = adapter.factor("language.model.layers.1.mlp.experts.lora.up_A")
+    assert len(found) == 8
+    for expert, array in enumerate(found):
+        assert np.array_equal(array, state[name.format(expert)].astype("float32").numpy())
+    assert adapter_metadata(tmp_path) == {"base": ""}
+
+
+def test_a_pickle_with_anything_but_arrays_is_not_run(tmp_path):
+    """The loader's own tests show that nothing in it is executed; here, that it is the loader that reads it."""
+    make_paddle(tmp_path)
+    (tmp_path / OWN_FILE).unlink()
+    (tmp_path / "lora_model_state.pdparams").write_bytes(pickle.dumps({"a": print}, protocol=4))
+    with pytest.raises(ValueError, match=r"lora_model_state\.pdparams: .* is no part of a dictionary of arrays"):
         open_adapter(tmp_path, skeleton())
 
 
