@@ -14,6 +14,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.nn.functional import swiglu
 
+from vl2.balance import LoadBalance
 from vl2.config import LanguageConfig
 from vl2.linear import Linear
 
@@ -191,6 +192,19 @@ class Router(nn.Layer):
         counts = paddle.bincount(flat_R, minlength=self.num_experts).tolist()
         return Routing(experts_TC, weights_TC, scores_TE, order_R, inverse_R, counts)
 
+    def affinities(self, routing: Routing):
+        """What the load-balance loss looks at: scores that add up to 1 [T, E], and the experts of the highest [T, C].
+
+        A sigmoid's scores are divided by their sum, and the correction bias takes no part in the choice. Source: arXiv
+        2412.19437, equations 17 to 20 (the official code refuses to train such a router).
+        """
+        scores_TE, experts_TC = routing.scores_TE, routing.experts_TC
+        if self.sigmoid:
+            scores_TE = scores_TE / (scores_TE.sum(axis=-1, keepdim=True) + 1e-20)
+        if self.e_score_correction_bias is not None:
+            experts_TC = paddle.topk(scores_TE.detach(), self.num_choices, axis=-1, sorted=False)[1]
+        return scores_TE, experts_TC
+
 
 class Experts(nn.Layer):
     """All routed experts of a layer, stacked; `lora` holds their low-rank additions when they are tuned."""
@@ -233,11 +247,14 @@ class MoE(nn.Layer):
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, x_TD):
+    def forward(self, x_TD, balance: LoadBalance | None = None):
+        """[T, D] -> [T, D]; with `balance` (that, the load-balance loss of this layer)."""
         routing = self.gate(x_TD)
         num_choices = self.gate.num_choices
         x_RD = _Gather.apply(x_TD, routing.order_R, routing.inverse_R, num_choices)
         weights_R1 = paddle.gather(routing.weights_TC.flatten(), routing.order_R).unsqueeze(-1).astype(x_TD.dtype)
         y_RD = self.experts(x_RD, weights_R1, routing.counts)
         y_TD = _Combine.apply(y_RD, routing.order_R, routing.inverse_R, num_choices)
-        return y_TD if self.shared_experts is None else y_TD + self.shared_experts(x_TD)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD if balance is None else (y_TD, balance.of_layer(*self.gate.affinities(routing)))
