@@ -22,7 +22,7 @@ from data.packs import PackDataset, collate
 from data.plan import Plan
 from train.config import TrainConfig
 from train.gradients import ReachCheck, fill_zeros, gather_rows, sum_over_ranks
-from train.optim import build_optimizer, lr_factor
+from train.optim import build_optimizer, lr_factor, scale_loss
 from train.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
 from train.stop import StopRequest, ignore_in_worker
 from vl2.balance import LoadBalance
@@ -41,7 +41,7 @@ class StepMetrics:
     loss: float  # mean per supervised token
     aux_loss: float  # load-balance loss of the experts, mean per conversation, times optim.aux_loss; not in `loss`
     lr: float
-    grad_norm: float  # before clipping
+    grad_norm: float | None  # before clipping; None in a step that fp16's loss scaler left out
     tokens: int  # of the packs, image tokens included
     supervised: int  # tokens
     tiles: int
@@ -197,7 +197,7 @@ class VL2Trainer(Trainer):
             if balance is not None:
                 term = balance.total() * (weight / self.plan.samples(self.state.global_step))
                 loss, aux_loss = loss + term, term.detach()
-            (self.scaler.scale(loss) if self.do_grad_scaling else loss).backward()
+            scale_loss(loss, self.scaler if self.do_grad_scaling else None).backward()
         has_images = count > 0 and "tiles" in batch
         self._done.append(PackLoss(pack=pack, loss=loss_sum.detach(), aux_loss=aux_loss, has_images=has_images))
         if len(self._done) == self.args.gradient_accumulation_steps:
@@ -226,14 +226,14 @@ class VL2Trainer(Trainer):
     def _check_loss_valid(self, loss):
         """Done in `_finish_gradients`, which can name the pack."""
 
-    def _not_finite(self, what: str, pack: int | None = None) -> str:
+    def _not_finite(self, what: str, pack: int | None = None, step: int | None = None) -> str:
         where = ""
         if pack is not None:
             records = [self.train_dataset.records[i] for i in self.plan.packs[pack].samples]
             where = f" ({records[0].source}, row {', '.join(str(record.row) for record in records)})"
         return (
-            f"step {self.state.global_step + 1}: {what}{where}. Lower optim.lr={self.config.optim.lr}, lengthen "
-            "optim.warmup_ratio, or with precision=fp16 take bf16; the checkpoints before this step are good"
+            f"step {step or self.state.global_step + 1}: {what}{where}. Lower optim.lr={self.config.optim.lr}, "
+            "lengthen optim.warmup_ratio, or with precision=fp16 take bf16; the checkpoints before this step are good"
         )
 
     # ---- one step
@@ -295,6 +295,7 @@ class VL2Trainer(Trainer):
 
     def _metrics(self, step: int) -> StepMetrics:
         packs, seconds = self.plan.step(step - 1), time.perf_counter() - self._clock
+        norm = self.optimizer._grad_clip.norm
         tokens, used = sum(pack.tokens for pack in packs), sum(bool(pack.samples) for pack in packs)
         return StepMetrics(
             step=step,
@@ -302,7 +303,7 @@ class VL2Trainer(Trainer):
             loss=self._loss,
             aux_loss=self._aux_loss,
             lr=self.config.optim.lr * self.lr_scheduler.lr_lambda(step - 1),
-            grad_norm=self.optimizer._grad_clip.norm,
+            grad_norm=norm if math.isfinite(norm) else None,
             tokens=tokens,
             supervised=self.plan.supervised(step - 1),
             tiles=sum(pack.tiles for pack in packs),
@@ -317,7 +318,8 @@ class VL2Trainer(Trainer):
         overflow = self.do_grad_scaling and bool(self.scaler._cache_found_inf)
         self._skipped = self._skipped + 1 if overflow else 0
         if self._skipped >= MAX_SKIPPED_STEPS:
-            raise FloatingPointError(self._not_finite(f"gradients overflowed in {self._skipped} steps in a row"))
+            what = f"gradients overflowed in {self._skipped} steps in a row"
+            raise FloatingPointError(self._not_finite(what, step=self.state.global_step))
 
     # ---- resuming
 
