@@ -177,12 +177,8 @@ class Router(nn.Layer):
     def forward(self, x_TD) -> Routing:
         logits_TE = paddle.matmul(x_TD.astype("float32"), self.weight.astype("float32"), transpose_y=True)
         scores_TE = F.sigmoid(logits_TE) if self.sigmoid else F.softmax(logits_TE, axis=-1)
-        if self.e_score_correction_bias is None:
-            weights_TC, experts_TC = paddle.topk(scores_TE, self.num_choices, axis=-1, sorted=False)
-        else:
-            biased_TE = scores_TE.detach() + self.e_score_correction_bias.detach().astype("float32")
-            experts_TC = paddle.topk(biased_TE, self.num_choices, axis=-1, sorted=False)[1]
-            weights_TC = paddle.take_along_axis(scores_TE, experts_TC, axis=-1)
+        experts_TC = self.choose(scores_TE)
+        weights_TC = paddle.take_along_axis(scores_TE, experts_TC, axis=-1)
         if self.normalise and self.num_choices > 1:
             weights_TC = weights_TC / (weights_TC.sum(axis=-1, keepdim=True) + 1e-20)
         weights_TC = weights_TC * self.factor
@@ -191,6 +187,13 @@ class Router(nn.Layer):
         inverse_R = paddle.argsort(order_R)
         counts = paddle.bincount(flat_R, minlength=self.num_experts).tolist()
         return Routing(experts_TC, weights_TC, scores_TE, order_R, inverse_R, counts)
+
+    def choose(self, scores_TE):
+        """The experts of each token, int64 [T, C]; the correction bias takes part, without a gradient."""
+        scores_TE = scores_TE.detach()
+        if self.e_score_correction_bias is not None:
+            scores_TE = scores_TE + self.e_score_correction_bias.detach().astype("float32")
+        return paddle.topk(scores_TE, self.num_choices, axis=-1, sorted=False)[1]
 
     def affinities(self, routing: Routing):
         """What the load-balance loss looks at: scores that add up to 1 [T, E], and the experts of the highest [T, C].
