@@ -28,8 +28,11 @@ def model_fingerprint(model: nn.Layer) -> str:
     for name, parameter in model.named_parameters():
         size = int(np.prod(parameter.shape))
         index = np.unique(np.linspace(0, size - 1, min(size, _PROBES)).astype("int64"))
-        # gather and cast: the two kernels that bfloat16 has on CPU as well.
-        values = paddle.gather(parameter.detach().reshape([-1]), paddle.to_tensor(index)).astype("float32")
+        flat, index = parameter.detach().reshape([-1]), paddle.to_tensor(index)
+        if parameter.dtype == paddle.float16:  # has no gather on CPU; its bits have
+            values = paddle.gather(flat.view("int16"), index).view("float16").astype("float32")
+        else:
+            values = paddle.gather(flat, index).astype("float32")
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()

@@ -307,7 +307,7 @@ def _assemble(parts: list[Part], shape: list[int], stored: Mapping[str, StoredTe
     if len(parts) == 1 and not parts[0].at:
         value = _tensor(stored[parts[0].name])
         value = value.transpose([1, 0]).contiguous() if parts[0].transposed else value
-        return value if str(value.dtype).endswith(dtype) else value.astype(dtype)
+        return value if value.dtype == getattr(paddle, dtype) else value.astype(dtype)
     kinds = {stored[part.name].dtype for part in parts}
     kind = kinds.pop() if len(kinds) == 1 else "F32"
     whole = np.empty(shape, _NUMPY_TYPES[kind])
@@ -315,7 +315,7 @@ def _assemble(parts: list[Part], shape: list[int], stored: Mapping[str, StoredTe
         array = stored[part.name].read() if not kinds else _tensor(stored[part.name]).astype("float32").numpy()
         whole[part.at] = array.T if part.transposed else array
     value = paddle.to_tensor(whole)
-    return value if str(value.dtype).endswith(dtype) else value.astype(dtype)
+    return value if value.dtype == getattr(paddle, dtype) else value.astype(dtype)
 
 
 def _tensor(stored: StoredTensor) -> paddle.Tensor:
