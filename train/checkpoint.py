@@ -26,7 +26,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         write: fills the temporary folder it is given.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (target.parent / f".{kind}-{target.name}" for kind in ("new", "old"))
+    temporary, old = temporary_folder(target), target.parent / f".old-{target.name}"
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
@@ -41,6 +41,11 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     temporary.rename(target)
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def temporary_folder(target: Path) -> Path:
+    """Where `write_folder` writes what will be `target`."""
+    return target.parent / f".new-{target.name}"
 
 
 def damage(folder: Path) -> str | None:

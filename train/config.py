@@ -167,10 +167,11 @@ class ExportConfig:
     """Merged weights: `bash launch.sh export run=FOLDER key=value ...`"""
 
     run: str = key("", "Folder of a run, or of one of its checkpoints.", path=True)
+    model: str = key("", "Instead of run: a model to write in another layout or dtype; its folder or name.", path=True)
     out: str = key("", "Folder to write; empty: export/ in the run.", path=True)
     layout: str = key(
         "hf",
-        "hf: official names and [out, in], for vLLM and Transformers; paddle: PaddleMIX.",
+        "hf: the official one, [out, in], for vLLM, SGLang and Transformers; paddle: PaddleMIX's, [in, out].",
         choices=("hf", "paddle"),
     )
     dtype: str = key("base", "Stored type: the base model's, or another.", choices=("base", "bf16", "fp16", "fp32"))
@@ -315,7 +316,13 @@ def rehearsal_notice(config: TrainConfig, arguments: Sequence[str]) -> str:
 def load_export_config(argv: Sequence[str]) -> ExportConfig:
     """The configuration of `export`."""
     config = compose.compose(compose.read_command_line(argv, ExportConfig), ExportConfig)
-    _require(config.run, "export needs run=FOLDER, a run's folder or one of its checkpoints")
+    wanted = "export needs run=FOLDER, a run's folder or one of its checkpoints, or model=FOLDER to convert a model"
+    _require(config.run or config.model, wanted)
+    if config.run and config.model:
+        raise ValueError("export takes run= or model=, not both")
+    if config.model:
+        config.model = model_folder(config.model)
+        _require(config.out, f"export model={config.model} needs out=FOLDER, where to write it")
     config.out = config.out or str(Path(config.run, "export"))
     return config
 

@@ -60,6 +60,12 @@ def test_bfloat16_storage_computes_the_same_numbers(folder):
     assert np.array_equal(full.numpy(), half.numpy())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_stored_in_the_type_asked_for(folder, dtype):
+    """A regression: "bfloat16" ends in "float16", so a bfloat16 checkpoint stayed what it was."""
+    assert {str(p.dtype) for p in load_model(folder, dtype=dtype).parameters()} == {f"paddle.{dtype}"}
+
+
 def test_missing_unknown_and_wrongly_shaped_tensors_are_listed(folder):
     def damage(arrays):
         del arrays["language.model.layers.1.mlp.experts.3.up_proj.weight"]
