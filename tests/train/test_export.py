@@ -11,8 +11,10 @@ from PIL import Image
 from train.config import ExportConfig, InferConfig
 from train.evaluate import Question, check_predictions, exact_match, permuted, questions_of, write_predictions
 from train.export import export
+from train.identity import model_fingerprint
 from train.infer import conversation, infer
 from train.inference import find_source, load
+from train.merge import open_merge
 from train.verify import logits_of, make_probe
 from vl2.adapter import save_adapter
 from vl2.lora import LoRASettings, apply_lora
@@ -163,6 +165,24 @@ def test_adapter_of_another_base_is_refused(run, base, tmp_path):
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match="another base model"):
         load(other)
+
+
+def test_adapter_knows_its_base_in_the_precision_of_its_training(run, base, tmp_path):
+    """A base of bfloat16, trained on as float16: it is the same base when it is loaded or exported in another type."""
+    other = tmp_path / "other"
+    shutil.copytree(run / "adapter", other / "adapter")
+    path = other / "adapter" / "lora_config.json"
+    document = json.loads(path.read_text())
+    fingerprint = model_fingerprint(load_model(base, dtype="float16"))
+    document["vl2"]["metadata"].update(base_fingerprint=fingerprint, precision="fp16")
+    path.write_text(json.dumps(document))
+    assert load(other).lora is not None
+    assert open_merge(find_source(other), None).deltas
+    document["vl2"]["metadata"]["precision"] = "bf16"
+    path.write_text(json.dumps(document))
+    for use in (load, lambda folder: open_merge(find_source(folder), None)):
+        with pytest.raises(ValueError, match="another base model"):
+            use(other)
 
 
 def test_prompt_with_images_puts_them_first_or_where_marked():
