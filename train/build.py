@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from data.shapes.write import write_shapes
 from train.config import TrainConfig
 from train.hub import resolve_model
 from train.state import trainable_parameters
-from vl2.adapter import load_factors, read_adapter_config
+from vl2.adapter import check_base, load_factors, open_adapter
 from vl2.config import VL2Config
 from vl2.lora import GroupReport, LoRASettings, apply_lora
 from vl2.model import DeepseekVL2
@@ -144,25 +145,55 @@ def make_trainable(
     """
     model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
     if config.lora.rank == 0:
-        prefixes = tuple(prefix for part in config.trainable for prefix in _PARTS[part])
-        names = [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
-        train_parameters(model, [name for name in names if not any(word in name for word in _NEVER_TRAINED)])
+        train_parameters(model, trained_names((name for name, _ in model.named_parameters()), config.trainable))
         return model, ()
-    settings = LoRASettings(
+    settings = lora_settings(config)
+    lora_model = apply_lora(model, settings, seed=config.seed)
+    if config.lora.init:
+        check_base(config.lora.init, base_fingerprint)
+        adapter = open_adapter(config.lora.init, model)
+        check_settings(adapter.settings, settings, config.lora.init)
+        load_factors(lora_model, adapter)
+    return lora_model, lora_model.reports
+
+
+def trained_names(names: Iterable[str], parts: Sequence[str]) -> list[str]:
+    """Those of a model's parameters that train when `parts` of it do."""
+    prefixes = tuple(prefix for part in parts for prefix in _PARTS[part])
+    return [name for name in names if name.startswith(prefixes) and not any(word in name for word in _NEVER_TRAINED)]
+
+
+def lora_settings(config: TrainConfig) -> LoRASettings:
+    """The adapters that a configuration with lora.rank > 0 asks for."""
+    return LoRASettings(
         groups=tuple(config.lora.groups),
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         dropout=config.lora.dropout,
         ranks=dict(config.lora.ranks),
+        alphas=dict(config.lora.alphas),
     )
-    lora_model = apply_lora(model, settings, seed=config.seed)
-    if config.lora.init:
-        start = read_adapter_config(config.lora.init)
-        if start.metadata.get("base_fingerprint") != base_fingerprint:
-            base = start.metadata.get("base")
-            raise ValueError(f"lora.init={config.lora.init}: this adapter was trained on another base model ({base})")
-        load_factors(lora_model, config.lora.init)
-    return lora_model, lora_model.reports
+
+
+def check_settings(adapter: LoRASettings, run: LoRASettings, folder: str) -> None:
+    """Refuse to start from an adapter whose factors would mean something else under this run's settings.
+
+    Raises:
+        ValueError: with the keys to give.
+    """
+
+    def meaning(settings: LoRASettings) -> dict[str, tuple[int, float]]:
+        return {group: (settings.rank_of(group), settings.alpha_of(group)) for group in settings.groups}
+
+    if meaning(adapter) == meaning(run):
+        return
+    keys = [f"lora.groups=[{','.join(adapter.groups)}] lora.rank={adapter.rank} lora.alpha={adapter.alpha:g}"]
+    keys += [f"lora.ranks.{group}={rank}" for group, rank in adapter.ranks.items()]
+    keys += [f"lora.alphas.{group}={alpha:g}" for group, alpha in adapter.alphas.items()]
+    raise ValueError(
+        f"lora.init={folder}: this adapter has other groups, ranks or alphas than the run and would be another one "
+        f"there; give {' '.join(keys)}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ run_dir/checkpoints/.new-...        being written; left behind only by a crash, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,28 +15,49 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from train.room import gigabytes
+
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{6,})")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+def write_folder(target: Path, write: Callable[[Path], None], *, manifest: bool = True) -> None:
     """Write a folder under a temporary name, sync it to disk with a manifest, and give it its name in one rename.
 
     Args:
         target: final place; a folder already there is replaced.
         write: fills the temporary folder it is given.
+        manifest: with checksums, for which every file is read again.
+
+    Raises:
+        ValueError: the disk is full. Then, as after any other error, nothing new is there.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = temporary_folder(target), target.parent / f".old-{target.name}"
+    temporary, old = (target.parent / f".{kind}-{target.name}" for kind in ("new", "old"))
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
-    write(temporary)
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {str(path.relative_to(temporary)): _describe(path) for path in files}
-    (temporary / MANIFEST).write_text(json.dumps({"files": manifest}, indent=2) + "\n")
-    for path in [*files, temporary / MANIFEST, *{path.parent for path in files}, temporary]:
-        _sync(path)
+    try:
+        write(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        if manifest:
+            described = {str(path.relative_to(temporary)): _describe(path) for path in files}
+            (temporary / MANIFEST).write_text(json.dumps({"files": described}, indent=2) + "\n")
+            files.append(temporary / MANIFEST)
+        for path in [*files, *{path.parent for path in files}, temporary]:
+            _sync(path)
+    except BaseException as problem:
+        written = sum(path.lstat().st_size for path in temporary.rglob("*") if path.is_file())
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = f"{temporary} could not be removed" if temporary.exists() else "nothing was kept"
+        if isinstance(problem, OSError) and problem.errno in _FULL:
+            free = gigabytes(shutil.disk_usage(target.parent).free)
+            raise ValueError(
+                f"{target}: the disk is full ({problem.strerror}) after {gigabytes(written)}; {kept}, and "
+                f"{free} are free now. Free some space, or write to another disk"
+            ) from problem
+        raise
     if target.exists():
         target.rename(old)
     temporary.rename(target)
@@ -43,9 +65,14 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def temporary_folder(target: Path) -> Path:
-    """Where `write_folder` writes what will be `target`."""
-    return target.parent / f".new-{target.name}"
+def check_empty(folder: Path) -> None:
+    """Refuse a place where something is already.
+
+    Raises:
+        ValueError: a file, or a folder that is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: there is something already; expected a new or empty folder, give another one")
 
 
 def damage(folder: Path) -> str | None:

@@ -19,6 +19,8 @@ LORA_GROUPS = ("attention", "experts", "shared_experts", "dense_mlp", "vision", 
 PARTS = ("vision", "projector", "language")
 PRECISIONS = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "gpu")
+MODEL_DOC = "Folder of a base model, a run, an adapter (PEFT's too) or an export; or a name (nano, tiny, ...)."
+BASE_DOC = "Base model of a run or an adapter, where it does not name it or it lies elsewhere now."
 NANO = compose.ROOT / "vl2" / "nano"
 
 
@@ -77,7 +79,12 @@ class LoRAConfig:
     ranks: dict[str, int] = key(
         factory=dict, doc="Another rank for a group: lora.ranks.experts=4.", choices=LORA_GROUPS, low=1
     )
-    init: str = key("", "Adapter folder to start from; empty: B is zero, so training starts at the base.", path=True)
+    alphas: dict[str, float] = key(
+        factory=dict, doc="Another alpha for a group: lora.alphas.experts=8.", choices=LORA_GROUPS, low=0
+    )
+    init: str = key(
+        "", "Adapter (PEFT's too) to start from; empty: B is zero, so training starts at the base.", path=True
+    )
 
 
 @dataclass(kw_only=True)
@@ -88,6 +95,7 @@ class OptimConfig:
     schedule: str = key("cosine", "After the warm-up.", choices=("cosine", "constant"))
     warmup_ratio: float = key(0.03, "Linear warm-up.", unit="part of all optimizer steps", low=0, high=1)
     min_lr_ratio: float = key(0.1, "Where cosine ends.", unit="part of lr", low=0, high=1)
+    vision_lr_scale: float = key(1.0, "The vision tower (or its adapters) learns at lr times this.", low=0)
     weight_decay: float = key(0.0, "Decoupled weight decay of matrices.", low=0)
     beta1: float = key(0.9, "Adam's first moment.", low=0, high=0.9999)
     beta2: float = key(0.95, "Adam's second moment.", low=0, high=0.9999)
@@ -166,14 +174,20 @@ class TrainConfig:
 class ExportConfig:
     """Merged weights: `bash launch.sh export run=FOLDER key=value ...`"""
 
-    run: str = key("", "Folder of a run, or of one of its checkpoints.", path=True)
+    run: str = key("", "Folder of a run, of one of its checkpoints, or of an adapter (PEFT's too).", path=True)
     model: str = key("", "Instead of run: a model to write in another layout or dtype; its folder or name.", path=True)
-    out: str = key("", "Folder to write; empty: export/ in the run.", path=True)
+    out: str = key("", "Folder to write; empty: export/ in the run, or adapter_peft/, adapter_paddle/.", path=True)
     layout: str = key(
         "hf",
         "hf: the official one, [out, in], for vLLM, SGLang and Transformers; paddle: PaddleMIX's, [in, out].",
         choices=("hf", "paddle"),
     )
+    adapter: str = key(
+        "",
+        "Instead of merged weights the adapter alone; peft: for PEFT; paddle: for PaddleNLP and PaddleMIX.",
+        choices=("", "peft", "paddle"),
+    )
+    base: str = key("", BASE_DOC, path=True)
     dtype: str = key("base", "Stored type: the base model's, or another.", choices=("base", "bf16", "fp16", "fp32"))
     overwrite: bool = key(False, "Replace what lies in `out`.")
     device: str = key("auto", "Where the export is verified.", choices=DEVICES)
@@ -183,7 +197,8 @@ class ExportConfig:
 class InferConfig:
     """One answer: `bash launch.sh infer model=FOLDER image=FILE prompt=TEXT key=value ...`"""
 
-    model: str = key("", "Folder of a base model, a run or an export; or a name (nano, tiny, ...).", path=True)
+    model: str = key("", MODEL_DOC, path=True)
+    base: str = key("", BASE_DOC, path=True)
     image: list[str] = key(factory=list, doc="An image; image=A image=B for several.", path=True)
     prompt: str = key("", "The question; <image> marks where images stand, else they come first.")
     messages: str = key("", "JSON file with a list of messages, instead of prompt.", path=True)
@@ -208,13 +223,30 @@ class EvalDataConfig:
 class EvaluateConfig:
     """Loss and exact match: `bash launch.sh eval model=FOLDER data.path=FILE key=value ...`"""
 
-    model: str = key("", "Folder of a base model, a run or an export; or a name (nano, tiny, ...).", path=True)
+    model: str = key("", MODEL_DOC, path=True)
+    base: str = key("", BASE_DOC, path=True)
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     out: str = key("predictions.jsonl", "File to write the answers to.", path=True)
     limit: int | None = key(None, "Take only the first rows.", unit="rows", low=1)
     max_new_tokens: int = key(128, "Longest answer.", unit="tokens", low=1)
     precision: str = key("auto", "auto: as the weights are stored.", choices=("auto", *PRECISIONS))
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)
+
+
+@dataclass(kw_only=True)
+class RandomConfig:
+    """A checkpoint of random numbers at real size: `bash launch.sh random model=tiny key=value ...`"""
+
+    model: str = key("", "A name (nano, tiny, small, base), or a folder with a config.json.", path=True)
+    out: str = key("", "New folder to write; empty: outputs/random/NAME.", path=True)
+    numbers: str = key(
+        "random",
+        "random: drawn; holes: exact headers and sizes over zeros that take no disk space; none: print names, types, "
+        "shapes, bytes and files, write nothing.",
+        choices=("random", "holes", "none"),
+    )
+    tokenizer: str = key("", "Folder whose tokenizer is copied; empty: nano's.", path=True)
+    seed: int = key(0, "Of the numbers.", low=0)
 
 
 def load_config(argv: Sequence[str], machine: Machine | None = None) -> TrainConfig:
@@ -266,9 +298,12 @@ def _check_run(config: TrainConfig, machine: Machine, device: str) -> None:
         raise ValueError("lora.rank=0 and trainable=[]: nothing would train; name parts in trainable or give a rank")
     if config.lora.rank and not config.lora.groups:
         raise ValueError("lora.groups=[]: nothing would train; name groups or give lora.rank=0")
-    stray = sorted(set(config.lora.ranks) - set(config.lora.groups))
-    if stray:
-        raise ValueError(f"lora.ranks.{stray[0]}: {stray[0]} is not in lora.groups={config.lora.groups}")
+    for name, table in (("ranks", config.lora.ranks), ("alphas", config.lora.alphas)):
+        stray = sorted(set(table) - set(config.lora.groups))
+        if stray:
+            raise ValueError(f"lora.{name}.{stray[0]}: {stray[0]} is not in lora.groups={config.lora.groups}")
+    if config.lora.init and not config.lora.rank:
+        raise ValueError(f"lora.init={config.lora.init} with lora.rank=0: no adapter would train; give lora.rank")
     if device == "gpu" and config.nproc > machine.usable_gpus:
         raise ValueError(f"nproc={config.nproc}: this machine has {machine.usable_gpus} usable GPUs")
     if config.nnodes > 1 and not config.master:
@@ -321,9 +356,14 @@ def load_export_config(argv: Sequence[str]) -> ExportConfig:
     if config.run and config.model:
         raise ValueError("export takes run= or model=, not both")
     if config.model:
-        config.model = model_folder(config.model)
         _require(config.out, f"export model={config.model} needs out=FOLDER, where to write it")
-    config.out = config.out or str(Path(config.run, "export"))
+        config.model = model_folder(config.model)
+        if config.adapter or config.base:
+            raise ValueError(
+                f"export model={config.model}: adapter= and base= are for what was trained; give run= instead"
+            )
+    config.out = config.out or str(Path(config.run, f"adapter_{config.adapter}" if config.adapter else "export"))
+    config.base = config.base and model_folder(config.base)
     return config
 
 
@@ -331,6 +371,7 @@ def load_infer_config(argv: Sequence[str]) -> InferConfig:
     """The configuration of `infer`."""
     config = compose.compose(compose.read_command_line(argv, InferConfig), InferConfig)
     config.model = model_folder(_require(config.model, "infer needs model=FOLDER, a base model, a run or an export"))
+    config.base = config.base and model_folder(config.base)
     _require(config.prompt or config.messages, "infer needs prompt=TEXT, or messages=FILE for a whole conversation")
     if config.prompt and config.messages:
         raise ValueError("infer takes prompt= or messages=, not both")
@@ -341,7 +382,17 @@ def load_eval_config(argv: Sequence[str]) -> EvaluateConfig:
     """The configuration of `eval`."""
     config = compose.compose(compose.read_command_line(argv, EvaluateConfig), EvaluateConfig)
     config.model = model_folder(_require(config.model, "eval needs model=FOLDER, a base model, a run or an export"))
+    config.base = config.base and model_folder(config.base)
     _require(config.data.path, "eval needs data.path=FILE, a JSONL with messages and images")
+    return config
+
+
+def load_random_config(argv: Sequence[str]) -> RandomConfig:
+    """The configuration of `random`."""
+    config = compose.compose(compose.read_command_line(argv, RandomConfig), RandomConfig)
+    _require(config.model, f"random needs model=NAME, one of {', '.join(compose.model_names())}, or a folder")
+    config.out = config.out or str(Path("outputs", "random", Path(config.model).name))
+    config.model, config.tokenizer = model_folder(config.model), config.tokenizer or str(NANO)
     return config
 
 

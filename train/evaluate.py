@@ -127,7 +127,7 @@ def main(arguments: list[str]) -> int:
     config = load_eval_config(arguments)
     use_device(config.device)
     check_predictions(Path(config.out))
-    loaded = load(config.model, config.precision)
+    loaded = load(config.model, config.precision, config.base)
     dataset = open_dataset(
         config.data.path,
         tokenizer=loaded.tokenizer,

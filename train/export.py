@@ -19,12 +19,12 @@ from train.checkpoint import write_folder
 from train.cli import run_cli
 from train.config import ExportConfig, load_export_config
 from train.devices import use_device
-from train.disk import check_space, whole_or_nothing
 from train.export_files import model_card, plan_export, write_companions, write_weights
 from train.files import EXPORT_REPORT
 from train.hub import resolve_model
 from train.inference import DTYPES, Source, find_source
 from train.merge import Merge, open_merge
+from train.room import check_disk
 from train.state import versions
 from train.verify import make_probe, verify_logits, verify_tensors
 from vl2.shards import Plan
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     use_device(config.device)
     report = export(config)
     print(f"exported to {config.out}")
-    for key, value in {**report["verified"], **report["cost"]}.items():
+    for key, value in {**report["verified"], **report.get("cost", {})}.items():
         print(f"  {key:32} {value:.3g}" if isinstance(value, float) else f"  {key:32} {value}")
     if report["rehearsal"]:
         print("note: this export comes from a rehearsal on nano")
@@ -55,12 +55,16 @@ def export(config: ExportConfig) -> dict[str, Any]:
         ValueError: `out` holds something, `run` holds nothing trained, there is no room on the disk, or the export is
             not what it should be (then nothing stands under its name).
     """
+    if config.adapter:
+        from train.export_adapter import export_adapter  # here: it needs check_out of this file
+
+        return export_adapter(config)
     source, out = _find(config), Path(config.out)
     layout: Layout = "paddle" if config.layout == "paddle" else "hf"
     check_out(out, source, overwrite=config.overwrite)
     merge = open_merge(source, None if config.dtype == "base" else DTYPES[config.dtype])
     plan = plan_export(merge, layout)
-    check_space(out, plan.num_bytes, f"out={out}")
+    check_disk(out, plan.num_bytes, "the export")
     report: dict[str, Any] = {
         "run": config.run or config.model,
         "base": str(source.base),
@@ -89,14 +93,13 @@ def export(config: ExportConfig) -> dict[str, Any]:
         if source.trained is not None:
             (folder / "README.md").write_text(model_card(report), encoding="utf-8")
 
-    with whole_or_nothing(out, plan.num_bytes, f"out={out}"):
-        write_folder(out, write)
+    write_folder(out, write)
     return report
 
 
 def _find(config: ExportConfig) -> Source:
     if config.run:
-        source = find_source(config.run)
+        source = find_source(config.run, config.base)
         if source.trained is None:
             raise ValueError(
                 f"run={config.run}: nothing was trained there; it is a base model or an export already. To write it in "

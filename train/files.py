@@ -3,5 +3,5 @@
 ADAPTER, WEIGHTS = "adapter", "weights"  # folders of trained weights: LoRA, or a full fine-tune
 WEIGHTS_FILE, WEIGHTS_METADATA = "trained.safetensors", "metadata.json"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
-ADAPTER_CONFIG = "lora_config.json"  # PaddleNLP's name
 EXPORT_REPORT = "export.json"
+METRICS, CURVE = "metrics.jsonl", "curve.png"

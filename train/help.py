@@ -6,22 +6,29 @@ import textwrap
 from typing import Any
 
 from train.compose import recipes
-from train.config import EvaluateConfig, ExportConfig, InferConfig, TrainConfig
+from train.config import EvaluateConfig, ExportConfig, InferConfig, RandomConfig, TrainConfig
 from train.keys import Key, did_you_mean, list_keys
 
-SCHEMAS = {"train": TrainConfig, "export": ExportConfig, "infer": InferConfig, "eval": EvaluateConfig}
+SCHEMAS = {
+    "train": TrainConfig,
+    "export": ExportConfig,
+    "infer": InferConfig,
+    "eval": EvaluateConfig,
+    "random": RandomConfig,
+}
 
 OVERVIEW = """\
 Fine-tunes DeepSeek-VL2 on PaddlePaddle.
 
   bash launch.sh conf=RECIPE [key=value ...]       train
   bash launch.sh conf=RECIPE resume=auto           go on from the newest whole checkpoint
-  bash launch.sh export run=FOLDER                 the merged weights of a run, verified
+  bash launch.sh export run=FOLDER                 the merged weights of a run, or its adapter, verified
   bash launch.sh infer model=FOLDER image=FILE prompt=TEXT
   bash launch.sh eval model=FOLDER data.path=FILE  loss and exact match
+  bash launch.sh random model=NAME                 a checkpoint of random numbers at a model's real size
   bash launch.sh config [VERB] key=value ...       print the resolved configuration, run nothing
   bash launch.sh test [pytest arguments]           linter, types and tests
-  bash launch.sh help train|export|infer|eval      every key of a verb with unit and default
+  bash launch.sh help VERB                         every key of train, export, infer, eval or random
 
 Recipes (conf/*.yaml):
 {recipes}

@@ -24,6 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _REVISION = "main"
 # As in vl2.weights, which would load Paddle.
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_PDPARAMS = "model_state.pdparams"  # taken where PaddleNLP has it already, never fetched
 _SMALL_FILES = ("*.json", "*.txt", "tokenizer.model", "LICENSE*", "README.md")
 _WEIGHTS = ("*.safetensors",)
 _TRIES = 5  # that bring nothing, in a row
@@ -103,7 +104,8 @@ def missing_files(folder: Path) -> list[str]:
         except (ValueError, KeyError, AttributeError, TypeError):
             return [*missing, f"a readable {_INDEX}"]
         return missing + [shard for shard in sorted(shards) if not (folder / shard).is_file()]
-    return missing if (folder / _SINGLE).is_file() else [*missing, f"{_SINGLE} or {_INDEX}"]
+    there = (folder / _SINGLE).is_file() or (folder / _PDPARAMS).is_file()
+    return missing if there else [*missing, f"{_SINGLE} or {_INDEX}"]
 
 
 def _download(name: str) -> Path:

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
         if not Path(image).is_file():
             raise ValueError(f"image={image}: no such file")
     started = time.perf_counter()
-    loaded = load(config.model, config.precision)
+    loaded = load(config.model, config.precision, config.base)
     loading = time.perf_counter() - started
     if loaded.source.rehearsal:
         print("note: this model comes from a rehearsal on nano", file=sys.stderr)

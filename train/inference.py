@@ -13,13 +13,16 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from train.files import ADAPTER, ADAPTER_CONFIG, EXPORT_REPORT, WEIGHTS, WEIGHTS_FILE, WEIGHTS_METADATA
+from train.files import ADAPTER, EXPORT_REPORT, WEIGHTS, WEIGHTS_FILE, WEIGHTS_METADATA
 from train.hub import resolve_model
 from train.identity import model_fingerprint, stored_fingerprint
+from train.need import check_inference
+from vl2.adapter_files import PADDLE_CONFIG, PEFT_CONFIG, adapter_format, adapter_metadata
 from vl2.config import VL2Config
 from vl2.generate import generate
 from vl2.model import DeepseekVL2
 from vl2.prompt import Message, render
+from vl2.published import published
 from vl2.tiles import Resolution, cut_tiles, limit_candidates, load_image, tile_grid
 from vl2.tokenizer import Tokenizer
 from vl2.weights import checkpoint_tensors, init_model, load_model, open_model, read_header, set_parameter
@@ -59,8 +62,12 @@ class Loaded:
         return self.model.config.candidate_resolutions
 
 
-def find_source(folder: str | Path) -> Source:
+def find_source(folder: str | Path, base: str = "") -> Source:
     """Tell what lies in a folder: a checkpoint in the official layout, an adapter, a run, or a run's checkpoint.
+
+    Args:
+        folder: to look into.
+        base: base model of what was trained; empty: the one it names.
 
     Raises:
         ValueError: when it is none of these, or the base of an adapter cannot be found.
@@ -69,14 +76,14 @@ def find_source(folder: str | Path) -> Source:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; expected a base model, a run, an adapter or an export")
     for trained in (folder, folder / ADAPTER, folder / WEIGHTS):
-        if (trained / ADAPTER_CONFIG).is_file():
-            from vl2.adapter import read_adapter_config  # here: it imports PaddleNLP, which takes seconds
-
-            about = dict(read_adapter_config(trained).metadata)
-            return Source(kind="adapter", base=_base_of(trained, about), trained=trained, about=about)
+        if adapter_format(trained):
+            about = adapter_metadata(trained)
+            return Source(kind="adapter", base=_base_of(trained, about, base), trained=trained, about=about)
         if (trained / WEIGHTS_METADATA).is_file():
             about = json.loads((trained / WEIGHTS_METADATA).read_text(encoding="utf-8"))
-            return Source(kind="weights", base=_base_of(trained, about), trained=trained, about=about)
+            return Source(kind="weights", base=_base_of(trained, about, base), trained=trained, about=about)
+    if base:
+        raise ValueError(f"base={base}: {folder} holds neither an adapter nor trained weights that would need a base")
     if (folder / "config.json").is_file():
         report = folder / EXPORT_REPORT
         about = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
@@ -85,44 +92,54 @@ def find_source(folder: str | Path) -> Source:
     if (folder / "checkpoints").is_dir():
         hint = "; the run is not finished: give one of its checkpoints, or finish it with resume=auto"
     raise ValueError(
-        f"{folder}: neither a model (config.json) nor an adapter (lora_config.json) nor a run (adapter/){hint}"
+        f"{folder}: neither a model (config.json) nor an adapter ({PADDLE_CONFIG}, {PEFT_CONFIG}) "
+        f"nor a run (adapter/){hint}"
     )
 
 
-def _base_of(trained: Path, about: dict[str, Any]) -> Path:
-    name = about.get("base", "")
+def _base_of(trained: Path, about: dict[str, Any], given: str) -> Path:
+    if given:
+        return resolve_model(given)
+    name = about.get("base")
+    if not name:
+        raise ValueError(f"{trained}: this adapter does not name its base model; give base=FOLDER")
+    problem = "no config.json"
     try:
         base = resolve_model(name)
-    except ValueError as problem:
-        raise ValueError(
-            f"{trained}: was trained on the base model {name}, which is not there now: {problem}"
-        ) from None
-    if not (base / "config.json").is_file():
-        raise ValueError(f"{trained}: was trained on the base model {name}, which is not there now (no config.json)")
-    return base
+        if (base / "config.json").is_file():
+            return base
+    except ValueError as error:
+        problem = str(error)
+    raise ValueError(
+        f"{trained}: was trained on the base model {name}, which is not there now ({problem}); give base=FOLDER"
+    )
 
 
-def load(folder: str | Path, precision: str = "auto") -> Loaded:
+def load(folder: str | Path, precision: str = "auto", base: str = "") -> Loaded:
     """Load whatever `find_source` finds.
 
     Args:
         folder: base model (or its name on the hub), export, adapter, run or checkpoint.
         precision: stored type of the weights: bf16, fp16, fp32, or auto (as in the base's files).
+        base: see `find_source`.
 
     Raises:
         ValueError: see `resolve_model`, `find_source` and `load_model`; an adapter of another base.
     """
-    source = find_source(resolve_model(folder))
+    if published(folder):  # before it is fetched
+        check_inference(folder, DTYPES.get(precision, "bfloat16"))
+    source = find_source(resolve_model(folder), base)
     tokenizer = Tokenizer.from_folder(source.base)
     dtype = DTYPES[precision] if precision != "auto" else stored_dtype(source.base)
+    check_inference(source.base, dtype)
     model = load_base(source, tokenizer, dtype)
     lora = None
     if source.kind == "adapter":
-        from vl2.adapter import load_adapter
+        from vl2.adapter import load_adapter  # here: it imports PaddleNLP, which takes seconds
 
         assert source.trained is not None
         lora = load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, model))
-    if source.trained is not None:
+    if "max_tiles" in source.about and source.trained is not None:  # an adapter trained elsewhere does not say
         candidates = limit_candidates(model.config.candidate_resolutions, source.about["max_tiles"])
         model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
     if paddle.get_device().startswith("gpu"):

@@ -79,6 +79,7 @@ class Key:
             str: "a text",
             list[str]: "a list [a,b]",
             dict[str, int]: "a table {name:number}",
+            dict[str, float]: "a table {name:number}",
         }[self.type]
         words += f" ({self.unit})" if self.unit else ""
         return f"{words} or null" if self.optional else words

@@ -20,8 +20,15 @@ LOADERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "export": config.load_export_config,
     "infer": config.load_infer_config,
     "eval": config.load_eval_config,
+    "random": config.load_random_config,
 }
-MODULES = {"train": "train.train", "export": "train.export", "infer": "train.infer", "eval": "train.evaluate"}
+MODULES = {
+    "train": "train.train",
+    "export": "train.export",
+    "infer": "train.infer",
+    "eval": "train.evaluate",
+    "random": "train.random_checkpoint",
+}
 VERBS = (*LOADERS, "config", "test", "help")
 # Of third parties, at import time; what this repository warns of is never among it.
 QUIET = (
@@ -60,8 +67,10 @@ def prepare(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, s
     """
     machine = find_machine()
     settings = LOADERS[verb](arguments)
-    device = choose_device(settings.device, machine)
     work = ["-u", "-m", "train.cli", MODULES[verb], *arguments]
+    if isinstance(settings, config.RandomConfig):  # computes nothing
+        return [sys.executable, *work], child_environment(os.environ, 1)
+    device = choose_device(settings.device, machine)
     if not isinstance(settings, config.TrainConfig):
         return [sys.executable, *work], child_environment(os.environ, 1)
     environ = child_environment(os.environ, settings.nproc)

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 from tqdm import tqdm
 
 from train.config import TrainConfig
+from train.files import METRICS
 from train.trainer import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class MetricsLog:
     """
 
     def __init__(self, run_dir: Path, config: TrainConfig, *, num_steps: int, first_step: int = 0, wandb_id: str = ""):
-        self.path, self.config = run_dir / "metrics.jsonl", config
+        self.path, self.config = run_dir / METRICS, config
         _keep_steps(self.path, first_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(run_dir, config, wandb_id)

@@ -75,6 +75,7 @@ def build_optimizer(
     beta2: float = 0.95,
     eps: float = 1e-8,
     max_grad_norm: float = 1.0,
+    vision_lr_scale: float = 1.0,
 ) -> paddle.optimizer.AdamW:
     """AdamW with float32 state over float32 parameters.
 
@@ -84,6 +85,7 @@ def build_optimizer(
         factor: maps the optimizer step to what `lr` is multiplied by.
         weight_decay: decoupled, see `decays`.
         max_grad_norm: 0 does not clip.
+        vision_lr_scale: what `lr` is multiplied by for the parameters below `vision.`; so is what they decay by.
 
     Returns:
         The optimizer; its `_grad_clip` is a RecordedClip, its `_learning_rate` a scheduler.
@@ -92,6 +94,8 @@ def build_optimizer(
     assert not half, f"trainable weights are float32, found {half[:3]}"
     decaying = {p.name for p in parameters.values() if decays(p)}
     assert len({p.name for p in parameters.values()}) == len(parameters), "two parameters share a name"
+    for name, parameter in parameters.items():  # AdamW's own lr_ratio does not exist on CPU
+        parameter.optimize_attr["learning_rate"] = vision_lr_scale if name.startswith("vision.") else 1.0
     optimizer = paddle.optimizer.AdamW(
         learning_rate=paddle.optimizer.lr.LambdaDecay(lr, factor),
         parameters=list(parameters.values()),

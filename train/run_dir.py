@@ -1,7 +1,7 @@
 """A run's folder: what lies where, when a new run may use it, and what overwriting removes.
 
 run.json        marks the folder as a run's: recipe, status, identity
-config.yaml  report.json  metrics.jsonl  summary.json  wandb/
+config.yaml  report.json  metrics.jsonl  curve.png  summary.json  wandb/
 checkpoints/step-000200/
 adapter/ or weights/     the trained weights
 data/           drawn pictures, when there is no data.path
@@ -17,18 +17,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train.files import ADAPTER, CURVE, METRICS, WEIGHTS
+
 MARKER = "run.json"
 # All that this program writes into a run's folder; overwriting removes these and nothing else.
 OWNED = (
     MARKER,
     "config.yaml",
     "report.json",
-    "metrics.jsonl",
+    METRICS,
+    CURVE,
     "summary.json",
     "predictions.jsonl",
     "checkpoints",
-    "adapter",
-    "weights",
+    ADAPTER,
+    WEIGHTS,
     "wandb",
     "export",
 )

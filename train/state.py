@@ -24,7 +24,7 @@ from paddle import nn
 
 from train.files import ADAPTER, OPTIMIZER_FILE, STATE_FILE, WEIGHTS, WEIGHTS_FILE, WEIGHTS_METADATA
 from train.optim import optimizer_state, set_optimizer_state
-from vl2.adapter import load_factors, save_adapter
+from vl2.adapter import load_factors, open_adapter, save_adapter
 from vl2.lora import VL2LoRAModel
 from vl2.weights import read_header, write_safetensors
 
@@ -78,7 +78,7 @@ def load_trained(model: nn.Layer, folder: Path) -> None:
         ValueError: listing names that are missing, unknown or wrongly shaped.
     """
     if isinstance(model, VL2LoRAModel):
-        load_factors(model, folder)
+        load_factors(model, open_adapter(folder, model.model))
         return
     path = folder / WEIGHTS_FILE
     if not path.is_file():

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 import paddle.distributed as dist
 import yaml
 from paddle import nn
@@ -28,12 +29,15 @@ from train.checkpoint import checkpoint_path, find_checkpoint, prune, write_fold
 from train.cli import run_cli
 from train.compose import to_yaml
 from train.config import TrainConfig, check_divides, load_config, rehearsal_notice
+from train.curve import draw_curve
 from train.devices import use_device
 from train.evaluate import ask_run
+from train.files import CURVE, METRICS
 from train.gradients import gather_rows
 from train.identity import changed_settings, differences, identity, model_fingerprint
 from train.inference import Loaded, Source
 from train.metrics import MetricsLog
+from train.need import check_training
 from train.report import end_text, start_report, start_text
 from train.run_dir import check_run_dir, clear_run_dir, read_marker, write_marker
 from train.state import History, load_trained, read_state, save_state, save_trained, trained_folder, versions
@@ -98,6 +102,7 @@ def train(config: TrainConfig, *, evaluate: Evaluate | None = ask_held_out, noti
     # 1. Look at everything. Rank 0 draws and measures, the others read what it kept.
     if first:
         check_run_dir(run_dir, resume=config.resume, overwrite=config.overwrite)
+        check_training(config, 1 if paddle.get_device().startswith("gpu") else config.nproc)
     data = _first_rank_first(lambda: build_data(config))
     base = build_base(config, data.tokenizer)
     fingerprint = model_fingerprint(base)
@@ -156,6 +161,7 @@ def train(config: TrainConfig, *, evaluate: Evaluate | None = ask_held_out, noti
     model.eval()
     after = _evaluate_once("after", evaluate, model, data, config)
     if first:
+        draw_curve(run_dir / METRICS, run_dir / CURVE, title=f"{config.recipe}, {config.model.path}")
         summary = _summary(
             config, history, before, after, final, checkpoint_path(run_dir / "checkpoints", len(history.losses))
         )
@@ -330,7 +336,8 @@ def _summary(
             "run_dir": str(run_dir),
             final.name: str(final),
             "checkpoint": str(checkpoint),
-            "metrics": str(run_dir / "metrics.jsonl"),
+            "metrics": str(run_dir / METRICS),
+            "curve": str(run_dir / CURVE) if (run_dir / CURVE).is_file() else None,
             "config": str(run_dir / "config.yaml"),
         },
         "versions": versions(),

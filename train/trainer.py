@@ -236,6 +236,7 @@ class VL2Trainer(Trainer):
             beta2=optim.beta2,
             eps=optim.eps,
             max_grad_norm=optim.max_grad_norm,
+            vision_lr_scale=optim.vision_lr_scale,
         )
         self.optimizer._grad_clip.describe = self._not_finite
         self.lr_scheduler = self.optimizer._learning_rate

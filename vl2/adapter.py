@@ -1,32 +1,36 @@
-"""An adapter on disk: the factors as safetensors under PaddleNLP's names, and lora_config.json.
+"""An adapter on disk: written as a run does, read from any of the three formats, put on its base.
 
-The reader is our own and strict: PaddleNLP's accepts a half-missing, wrongly shaped adapter without a word.
+A run writes the factors as safetensors under PaddleNLP's names, experts stacked, and lora_config.json. The readers are
+our own and strict: PaddleNLP's accepts a half-missing, wrongly shaped adapter without a word.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import paddle
 from paddle import nn
 
+from vl2.adapter_files import (
+    ENTRY,
+    OWN,
+    OWN_FILE,
+    PADDLE_CONFIG,
+    PEFT,
+    adapter_format,
+    adapter_metadata,
+    adapter_tensors,
+    read_json,
+)
+from vl2.foreign_adapter import Adapter, Piece, open_foreign
 from vl2.lora import LoRASettings, VL2LoRAModel, apply_lora
-from vl2.weights import read_header, write_safetensors
-
-ADAPTER_FILE = "peft_model.safetensors"
-ADAPTER_CONFIG = "lora_config.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """What lora_config.json says."""
-
-    settings: LoRASettings  # groups, ranks, scaling
-    metadata: Mapping[str, Any]  # of the run that made it: base, base_fingerprint, rehearsal, ...
+from vl2.lora_slots import difference, factor_shapes, slots
+from vl2.paddle_format import PADDLE_NAMES, read_paddle_config
+from vl2.peft_format import PEFT_NAMES, read_peft_config
+from vl2.weights import write_safetensors
 
 
 def save_adapter(lora_model: VL2LoRAModel, folder: str | Path, metadata: Mapping[str, Any]) -> None:
@@ -35,69 +39,68 @@ def save_adapter(lora_model: VL2LoRAModel, folder: str | Path, metadata: Mapping
     Args:
         lora_model: its factors are written in float32.
         folder: not made safe against interruption here, see train.checkpoint.
-        metadata: JSON values to find again in `AdapterConfig.metadata`.
+        metadata: JSON values to find again in `Adapter.metadata`.
     """
     folder = Path(folder)
     factors = {name: p.numpy() for name, p in lora_model.factors().items()}
-    write_safetensors(folder / ADAPTER_FILE, factors, dict.fromkeys(factors, "float32"))
+    write_safetensors(folder / OWN_FILE, factors, dict.fromkeys(factors, "float32"))
     document = {
         **lora_model.lora_config.to_dict(),  # what PaddleNLP reads
         "scaling": lora_model.lora_config.scaling,
-        "vl2": {"settings": asdict(lora_model.settings), "metadata": dict(metadata)},
+        ENTRY: {"settings": asdict(lora_model.settings), "metadata": dict(metadata)},
     }
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / PADDLE_CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder holds an adapter."""
-    return (Path(folder) / ADAPTER_CONFIG).is_file()
+def open_adapter(folder: str | Path, model: nn.Layer) -> Adapter:
+    """Look at an adapter of any format; every name and shape is checked against the model, no weights are read.
 
-
-def read_adapter_config(folder: str | Path) -> AdapterConfig:
-    """Read lora_config.json.
+    Args:
+        folder: of the adapter.
+        model: its base, a DeepseekVL2 with or without factors; weights need not be in memory.
 
     Raises:
-        ValueError: when it is missing, or was not written by `save_adapter`.
+        ValueError: no adapter there, settings that cannot be read here, or weights that do not fit the settings and
+            the model; lists the names.
     """
-    path = Path(folder) / ADAPTER_CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder}: no {ADAPTER_CONFIG} there; expected the folder of an adapter")
+    folder = Path(folder)
+    metadata = adapter_metadata(folder)
+    form = adapter_format(folder)
+    if form != OWN:
+        read, names = (read_peft_config, PEFT_NAMES) if form == PEFT else (read_paddle_config, PADDLE_NAMES)
+        return open_foreign(folder, adapter_tensors(folder, str(form)), read(folder), names, model, metadata)
+    stored, settings = adapter_tensors(folder, OWN), _own_settings(folder)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    if lines := difference(shapes, factor_shapes(settings, slots(model))):
+        where = folder / OWN_FILE
+        raise ValueError("\n".join([f"{where}: the adapter does not fit the model and its LoRA groups", *lines]))
+    pieces = {name: (Piece(tensor),) for name, tensor in stored.items()}
+    return Adapter(folder=folder, settings=settings, metadata=metadata, shapes=shapes, pieces=pieces)
+
+
+def _own_settings(folder: Path) -> LoRASettings:
+    path = folder / PADDLE_CONFIG
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        entry = document["vl2"]
-        settings = LoRASettings(**{**entry["settings"], "groups": tuple(entry["settings"]["groups"])})
-    except (KeyError, TypeError, ValueError) as error:
+        entry = read_json(path)[ENTRY]["settings"]
+        return LoRASettings(**{**entry, "groups": tuple(entry["groups"])})
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not the configuration of an adapter made here ({error!r})") from error
-    return AdapterConfig(settings=settings, metadata=entry["metadata"])
 
 
-def load_factors(lora_model: VL2LoRAModel, folder: str | Path) -> None:
-    """Set all factors of a model from an adapter; nothing is changed unless every name and shape fits.
+def load_factors(lora_model: VL2LoRAModel, adapter: Adapter) -> None:
+    """Set the factors of a model from an adapter; nothing is changed unless every name and shape fits.
+
+    Modules that a foreign adapter leaves out of a group keep their A, and their B, which is zero in a new model.
 
     Raises:
         ValueError: listing the missing, unknown and wrongly shaped names.
     """
-    path = Path(folder) / ADAPTER_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder}: no {ADAPTER_FILE} there")
-    stored, factors = read_header(path)[0], lora_model.factors()
-    wrong = [
-        f"{name} is {list(stored[name].shape)}, expected {list(p.shape)}"
-        for name, p in factors.items()
-        if name in stored and list(stored[name].shape) != list(p.shape)
-    ]
-    missing = [name for name in factors if name not in stored]
-    unknown = [name for name in stored if name not in factors]
-    lines = [
-        f"  {title} ({len(names)}): {'; '.join(names[:10])}" + (" ..." if len(names) > 10 else "")
-        for title, names in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
-        if names
-    ]
-    if lines:
-        raise ValueError("\n".join([f"{path}: the adapter does not fit the model and its LoRA groups", *lines]))
+    factors = lora_model.factors()
+    if lines := difference(adapter.shapes, {name: p.shape for name, p in factors.items()}):
+        raise ValueError("\n".join([f"{adapter.folder}: the adapter does not fit the model's LoRA groups", *lines]))
     for name, parameter in factors.items():
-        parameter.set_value(paddle.to_tensor(stored[name].read()).astype("float32"))
+        parameter.set_value(adapter.factor(name, parameter.numpy()))
 
 
 def load_adapter(model: nn.Layer, folder: str | Path, *, base_fingerprint: str | None = None) -> VL2LoRAModel:
@@ -105,20 +108,30 @@ def load_adapter(model: nn.Layer, folder: str | Path, *, base_fingerprint: str |
 
     Args:
         model: a DeepseekVL2, changed in place.
-        folder: of the adapter.
-        base_fingerprint: of `model`; compared with the adapter's when given.
+        folder: of the adapter, in any format.
+        base_fingerprint: of `model`; compared with the adapter's where both are known.
 
     Raises:
         ValueError: when the adapter was trained on another base, or does not fit.
     """
-    config = read_adapter_config(folder)
-    expected = config.metadata.get("base_fingerprint")
-    if base_fingerprint is not None and expected is not None and base_fingerprint != expected:
-        raise ValueError(
-            f"{folder}: this adapter was trained on another base model ({config.metadata.get('base')}, fingerprint "
-            f"{expected[:12]}; the model given has {base_fingerprint[:12]})"
-        )
-    lora_model = apply_lora(model, config.settings)
-    load_factors(lora_model, folder)
+    check_base(folder, base_fingerprint)
+    adapter = open_adapter(folder, model)
+    lora_model = apply_lora(model, adapter.settings)
+    load_factors(lora_model, adapter)
     lora_model.eval()
     return lora_model
+
+
+def check_base(folder: str | Path, base_fingerprint: str | None) -> None:
+    """Refuse an adapter that says it was trained on another base; one trained elsewhere says nothing.
+
+    Raises:
+        ValueError: with both fingerprints.
+    """
+    metadata = adapter_metadata(folder)
+    expected = metadata.get("base_fingerprint")
+    if base_fingerprint is not None and expected is not None and base_fingerprint != expected:
+        raise ValueError(
+            f"{folder}: this adapter was trained on another base model ({metadata.get('base')}, fingerprint "
+            f"{expected[:12]}; the model given has {base_fingerprint[:12]})"
+        )

@@ -41,17 +41,19 @@ class LoRASettings:
     alpha: float = 16.0  # the product is scaled by alpha / rank of its group
     dropout: float = 0.0  # probability, on the input of A, in training
     ranks: Mapping[str, int] = field(default_factory=dict)  # rank of single groups, instead of `rank`
+    alphas: Mapping[str, float] = field(default_factory=dict)  # alpha of single groups, instead of `alpha`
 
     def __post_init__(self):
-        for name in (*self.groups, *self.ranks):
+        for name in (*self.groups, *self.ranks, *self.alphas):
             if name not in GROUPS:
                 raise ValueError(f"lora.groups: {name!r} is not a group; the groups are {', '.join(GROUPS)}")
         if not self.groups:
             raise ValueError("lora.groups is empty: name at least one group, or set lora.rank=0 for full fine-tuning")
         if repeated := {name for name in self.groups if self.groups.count(name) > 1}:
             raise ValueError(f"lora.groups names {', '.join(sorted(repeated))} twice")
-        if unused := set(self.ranks) - set(self.groups):
-            raise ValueError(f"lora.ranks sets {', '.join(sorted(unused))}, which lora.groups does not tune")
+        for key, table in (("ranks", self.ranks), ("alphas", self.alphas)):
+            if unused := set(table) - set(self.groups):
+                raise ValueError(f"lora.{key} sets {', '.join(sorted(unused))}, which lora.groups does not tune")
         for name in self.groups:
             if self.rank_of(name) < 1:
                 raise ValueError(f"lora rank of {name} is {self.rank_of(name)}; expected a positive integer")
@@ -61,6 +63,10 @@ class LoRASettings:
     def rank_of(self, group: str) -> int:
         """Rank of one group."""
         return self.ranks.get(group, self.rank)
+
+    def alpha_of(self, group: str) -> float:
+        """Alpha of one group."""
+        return self.alphas.get(group, self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +241,20 @@ def apply_lora(model: nn.Layer, settings: LoRASettings, *, seed: int = 0) -> VL2
     return VL2LoRAModel(model, settings, seed=seed)
 
 
+def plan_factors(model: nn.Layer, settings: LoRASettings) -> tuple[GroupReport, ...]:
+    """What `apply_lora` would add, counted without memory for it.
+
+    Args:
+        model: from `vl2.weights.build_model`, changed in place and of no use afterwards.
+        settings: see LoRASettings.
+
+    Raises:
+        ValueError: when a group matches no module of this model.
+    """
+    with paddle.LazyGuard():
+        return tuple(_add_factors(model, settings, group) for group in settings.groups)
+
+
 @dataclass(frozen=True)
 class Delta:
     """What an adapter adds to one official tensor: scaling * A @ B."""
@@ -291,7 +311,7 @@ def remove_lora(lora_model: VL2LoRAModel) -> nn.Layer:
 
 def _add_factors(model: nn.Layer, settings: LoRASettings, group: str) -> GroupReport:
     pattern, rank = re.compile(GROUPS[group]), settings.rank_of(group)
-    options = {"rank": rank, "alpha": settings.alpha, "dropout": settings.dropout}
+    options = {"rank": rank, "alpha": settings.alpha_of(group), "dropout": settings.dropout}
     matched = [(path, layer) for path, layer in model.named_sublayers() if pattern.fullmatch(path)]
     if not matched:
         raise ValueError(f"lora.groups: {group!r} matches nothing in this model; take it out of lora.groups")

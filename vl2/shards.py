@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vl2.weights import INDEX_FILE, MAX_SHARD_BYTES, SINGLE_FILE, Layout, StoredTensor, read_header
+from vl2.weights import INDEX_FILE, SINGLE_FILE, Layout, StoredTensor, read_header
 
+MAX_SHARD_BYTES = 5 * 10**9
 # The `format` that readers of a layout want: Transformers asks for pt, PaddleNLP for np (it refuses pd).
 FORMAT_OF: dict[Layout, str] = {"hf": "pt", "paddle": "np"}
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}

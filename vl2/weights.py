@@ -9,6 +9,7 @@ handled as their bits.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from vl2.tokenizer import Tokenizer
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-MAX_SHARD_BYTES = 5 * 10**9
+PDPARAMS_FILE = "model_state.pdparams"  # PaddleNLP's name of old
 
 Layout = Literal["hf", "paddle"]
 # What the `format` of a safetensors file's metadata says of the layout. PaddleNLP writes "np" (and reads no "pd"),
@@ -102,16 +103,43 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise ValueError(f"{path}: its header is not JSON ({error}); not a safetensors file") from error
-    metadata = header.pop("__metadata__", {})
-    tensors = {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        if entry["dtype"] not in _NUMPY_TYPES:
-            raise ValueError(f"{path}: {name} has type {entry['dtype']}; expected one of {', '.join(_NUMPY_TYPES)}")
-        if 8 + length + stop > size:
-            raise ValueError(f"{path}: {size} bytes, but {name} ends at {8 + length + stop}; the file is truncated")
-        tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, stop - start)
+    tensors, metadata = {}, {}
+    try:
+        metadata = header.pop("__metadata__", {})
+        for name, entry in header.items():
+            (start, stop), shape = entry["data_offsets"], tuple(map(int, entry["shape"]))
+            tensors[name] = StoredTensor(path, entry["dtype"], shape, 8 + length + start, stop - start)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its header does not describe tensors ({error!r}); no safetensors file") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NUMPY_TYPES:
+            raise ValueError(f"{path}: {name} has type {tensor.dtype}; expected one of {', '.join(_NUMPY_TYPES)}")
+        end = tensor.offset + tensor.num_bytes
+        if end > size:
+            raise ValueError(f"{path}: {size} bytes, but {name} ends at {end}; the file is truncated")
+        if tensor.num_bytes != math.prod(tensor.shape) * np.dtype(_NUMPY_TYPES[tensor.dtype]).itemsize:
+            raise ValueError(
+                f"{path}: {name} has {tensor.num_bytes} bytes, which do not fill {list(tensor.shape)} of {tensor.dtype}"
+            )
     return tensors, metadata
+
+
+def safetensors_header(entries: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with: the length of its JSON and the JSON, filled up to a multiple of 8 bytes.
+
+    Args:
+        entries: name -> (safetensors' type name, shape), in the order in which the numbers follow.
+        metadata: text entries.
+    """
+    header: dict = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (kind, shape) in entries.items():
+        end = offset + math.prod(shape) * np.dtype(_NUMPY_TYPES[kind]).itemsize
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str], metadata=None) -> None:
@@ -123,20 +151,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Map
         dtypes: Paddle's type name of each tensor ("float32", "float16", "bfloat16").
         metadata: text entries of the header.
     """
-    header: dict = {"__metadata__": dict(metadata or {"format": "pt"})}
-    offset = 0
-    for name, array in tensors.items():
-        header[name] = {
-            "dtype": FILE_TYPES[dtypes[name]],
-            "shape": list(array.shape),
-            "data_offsets": [offset, offset + array.nbytes],
-        }
-        offset += array.nbytes
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    entries = {name: (FILE_TYPES[dtypes[name]], array.shape) for name, array in tensors.items()}
+    header = safetensors_header(entries, metadata or {"format": "pt"})
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
+        file.write(header)
         for array in tensors.values():
             # A transposed view would write its base's bytes in the wrong order.
             file.write(np.ascontiguousarray(array).tobytes())
@@ -146,22 +164,42 @@ def checkpoint_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint folder, single file or sharded.
 
     Raises:
-        ValueError: no weights, a missing shard, or a file that is not whole.
+        ValueError: no weights, a missing shard, a file that is not whole, or an index that other shards are meant by.
     """
-    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    index, single, pickled = folder / INDEX_FILE, folder / SINGLE_FILE, folder / PDPARAMS_FILE
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder}: {INDEX_FILE} names shards that are not there: {', '.join(missing)}")
-        files = [folder / name for name in names]
-    elif single.is_file():
-        files = [single]
-    else:
-        raise ValueError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE} there")
+        return _sharded_tensors(index)
+    if single.is_file():
+        return read_header(single)[0]
+    if pickled.is_file():
+        from vl2.pdparams import locate_arrays  # here: it needs StoredTensor
+
+        return locate_arrays(pickled)
+    raise ValueError(f"{folder}: no {SINGLE_FILE}, no {INDEX_FILE} and no {PDPARAMS_FILE} there")
+
+
+def _sharded_tensors(index: Path) -> dict[str, StoredTensor]:
+    try:
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = sorted(set(map(str, places.values())))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{index}: expected an index with a weight_map of tensors to files ({error!r})") from error
+    missing = [name for name in files if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{index.parent}: {index.name} names shards that are not there: {', '.join(missing)}; fetch them again"
+        )
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        tensors.update(read_header(file)[0])
+        found = read_header(index.parent / file)[0]
+        wrong = [name for name in found if places.get(name) != file]
+        wrong += [name for name, place in places.items() if place == file and name not in found]
+        if wrong:
+            raise ValueError(
+                f"{index.parent / file}: not the shard that {index.name} describes: {len(wrong)} tensors are in one "
+                f"and not in the other ({'; '.join(wrong[:5])}); index and shards must come from one checkpoint"
+            )
+        tensors.update(found)
     return tensors
 
 
@@ -217,10 +255,17 @@ def _part_shape(shape: list[int], part: Part) -> tuple[int, ...]:
     return tuple(reversed(piece.shape)) if part.transposed else tuple(piece.shape)
 
 
+def official_shapes(model: nn.Layer, layout: Layout = "hf") -> dict[str, tuple[int, ...]]:
+    """Official name -> shape as in the files of every tensor of a model, with or without memory for its weights."""
+    shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
+    pieces = official_parts(model, layout)
+    return {part.name: _part_shape(shapes[path], part) for path, parts in pieces for part in parts}
+
+
 def find_layout(model: nn.Layer, stored: Mapping[str, StoredTensor], where: str) -> Layout:
     """Tell the layout of a checkpoint: by the matrices that are not square, which decide for those that are.
 
-    Without any, by the files' metadata; "np" alone means PaddleNLP, which writes it.
+    Without any, by the files' metadata; "np" alone, or a .pdparams, means PaddleNLP, which writes it.
 
     Raises:
         ValueError: when matrices disagree among themselves or with the metadata.
@@ -251,7 +296,7 @@ def find_layout(model: nn.Layer, stored: Mapping[str, StoredTensor], where: str)
         )
     if found or stated:
         return next(iter(found | stated))
-    return "paddle" if formats == {"np"} else "hf"
+    return "paddle" if formats <= {"np"} else "hf"  # no format at all: a .pdparams, which Paddle wrote
 
 
 def check_tensors(model: nn.Layer, stored: Mapping[str, StoredTensor], where: str) -> Layout:
@@ -264,10 +309,7 @@ def check_tensors(model: nn.Layer, stored: Mapping[str, StoredTensor], where: st
         ValueError: listing missing, unknown and wrongly shaped names; or see `find_layout`.
     """
     layout = find_layout(model, stored, where)
-    shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
-    expected = {
-        part.name: _part_shape(shapes[path], part) for path, parts in official_parts(model, layout) for part in parts
-    }
+    expected = official_shapes(model, layout)
     mistyped = [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in _PADDLE_TYPES]
     missing = [name for name in expected if name not in stored]
     extra = [name for name in stored if name not in expected]
@@ -301,6 +343,19 @@ def parameter_owner(model: nn.Layer, path: str) -> tuple[nn.Layer, str]:
     for name in above:
         model = getattr(model, name)
     return model, leaf
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: VL2Config, where: str) -> None:
+    """Refuse a tokenizer with ids that the embedding has no row for.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if len(tokenizer) > config.language.vocab_size:
+        raise ValueError(
+            f"{where}: the tokenizer has {len(tokenizer)} entries, but language_config.vocab_size is "
+            f"{config.language.vocab_size}; tokenizer.json and config.json must belong together"
+        )
 
 
 def set_parameter(model: nn.Layer, path: str, value: paddle.Tensor, *, trainable: bool = False) -> None:
@@ -377,7 +432,9 @@ def open_model(folder: str | Path) -> StoredModel:
         ValueError: when names, shapes or files do not match the config.
     """
     folder = Path(folder)
-    model = build_model(VL2Config.from_folder(folder), Tokenizer.from_folder(folder).image_id)
+    config, tokenizer = VL2Config.from_folder(folder), Tokenizer.from_folder(folder)
+    check_vocabulary(tokenizer, config, str(folder))
+    model = build_model(config, tokenizer.image_id)
     stored = checkpoint_tensors(folder)
     layout = check_tensors(model, stored, str(folder))
     return StoredModel(
@@ -480,18 +537,24 @@ def train_parameters(model: nn.Layer, names: Iterable[str]) -> None:
         set_parameter(model, name, parameters[name].astype("float32"), trainable=True)
 
 
+def initial_kind(path: str, num_dims: int) -> str:
+    """How a weight starts: "zeros" (a bias), "ones" (a norm) or "random"."""
+    if path.endswith(".bias"):
+        return "zeros"
+    return "ones" if num_dims == 1 and "norm" in path else "random"
+
+
 def init_model(config: VL2Config, image_token_id: int, *, seed: int, dtype: str = "float32") -> DeepseekVL2:
     """A model with random weights: normal of `initializer_range`, norms 1, biases 0. A function of the seed alone."""
     model = build_model(config, image_token_id)
     rng = np.random.default_rng(seed)
     for path, parameter in list(model.named_parameters()):
-        shape, leaf = parameter.shape, path.rpartition(".")[2]
-        if leaf == "bias":
-            value = np.zeros(shape, np.float32)
-        elif len(shape) == 1 and "norm" in path:
-            value = np.ones(shape, np.float32)
-        else:
+        shape = parameter.shape
+        kind = initial_kind(path, len(shape))
+        if kind == "random":
             value = rng.standard_normal(shape, np.float32) * np.float32(config.language.initializer_range)
+        else:
+            value = np.full(shape, 1 if kind == "ones" else 0, np.float32)
         set_parameter(model, path, paddle.to_tensor(value).astype(dtype))
     model.eval()
     return model
@@ -502,61 +565,3 @@ def official_tensors(path: str, value: np.ndarray, parts: list[Part]) -> Iterato
     for part in parts:
         piece = value[part.at]
         yield part.name, np.ascontiguousarray(piece.T if part.transposed else piece)
-
-
-def save_model(model: nn.Layer, folder: str | Path, *, dtype: str | None = None) -> None:
-    """Write a DeepseekVL2 in the official layout.
-
-    Args:
-        model: without adapters.
-        folder: existing folder.
-        dtype: type of the files; by default each parameter's own.
-    """
-    parameters = dict(model.named_parameters())
-
-    def tensors() -> Iterator[tuple[str, np.ndarray, str]]:
-        for path, parts in official_parts(model):
-            kind = dtype or str(parameters[path].dtype).removeprefix("paddle.")
-            array = parameters[path].astype(kind).numpy()
-            for name, piece in official_tensors(path, array, parts):
-                yield name, piece, kind
-
-    save_tensors(tensors(), folder)
-
-
-def save_tensors(tensors: Iterable[tuple[str, np.ndarray, str]], folder: str | Path) -> None:
-    """Write a checkpoint's tensors: one file, or above 5 GB shards and their index.
-
-    Args:
-        tensors: (official name, values, Paddle's type name); one shard is in memory at a time.
-        folder: existing folder.
-    """
-    folder = Path(folder)
-    shard: dict[str, np.ndarray] = {}
-    dtypes: dict[str, str] = {}
-    shards: list[list[str]] = []
-    size = total = 0
-
-    def close() -> None:
-        nonlocal size
-        write_safetensors(folder / f"shard-{len(shards)}.safetensors", shard, dtypes)
-        shards.append(list(shard))
-        shard.clear()
-        size = 0
-
-    for name, array, kind in tensors:
-        if size and size + array.nbytes > MAX_SHARD_BYTES:
-            close()
-        shard[name], dtypes[name] = array, kind
-        size, total = size + array.nbytes, total + array.nbytes
-    close()
-    if len(shards) == 1:
-        (folder / "shard-0.safetensors").rename(folder / SINGLE_FILE)
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):06d}.safetensors"
-        (folder / f"shard-{i}.safetensors").rename(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -28,7 +28,7 @@ _PRETRAIN_LAYOUTS = {"one": 6, "turns": 6, "four": 0.4, "nine": 0.1, "images": 0
 # So many rows come first that show one shape each: colours and forms are learned there in a few hundred rows, of
 # which the whole mix needs several thousand.
 _PRETRAIN_WARM_UP = 1000
-_PRETRAIN_KINDS = {"what": 4, "place": 5, "place_zh": 2, "image": 5, "exists": 1.5, "list": 1.5, "which": 2}
+_PRETRAIN_KINDS = {"what": 4, "place": 5, "place_zh": 2, "image": 5, "exists": 0.7, "list": 1.5, "which": 2}
 _CHINESE_LAYOUTS = {"one": 1, "turns": 1}
 
 
@@ -126,7 +126,7 @@ def _pretrain_row(rng: random.Random, split: str, text_share: float, wide_share:
     # A lesson is no question about a picture, so none is asked in the test.
     if not (warm_up or one_turn) and rng.random() < text_share:
         lessons = [repeat_lesson, repeat_lesson, translate_lesson]
-        turns = tuple(rng.choice(lessons)(rng) for _ in range(1 if one_turn else rng.randint(10, 16)))
+        turns = tuple(rng.choice(lessons)(rng) for _ in range(1 if one_turn else rng.randint(1, 3)))
         return Row(scenes=(), preamble="", turns=turns)
     if warm_up:
         layout = "one"

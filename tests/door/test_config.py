@@ -99,6 +99,7 @@ def test_run_dir():
 
 def test_rank_of_a_group_has_two_spellings():
     assert train("lora.ranks.experts=4").lora.ranks == {"experts": 4}
+    assert train("lora.alphas.experts=8").lora.alphas == {"experts": 8.0}
     assert train("lora.ranks={experts:4,attention:2}").lora.ranks == {"experts": 4, "attention": 2}
 
 
@@ -189,6 +190,8 @@ def test_packs_are_shared_evenly():
         ("lora.ranks.expert=4", r"^lora.ranks=expert: expected one of .*; did you mean experts\?$"),
         ("lora.ranks.experts=0", r"^lora.ranks.experts=0: expected at least 1$"),
         ("lora.ranks.vision=4", r"^lora.ranks.vision: vision is not in lora.groups"),
+        ("lora.alphas.vision=4", r"^lora.alphas.vision: vision is not in lora.groups"),
+        ("lora.alphas.experts=x", r"^lora.alphas.experts=x: expected a table"),
         ("lora.rank=-1", r"^lora.rank=-1: expected at least 0$"),
         ("trainable=[visio]", r"^trainable=visio: expected one of vision, projector, language; did you mean vision\?$"),
         ("data.max_tiles=10", r"^data.max_tiles=10: expected at most 9 tiles$"),

@@ -37,8 +37,10 @@ def test_a_crash_while_writing_leaves_no_checkpoint(run_dir):
     with pytest.raises(KeyboardInterrupt):
         write_folder(checkpoint_path(root, 8), crash)
     assert len(checkpoints(root)) == 3
-    assert [path.name for path in root.glob(".*")] == [".new-step-000008"]
-    write_folder(checkpoint_path(root, 8), fill)  # sweeps what the crash left
+    assert not list(root.glob(".*"))  # Ctrl-C in an export would else leave gigabytes
+    (root / ".new-step-000008").mkdir()
+    fill(root / ".new-step-000008")
+    write_folder(checkpoint_path(root, 8), fill)  # sweeps what a killed process leaves
     assert damage(checkpoint_path(root, 8)) is None
     assert not list(root.glob(".*"))
 
@@ -100,3 +102,33 @@ def test_prune_keeps_the_newest(run_dir):
     assert [folder.name for folder in checkpoints(run_dir / "checkpoints")] == ["step-000004", "step-000006"]
     prune(run_dir / "checkpoints", 0)
     assert len(checkpoints(run_dir / "checkpoints")) == 2
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_full_disk_leaves_nothing_behind(run_dir, manifest):
+    """Linux's /dev/full answers every write as a full disk does."""
+    root = run_dir / "checkpoints"
+    before = sorted(path.name for path in root.iterdir())
+
+    def write(folder: Path) -> None:
+        fill(folder)
+        (folder / "full").symlink_to("/dev/full")
+        with (folder / "full").open("wb") as file:
+            file.write(b"x" * 100_000)
+
+    with pytest.raises(
+        ValueError, match=r"step-000006: the disk is full \(No space left on device\).*nothing was kept"
+    ):
+        write_folder(checkpoint_path(root, 6), write, manifest=manifest)
+    assert sorted(path.name for path in root.iterdir()) == before
+    assert damage(checkpoint_path(root, 6)) is None
+
+
+def test_another_error_while_writing_leaves_nothing_behind(tmp_path):
+    def write(folder: Path) -> None:
+        fill(folder)
+        raise PermissionError("not yours")
+
+    with pytest.raises(PermissionError, match="not yours"):
+        write_folder(tmp_path / "new", write)
+    assert list(tmp_path.iterdir()) == []

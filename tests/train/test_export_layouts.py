@@ -7,6 +7,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
+import paddle
 import pytest
 from safetensors import safe_open
 
@@ -93,6 +94,24 @@ def check_paddle_layout(base: Path, folder: Path) -> None:
         assert np.array_equal(parameter.numpy(), expected[name].numpy()), name
 
 
+def test_pdparams_of_paddlemix_become_safetensors(tmp_path):
+    """PaddleNLP's file of old, [in, out] inside, has no order or metadata to keep: the model's order is taken."""
+    base = make_base("nano_tiny", tmp_path / "base", shards=1)
+    expected = {name: tensor.read() for name, tensor in checkpoint_tensors(base).items()}
+    export(ExportConfig(model=str(base), out=str(tmp_path / "paddle"), layout="paddle"))
+    old = tmp_path / "old"
+    shutil.copytree(tmp_path / "paddle", old)
+    tensors = checkpoint_tensors(old)
+    paddle.save({n: paddle.to_tensor(t.read()) for n, t in tensors.items()}, str(old / "model_state.pdparams"))
+    (old / "model.safetensors").unlink()
+    report = export(ExportConfig(model=str(old), out=str(tmp_path / "hf")))
+    assert report["verified"]["rounding_mean_logit_change"] == 0.0
+    found = checkpoint_tensors(tmp_path / "hf")
+    assert {name: tensor.dtype for name, tensor in found.items()} == dict.fromkeys(expected, "BF16")
+    assert all(np.array_equal(found[name].read(), values) for name, values in expected.items())
+    assert not list((tmp_path / "hf").glob("*.pdparams"))
+
+
 def test_another_type_is_rounded_and_said_in_the_config(tmp_path):
     base = make_base("nano_tiny", tmp_path / "base", shards=3)
     config = json.loads((base / "config.json").read_text())
@@ -173,6 +192,8 @@ def test_arguments_that_cannot_be_meant_are_refused(tmp_path):
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
     with pytest.raises(ValueError, match="run= or model=, not both"):
         load_export_config(["run=a", "model=b", "out=c"])
+    with pytest.raises(ValueError, match="adapter= and base= are for what was trained"):
+        load_export_config(["model=b", "out=c", "adapter=peft"])
     with pytest.raises(ValueError, match="needs out=FOLDER"):
         load_export_config([f"model={base}"])
     with pytest.raises(ValueError, match=rf"nothing was trained there.*export model={base}"):
@@ -191,7 +212,9 @@ def test_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypa
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage(10**9, 10**9 - 240_000, 240_000))
-    with pytest.raises(ValueError, match=r"no room: 0\.00 GB will be written, 0\.00 GB are free in .*another disk"):
+    with pytest.raises(
+        ValueError, match=r"no room on the disk: the export takes 1\.3 MB, 0\.2 MB are free; .*another disk"
+    ):
         export(ExportConfig(model=str(base), out=str(tmp_path / "a" / "b")))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -226,20 +249,22 @@ def test_disk_that_fills_up_while_writing_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "open", open_full)
     for target in (tmp_path / "new", out):  # a new name, and one that stands
-        with pytest.raises(ValueError, match=r"the disk is full after 0\.00 of 0\.00 GB .*folder was removed"):
+        with pytest.raises(
+            ValueError, match=r"the disk is full \(No space left on device\) after 0\.\d MB; nothing was kept"
+        ):
             export(ExportConfig(model=str(base), out=str(target), overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
     assert contents(out) == before
 
 
-def test_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch, capsys):
+def test_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
 
     def full(*more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("train.export.write_companions", full)
-    monkeypatch.setattr("train.disk.shutil.rmtree", lambda *more, **options: None)
+    monkeypatch.setattr("train.checkpoint.shutil.rmtree", lambda *more, **options: None)
     with pytest.raises(ValueError, match=r"disk is full .*\.new-out could not be removed"):
         export(ExportConfig(model=str(base), out=str(tmp_path / "out")))
 

@@ -278,6 +278,17 @@ def test_paddlenlps_store_is_looked_at(server):
     assert not server.asked
 
 
+def test_weights_that_paddlenlp_keeps_as_pdparams(server, unreachable):
+    folder = Path(os.environ["PPNLP_HOME"], "models", NAME)
+    folder.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).touch()
+    with pytest.raises(ValueError, match=r"not whole, lacks model\.safetensors or"):
+        resolve_model(NAME)
+    (folder / "model_state.pdparams").touch()
+    assert resolve_model(NAME) == folder
+
+
 def test_training_and_adapters_take_a_name(server, arguments, model_folder, tmp_path):
     """One name in the configuration and in the adapter's metadata; the folder may lie elsewhere on each machine."""
     from train.build import build_base, build_data

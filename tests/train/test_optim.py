@@ -62,6 +62,26 @@ def test_only_matrices_decay():
     assert np.array_equal(layer.bias.numpy(), before["bias"])
 
 
+def test_vision_tower_learns_at_its_own_rate():
+    """Adam's first step is lr times the gradient's sign; decay is lr times weight_decay times the weight."""
+    paddle.seed(0)
+    model = paddle.nn.LayerDict({"vision": paddle.nn.Linear(4, 3), "projector": paddle.nn.Linear(4, 3)})
+    parameters = dict(model.named_parameters())
+    optimizer = build_optimizer(
+        parameters, lr=0.1, factor=lambda step: 0.5, weight_decay=0.2, eps=1e-12, vision_lr_scale=0.25
+    )
+    before = {name: p.numpy() for name, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = paddle.full_like(parameter, -3.0)
+    optimizer.step()
+    for name, scale in (("vision", 0.25), ("projector", 1.0)):
+        lr = 0.1 * 0.5 * scale
+        weight, bias = f"{name}.weight", f"{name}.bias"
+        expected = before[weight] * (1 - lr * 0.2) + lr
+        assert np.allclose(parameters[weight].numpy(), expected, rtol=0, atol=1e-6), name
+        assert np.allclose(parameters[bias].numpy(), before[bias] + lr, rtol=0, atol=1e-6), name
+
+
 def test_clipping_scales_to_the_norm_and_records_it():
     """Gradients: weight sums of x = (4, 6, 8, 10) in each of 3 columns, bias 2: norm sqrt(3 * 216 + 3 * 4)."""
     layer, _, optimizer = layer_and_optimizer(max_grad_norm=0.5)

@@ -296,7 +296,7 @@ def test_two_processes_equal_one(whole, arguments, tmp_path):
     assert losses(run_dir) == pytest.approx(losses(whole), abs=1e-5)
     norms = [[line["grad_norm"] for line in metrics(folder)] for folder in (run_dir, whole)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-    # By the norm, not the largest difference: AdamW moves a single weight whose gradient is mere rounding by a whole lr.
+    # By the norm, not the largest difference: AdamW moves a weight whose gradient is mere rounding by a whole lr.
     for name, weight in tensors(run_dir / "adapter" / "peft_model.safetensors").items():
         expected = tensors(whole / "adapter" / "peft_model.safetensors")[name]
         assert np.linalg.norm(weight - expected) < 1e-3 * np.linalg.norm(expected), name

@@ -117,7 +117,7 @@ def test_tensors_of_other_types_are_refused(tmp_path):
     raw = path.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:end])
-    header["image_newline"]["dtype"] = "I64"
+    header["image_newline"].update(dtype="I64", shape=[16])  # as many bytes
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
     with pytest.raises(ValueError, match=r"wrong type, expected F32, F16, BF16 \(1\): image_newline is I64"):

@@ -8,7 +8,8 @@ import numpy as np
 import paddle
 import pytest
 
-from vl2.adapter import ADAPTER_FILE, load_adapter, read_adapter_config, save_adapter
+from vl2.adapter import load_adapter, open_adapter, save_adapter
+from vl2.adapter_files import OWN_FILE
 from vl2.config import VL2Config
 from vl2.lora import (
     GROUPS,
@@ -120,13 +121,15 @@ def test_only_the_factors_are_trainable(config):
 
 
 def test_each_group_has_its_rank(config):
-    settings = LoRASettings(groups=("attention", "experts"), rank=4, alpha=8.0, ranks={"experts": 2})
+    settings = LoRASettings(
+        groups=("attention", "experts"), rank=4, alpha=8.0, ranks={"experts": 2}, alphas={"experts": 6.0}
+    )
     lora_model = apply_lora(new_model(config), settings)
     layer = lora_model.model.language.model.layers[1]
     assert layer.self_attn.q_proj.lora_A.shape == [64, 4]
     assert layer.self_attn.q_proj.scaling == 2.0
     assert layer.mlp.experts.lora.gate_A.shape == [8, 64, 2]
-    assert layer.mlp.experts.lora.scaling == 4.0
+    assert layer.mlp.experts.lora.scaling == 3.0
     assert [report.rank for report in lora_model.reports] == [4, 2]
 
 
@@ -148,6 +151,7 @@ def test_initialisation_depends_on_seed_and_name_only(config):
         ({"groups": ()}, "lora.groups is empty"),
         ({"groups": ("vision", "vision")}, "names vision twice"),
         ({"groups": ("vision",), "ranks": {"experts": 2}}, "lora.ranks sets experts, which lora.groups does not tune"),
+        ({"groups": ("vision",), "alphas": {"experts": 2.0}}, "lora.alphas sets experts, which lora.groups does not"),
         ({"groups": ("vision",), "rank": 0}, "lora rank of vision is 0; expected a positive integer"),
         ({"groups": ("vision",), "dropout": 1.0}, r"lora.dropout is 1.0; expected a probability"),
     ],
@@ -312,11 +316,11 @@ def saved(config, tmp_path_factory) -> Path:
 
 
 def test_adapter_round_trip(config, batch, saved):
-    lora_model = apply_lora(new_model(config), read_adapter_config(saved).settings)
+    adapter = open_adapter(saved, new_model(config))
+    lora_model = apply_lora(new_model(config), adapter.settings)
     randomise(lora_model)
     loaded = load_adapter(new_model(config), saved, base_fingerprint="abc")
     assert np.array_equal(logits(loaded, batch), logits(lora_model, batch))
-    adapter = read_adapter_config(saved)
     assert adapter.metadata == {"base": "vl2/nano", "base_fingerprint": "abc", "rehearsal": True}
     assert adapter.settings.rank_of("experts") == 2
 
@@ -337,14 +341,14 @@ def test_another_base_is_refused(config, saved):
 def test_a_damaged_adapter_is_refused_and_nothing_is_set(config, saved, tmp_path):
     """PaddleNLP's loader accepts a renamed, wrongly shaped, half-missing adapter without a word."""
     shutil.copytree(saved, tmp_path / "a")
-    tensors = {name: tensor.read() for name, tensor in read_header(saved / ADAPTER_FILE)[0].items()}
+    tensors = {name: tensor.read() for name, tensor in read_header(saved / OWN_FILE)[0].items()}
     renamed, reshaped = (
         "language.model.layers.0.self_attn.q_proj.lora_A",
         "language.model.layers.1.mlp.experts.lora.up_B",
     )
     tensors["q_proj.lora_A"] = tensors.pop(renamed)
     tensors[reshaped] = tensors[reshaped][:, :1]
-    write_safetensors(tmp_path / "a" / ADAPTER_FILE, tensors, dict.fromkeys(tensors, "float32"))
+    write_safetensors(tmp_path / "a" / OWN_FILE, tensors, dict.fromkeys(tensors, "float32"))
     with pytest.raises(ValueError, match="does not fit the model") as error:
         load_adapter(new_model(config), tmp_path / "a")
     text = str(error.value)
@@ -354,5 +358,17 @@ def test_a_damaged_adapter_is_refused_and_nothing_is_set(config, saved, tmp_path
 
 
 def test_no_adapter_there(config, tmp_path):
-    with pytest.raises(ValueError, match=r"no lora_config.json there; expected the folder of an adapter"):
+    with pytest.raises(ValueError, match=r"no lora_config\.json or adapter_config\.json there; expected the folder of"):
         load_adapter(new_model(config), tmp_path)
+
+
+def test_a_configuration_that_was_not_written_here(config, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "a")
+    path = tmp_path / "a" / "lora_config.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "vl2": {"metadata": {}, "settings": {"groups": ["vision"], "size": 3}}}))
+    with pytest.raises(ValueError, match=r"lora_config\.json: not the configuration of an adapter made here"):
+        load_adapter(new_model(config), tmp_path / "a")
+    path.write_text(json.dumps({**document, "vl2": 3}))
+    with pytest.raises(ValueError, match=r"lora_config\.json: its entry 'vl2' was not written here"):
+        load_adapter(new_model(config), tmp_path / "a")

@@ -12,7 +12,8 @@ import numpy as np
 import paddle
 import pytest
 
-from vl2.generate import generate
+from vl2.cache import KVCache
+from vl2.generate import generate, prefill
 from vl2.model import DeepseekVL2
 from vl2.weights import load_model, official_parts, official_tensors, train_parameters
 
@@ -131,6 +132,40 @@ def test_prompts_of_a_batch_do_not_touch_each_other(model, family):
     for chunk in (None, 300):
         answers = generate(model, prompts, eos_id=-1, max_new_tokens=20, chunk=chunk)
         assert answers == [expected[case]["generate"] for case in CASES]
+
+
+@pytest.mark.parametrize("chunk", [None, 300])
+def test_batch_of_prompts_equals_the_rows_of_the_officially_padded_batch(model, family, chunk):
+    """Officially two prompts of 64 and 722 tokens are padded on the left to 722; here they lie end to end.
+
+    tests/goldens/batch2_leftpad.npz: `rows` of the padded batch and every 41st of the vocabulary's `columns`; the other
+    columns are compared with the prompts' own goldens.
+    """
+    cases = ("text", "multiturn")
+    alone = {case: golden(family, case) for case in cases}
+    prompts = [batch_of(case, alone[case]) for case in cases]
+    lens = [len(prompt["input_ids"]) for prompt in prompts]
+    layers = len(model.language.model.layers)
+    with paddle.no_grad():
+        embeds = [model.embed(prompt) for prompt in prompts]
+        last = prefill(model, embeds, KVCache(layers, lens), chunk).numpy()
+        positions = np.concatenate([np.arange(n) for n in lens])
+        hidden = model.decode_stream(paddle.concat(embeds), positions, lens, KVCache(layers, lens))
+        logits = model.language.logits(hidden).numpy()
+    with np.load(GOLDENS / "batch2_leftpad.npz") as stored:
+        rows, columns, theirs = stored["rows"], stored["columns"], stored[family]
+    compared = []
+    for i, (case, start) in enumerate(zip(cases, (0, lens[0]))):
+        padding = max(lens) - lens[i]
+        here = rows >= padding
+        ours = logits[start + rows[here] - padding]
+        assert_close(ours[:, columns], theirs[i][here])
+        assert_close(last[i][columns], theirs[i][-1])
+        of_case = alone[case]["logits"]
+        assert_close(ours, of_case[rows[here] - padding] if case == "text" else of_case)
+        assert case == "text" or (alone[case]["logits_rows"] == rows).all()
+        compared.append(int(here.sum()))
+    assert compared == [14, 36]
 
 
 @pytest.mark.parametrize("recompute", [0, 1, 2])
