@@ -94,6 +94,10 @@ class Plan:
         """Count the supervised tokens of an optimizer step: what its loss is divided by."""
         return sum(pack.supervised for pack in self.step(step))
 
+    def samples(self, step: int) -> int:
+        """Count the samples of an optimizer step."""
+        return sum(len(pack.samples) for pack in self.step(step))
+
     def epoch(self, step: int) -> int:
         """Return the epoch an optimizer step belongs to, counted from 0."""
         ends = np.cumsum(self.steps_per_epoch)

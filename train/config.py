@@ -101,6 +101,12 @@ class OptimConfig:
     beta2: float = key(0.95, "Adam's second moment.", low=0, high=0.9999)
     eps: float = key(1e-8, "Adam's epsilon.", low=1e-12)
     max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0: not.", low=0)
+    aux_loss: float = key(
+        0.0,
+        "Weight of the experts' load-balance loss, which is 1 for each layer of experts in balance, averaged over the "
+        "conversations of a step; 0: off. DeepSeek took 0.001 for Tiny and Small, 0.0001 for the full model.",
+        low=0,
+    )
 
 
 @dataclass(kw_only=True)

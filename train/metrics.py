@@ -63,8 +63,9 @@ class MetricsLog:
             self._file.flush()
             if self._wandb is not None:
                 self._wandb.log(values, step=metrics.step)
+        aux_loss = f", aux {metrics.aux_loss:.2e}" if self.config.optim.aux_loss else ""
         self._bar.set_postfix_str(
-            f"loss {metrics.loss:.4f}, lr {metrics.lr:.2e}, {metrics.tokens_per_second:,.0f} tok/s, "
+            f"loss {metrics.loss:.4f}{aux_loss}, lr {metrics.lr:.2e}, {metrics.tokens_per_second:,.0f} tok/s, "
             f"fill {metrics.fill:.0%}",
             refresh=False,
         )

@@ -43,7 +43,8 @@ class RecordedClip(ClipGradByGlobalNorm):
 
     def __init__(self, max_norm: float):
         super().__init__(max_norm if max_norm > 0 else math.inf)
-        self.norm = 0.0  # of the last step, before clipping
+        self.norm = 0.0  # of the last step, before clipping; not finite only in a step that fp16 leaves out
+        self.overflowed: Callable[[], bool] = lambda: False  # whether fp16's loss scaler leaves this step out
         self.describe: Callable[[str], str] = lambda problem: problem  # adds the step to an error
 
     @paddle.no_grad()
@@ -52,6 +53,8 @@ class RecordedClip(ClipGradByGlobalNorm):
         squares = paddle.stack([paddle.sum(grad.astype("float32").square()) for grad in grads])
         self.norm = math.sqrt(float(squares.astype("float64").sum()))
         if not math.isfinite(self.norm):
+            if self.overflowed():
+                return params_grads
             raise FloatingPointError(self.describe(f"the gradient norm is {self.norm}"))
         if self.norm > self.clip_norm:
             factor = self.clip_norm / self.norm
@@ -106,11 +109,21 @@ def build_optimizer(
         apply_decay_param_fun=lambda name: name in decaying,
         grad_clip=RecordedClip(max_grad_norm),
     )
+    optimizer._grad_clip.overflowed = lambda: bool(optimizer._get_auxiliary_var("found_inf"))
     # Now rather than in the first step, so that a state can be set by structured name: Paddle's own state dict goes by
     # automatic names, which a second model in the process shifts.
     block = paddle.static.default_main_program().global_block()
     optimizer._create_accumulators(block, list(parameters.values()))
     return optimizer
+
+
+def scale_loss(loss, scaler: paddle.amp.GradScaler | None):
+    """The loss times the fp16 scaler's factor; the loss itself without a scaler.
+
+    Not `scaler.scale`, which turns the scaler off for good, with a warning only, when it is called outside of Paddle's
+    own auto_cast: this model casts by itself.
+    """
+    return loss if scaler is None else loss * scaler._scale
 
 
 def optimizer_state(

@@ -22,9 +22,11 @@ from data.packs import PackDataset, collate
 from data.plan import Plan
 from train.config import TrainConfig
 from train.gradients import ReachCheck, fill_zeros, gather_rows, sum_over_ranks
-from train.optim import build_optimizer, lr_factor
+from train.optim import build_optimizer, lr_factor, scale_loss
 from train.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
 from train.stop import StopRequest, ignore_in_worker
+from vl2.balance import LoadBalance
+from vl2.prompt import IGNORE
 
 WORKER_SECONDS = 2.0  # for a data loader's worker to end by itself
 MAX_SKIPPED_STEPS = 20  # fp16: so many overflows in a row are no longer the loss scale's
@@ -37,8 +39,9 @@ class StepMetrics:
     step: int  # optimizer steps made, this one included
     epoch: int  # from 0
     loss: float  # mean per supervised token
+    aux_loss: float  # load-balance loss of the experts, mean per conversation, times optim.aux_loss; not in `loss`
     lr: float
-    grad_norm: float  # before clipping
+    grad_norm: float | None  # before clipping; None in a step that fp16's loss scaler left out
     tokens: int  # of the packs, image tokens included
     supervised: int  # tokens
     tiles: int
@@ -46,6 +49,16 @@ class StepMetrics:
     seconds: float
     tokens_per_second: float
     memory_gb: float  # peak so far, of this process (CPU) or its GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackLoss:
+    """What one pack added to its step."""
+
+    pack: int  # index in the plan
+    loss: paddle.Tensor  # sum over its supervised tokens
+    aux_loss: paddle.Tensor | float  # its part of the step's
+    has_images: bool  # and something supervised
 
 
 class PackErrors(paddle.io.Dataset):
@@ -127,8 +140,8 @@ class VL2Trainer(Trainer):
         self.parameters = trainable_parameters(model)
         self.reach = ReachCheck(list(self.parameters))
         self.should_stop = False  # as all ranks have agreed
-        self._rows: list[tuple[int, paddle.Tensor, bool]] = []  # (pack, loss sum, has images) of this rank's step
-        self._loss = 0.0
+        self._done: list[PackLoss] = []  # of this rank's step
+        self._loss = self._aux_loss = 0.0
         self._skipped = 0
         self._logged_step = 0
         self._clock = time.perf_counter()
@@ -173,28 +186,39 @@ class VL2Trainer(Trainer):
         pack, supervised = int(batch.pop("pack")), int(batch.pop("supervised_in_step"))
         paddle.seed(pack_seed(self.config.seed, self.state.global_step, pack))
         self.model.train()
-        loss_sum, count = self.model.loss(batch)
+        weight = self.config.optim.aux_loss
+        balance = LoadBalance(batch["seq_lens"], batch["labels"] != IGNORE) if weight else None
+        loss_sum, count = self.model.loss(batch, balance)
+        aux_loss: paddle.Tensor | float = 0.0
         if count:
-            # Gradients are summed over micro-batches and ranks, so this is the mean over the step's supervised tokens.
+            # Gradients are summed over micro-batches and ranks, so this is the mean over the step's supervised tokens,
+            # and for the load balance over its conversations.
             loss = loss_sum / supervised
-            (self.scaler.scale(loss) if self.do_grad_scaling else loss).backward()
-        self._rows.append((pack, loss_sum.detach(), count > 0 and "tiles" in batch))
-        if len(self._rows) == self.args.gradient_accumulation_steps:
+            if balance is not None:
+                term = balance.total() * (weight / self.plan.samples(self.state.global_step))
+                loss, aux_loss = loss + term, term.detach()
+            scale_loss(loss, self.scaler if self.do_grad_scaling else None).backward()
+        has_images = count > 0 and "tiles" in batch
+        self._done.append(PackLoss(pack=pack, loss=loss_sum.detach(), aux_loss=aux_loss, has_images=has_images))
+        if len(self._done) == self.args.gradient_accumulation_steps:
             self._finish_gradients()
         return loss_sum.detach()
 
     def _finish_gradients(self) -> None:
         """Loss of the step, reach check, zeros where nothing arrived, sum over ranks. Collective."""
         asked = 1.0 if self.stop.signum else 0.0
-        rows = gather_rows(np.array([[pack, float(loss), asked] for pack, loss, _ in self._rows], dtype="float64"))
+        own = [[done.pack, float(done.loss), float(done.aux_loss), asked] for done in self._done]
+        rows = gather_rows(np.array(own, dtype="float64"))
         rows = rows[np.argsort(rows[:, 0])]  # in the plan's order, so that ranks do not change the sum
-        has_images = any(images for _, _, images in self._rows)
-        self._rows = []
-        for pack, loss, _ in rows:
-            if not math.isfinite(loss):
-                raise FloatingPointError(self._not_finite(f"the loss of pack {int(pack)} is {loss}", int(pack)))
+        has_images = any(done.has_images for done in self._done)
+        self._done = []
+        for pack, *losses, _ in rows:
+            for name, loss in zip(("loss", "load-balance loss"), losses, strict=True):
+                if not math.isfinite(loss):
+                    raise FloatingPointError(self._not_finite(f"the {name} of pack {int(pack)} is {loss}", int(pack)))
         self._loss = float(rows[:, 1].sum()) / self.plan.supervised(self.state.global_step)
-        self.should_stop = bool(rows[:, 2].any())
+        self._aux_loss = float(rows[:, 2].sum())
+        self.should_stop = bool(rows[:, 3].any())
         self.reach.update({name for name, p in self.parameters.items() if p.grad is not None}, has_images)
         fill_zeros(self.parameters)
         sum_over_ranks(self.parameters)
@@ -202,14 +226,14 @@ class VL2Trainer(Trainer):
     def _check_loss_valid(self, loss):
         """Done in `_finish_gradients`, which can name the pack."""
 
-    def _not_finite(self, what: str, pack: int | None = None) -> str:
+    def _not_finite(self, what: str, pack: int | None = None, step: int | None = None) -> str:
         where = ""
         if pack is not None:
             records = [self.train_dataset.records[i] for i in self.plan.packs[pack].samples]
             where = f" ({records[0].source}, row {', '.join(str(record.row) for record in records)})"
         return (
-            f"step {self.state.global_step + 1}: {what}{where}. Lower optim.lr={self.config.optim.lr}, lengthen "
-            "optim.warmup_ratio, or with precision=fp16 take bf16; the checkpoints before this step are good"
+            f"step {step or self.state.global_step + 1}: {what}{where}. Lower optim.lr={self.config.optim.lr}, "
+            "lengthen optim.warmup_ratio, or with precision=fp16 take bf16; the checkpoints before this step are good"
         )
 
     # ---- one step
@@ -272,13 +296,15 @@ class VL2Trainer(Trainer):
 
     def _metrics(self, step: int) -> StepMetrics:
         packs, seconds = self.plan.step(step - 1), time.perf_counter() - self._clock
+        norm = self.optimizer._grad_clip.norm
         tokens, used = sum(pack.tokens for pack in packs), sum(bool(pack.samples) for pack in packs)
         return StepMetrics(
             step=step,
             epoch=self.plan.epoch(step - 1),
             loss=self._loss,
+            aux_loss=self._aux_loss,
             lr=self.config.optim.lr * self.lr_scheduler.lr_lambda(step - 1),
-            grad_norm=self.optimizer._grad_clip.norm,
+            grad_norm=norm if math.isfinite(norm) else None,
             tokens=tokens,
             supervised=self.plan.supervised(step - 1),
             tiles=sum(pack.tiles for pack in packs),
@@ -293,7 +319,8 @@ class VL2Trainer(Trainer):
         overflow = self.do_grad_scaling and bool(self.scaler._cache_found_inf)
         self._skipped = self._skipped + 1 if overflow else 0
         if self._skipped >= MAX_SKIPPED_STEPS:
-            raise FloatingPointError(self._not_finite(f"gradients overflowed in {self._skipped} steps in a row"))
+            what = f"gradients overflowed in {self._skipped} steps in a row"
+            raise FloatingPointError(self._not_finite(what, step=self.state.global_step))
 
     # ---- resuming
 

@@ -17,6 +17,7 @@ from vl2.linear import Linear
 
 # A longer segment is computed in blocks of QUERY_BLOCK queries: with fewer the calls cost more than the work saved.
 MAX_ROWS, QUERY_BLOCK = 1024, 512
+FLASH_WIDTH = 256  # channels of a head, at most
 
 
 def attention(q_THK, k_THK, v_THV, q_lens: Sequence[int], k_lens: Sequence[int], *, scale: float, causal: bool = True):
@@ -141,14 +142,20 @@ def _segment_grads(q_HnK, grad_HnV, mean_Hn1, k_HmK, v_HmV, blocks, kept):
 
 
 def _flash_fits(q_THK, q_lens, k_lens) -> bool:
-    """Variable-length flash attention needs a GPU of Ampere or later and 16-bit numbers.
+    """Variable-length flash attention wants 16-bit numbers and heads of a multiple of 8 channels, at most 256.
 
     It is taken only where queries and keys coincide: its alignment of a shorter query with a longer key is not
     something this code relies on.
     """
-    if not q_THK.place.is_gpu_place() or q_THK.dtype not in (paddle.bfloat16, paddle.float16):
+    width = q_THK.shape[-1]
+    if q_THK.dtype not in (paddle.bfloat16, paddle.float16) or width % 8 or width > FLASH_WIDTH:
         return False
-    return list(q_lens) == list(k_lens) and paddle.device.cuda.get_device_capability()[0] >= 8
+    return list(q_lens) == list(k_lens) and _has_flash(q_THK.place)
+
+
+def _has_flash(place) -> bool:
+    """Whether tensors at this place can take it: on a GPU from Ampere on."""
+    return place.is_gpu_place() and paddle.device.cuda.get_device_capability()[0] >= 8
 
 
 def _flash_attention(q_THK, k_THK, v_THV, lens, scale: float, causal: bool):

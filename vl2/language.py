@@ -10,6 +10,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from vl2.attention import MultiHeadAttention
+from vl2.balance import LoadBalance
 from vl2.cache import KVCache
 from vl2.config import LanguageConfig
 from vl2.linear import Linear
@@ -32,9 +33,14 @@ class DecoderLayer(nn.Layer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TD, cos, sin, q_lens, cache=None):
+    def forward(self, x_TD, cos, sin, q_lens, cache=None, balance: LoadBalance | None = None):
+        """[T, D] -> [T, D]; with `balance` (that, the load-balance loss of this layer or None where it is dense)."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), (cos, sin), q_lens, cache)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        normed_TD = self.post_attention_layernorm(x_TD)
+        if balance is None:
+            return x_TD + self.mlp(normed_TD)
+        y_TD, loss = self.mlp(normed_TD, balance) if isinstance(self.mlp, MoE) else (self.mlp(normed_TD), None)
+        return x_TD + y_TD, loss
 
 
 class Embedding(nn.Layer):
@@ -59,7 +65,15 @@ class Decoder(nn.Layer):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute_every = 0
 
-    def forward(self, x_TD, position_ids_T, q_lens: list[int], cache: KVCache | None = None, trace: list | None = None):
+    def forward(
+        self,
+        x_TD,
+        position_ids_T,
+        q_lens: list[int],
+        cache: KVCache | None = None,
+        trace: list | None = None,
+        balance: LoadBalance | None = None,
+    ):
         """[T, D] -> [T, D] after the final norm.
 
         Args:
@@ -68,6 +82,7 @@ class Decoder(nn.Layer):
             q_lens: tokens of each segment; with a cache one entry a sequence, 0 where it does not go on.
             cache: continues these sequences; None for training.
             trace: receives the input of every layer and the result, for parity checks.
+            balance: receives the load-balance loss of every expert layer.
         """
         cos, sin = self.layers[0].self_attn.rope(position_ids_T, self.config)
         for i, layer in enumerate(self.layers):
@@ -75,10 +90,14 @@ class Decoder(nn.Layer):
                 trace.append(x_TD)
             if cache is not None:
                 x_TD = layer(x_TD, cos, sin, q_lens, cache.layers[i])
-            elif self.recompute_every and i % self.recompute_every == 0 and paddle.is_grad_enabled():
-                x_TD = recomputed(layer, x_TD, cos, sin, q_lens)
-            else:
-                x_TD = layer(x_TD, cos, sin, q_lens)
+                continue
+            again = self.recompute_every and i % self.recompute_every == 0 and paddle.is_grad_enabled()
+            args = (x_TD, cos, sin, q_lens, None, balance)
+            x_TD = recomputed(layer, *args) if again else layer(*args)
+            if balance is not None:
+                x_TD, loss = x_TD
+                if loss is not None:
+                    balance.layers.append(loss)
         x_TD = self.norm(x_TD)
         if trace is not None:
             trace.append(x_TD)

@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from vl2.balance import LoadBalance
 from vl2.cache import KVCache
 from vl2.config import VL2Config
 from vl2.language import LanguageModel
@@ -88,17 +89,30 @@ class DeepseekVL2(nn.Layer):
         # Out of place: written into a view, the projector would get no gradient.
         return paddle.scatter(x_TD, paddle.to_tensor(positions, place=x_TD.place), rows)
 
-    def forward(self, batch: Mapping, trace: list | None = None):
+    def forward(self, batch: Mapping, trace: list | None = None, balance: LoadBalance | None = None):
         """Final hidden states of a batch, [T, D]."""
-        return self.decode_stream(self.embed(batch), batch["position_ids"], batch["seq_lens"], trace=trace)
+        stream = self.embed(batch), batch["position_ids"], batch["seq_lens"]
+        return self.decode_stream(*stream, trace=trace, balance=balance)
 
-    def decode_stream(self, x_TD, position_ids, seq_lens, cache: KVCache | None = None, trace: list | None = None):
+    def decode_stream(
+        self,
+        x_TD,
+        position_ids,
+        seq_lens,
+        cache: KVCache | None = None,
+        trace: list | None = None,
+        balance: LoadBalance | None = None,
+    ):
         """Language model over embeddings: [T, D] -> final hidden states [T, D]."""
         lens = [int(n) for n in _array(seq_lens)]
-        return self.language.model(x_TD, _tensor(position_ids), lens, cache, trace)
+        return self.language.model(x_TD, _tensor(position_ids), lens, cache, trace, balance)
 
-    def loss(self, batch: Mapping):
+    def loss(self, batch: Mapping, balance: LoadBalance | None = None):
         """Token-exact loss of a batch.
+
+        Args:
+            batch: see the class.
+            balance: of this batch; receives the load-balance loss, which is not part of what is returned.
 
         Returns:
             (sum of -log p over the supervised tokens as a float32 scalar tensor, their number as an int). The sum of a
@@ -108,7 +122,7 @@ class DeepseekVL2(nn.Layer):
         supervised = np.flatnonzero(labels != IGNORE)
         if supervised.size == 0:
             return paddle.zeros([], dtype="float32"), 0
-        hidden_TD = self(batch)
+        hidden_TD = self(batch, balance=balance)
         hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(supervised, place=hidden_TD.place))
         targets_N = paddle.to_tensor(labels[supervised], place=hidden_TD.place)
         return self.language.loss_sum(hidden_ND, targets_N), int(supervised.size)

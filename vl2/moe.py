@@ -14,6 +14,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 from paddle.nn.functional import swiglu
 
+from vl2.balance import LoadBalance
 from vl2.config import LanguageConfig
 from vl2.linear import Linear
 
@@ -176,12 +177,8 @@ class Router(nn.Layer):
     def forward(self, x_TD) -> Routing:
         logits_TE = paddle.matmul(x_TD.astype("float32"), self.weight.astype("float32"), transpose_y=True)
         scores_TE = F.sigmoid(logits_TE) if self.sigmoid else F.softmax(logits_TE, axis=-1)
-        if self.e_score_correction_bias is None:
-            weights_TC, experts_TC = paddle.topk(scores_TE, self.num_choices, axis=-1, sorted=False)
-        else:
-            biased_TE = scores_TE.detach() + self.e_score_correction_bias.detach().astype("float32")
-            experts_TC = paddle.topk(biased_TE, self.num_choices, axis=-1, sorted=False)[1]
-            weights_TC = paddle.take_along_axis(scores_TE, experts_TC, axis=-1)
+        experts_TC = self.choose(scores_TE)
+        weights_TC = paddle.take_along_axis(scores_TE, experts_TC, axis=-1)
         if self.normalise and self.num_choices > 1:
             weights_TC = weights_TC / (weights_TC.sum(axis=-1, keepdim=True) + 1e-20)
         weights_TC = weights_TC * self.factor
@@ -190,6 +187,26 @@ class Router(nn.Layer):
         inverse_R = paddle.argsort(order_R)
         counts = paddle.bincount(flat_R, minlength=self.num_experts).tolist()
         return Routing(experts_TC, weights_TC, scores_TE, order_R, inverse_R, counts)
+
+    def choose(self, scores_TE):
+        """The experts of each token, int64 [T, C]; the correction bias takes part, without a gradient."""
+        scores_TE = scores_TE.detach()
+        if self.e_score_correction_bias is not None:
+            scores_TE = scores_TE + self.e_score_correction_bias.detach().astype("float32")
+        return paddle.topk(scores_TE, self.num_choices, axis=-1, sorted=False)[1]
+
+    def affinities(self, routing: Routing):
+        """What the load-balance loss looks at: scores that add up to 1 [T, E], and the experts of the highest [T, C].
+
+        A sigmoid's scores are divided by their sum, and the correction bias takes no part in the choice. Source: arXiv
+        2412.19437, equations 17 to 20 (the official code refuses to train such a router).
+        """
+        scores_TE, experts_TC = routing.scores_TE, routing.experts_TC
+        if self.sigmoid:
+            scores_TE = scores_TE / (scores_TE.sum(axis=-1, keepdim=True) + 1e-20)
+        if self.e_score_correction_bias is not None:
+            experts_TC = paddle.topk(scores_TE.detach(), self.num_choices, axis=-1, sorted=False)[1]
+        return scores_TE, experts_TC
 
 
 class Experts(nn.Layer):
@@ -233,11 +250,14 @@ class MoE(nn.Layer):
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, x_TD):
+    def forward(self, x_TD, balance: LoadBalance | None = None):
+        """[T, D] -> [T, D]; with `balance` (that, the load-balance loss of this layer)."""
         routing = self.gate(x_TD)
         num_choices = self.gate.num_choices
         x_RD = _Gather.apply(x_TD, routing.order_R, routing.inverse_R, num_choices)
         weights_R1 = paddle.gather(routing.weights_TC.flatten(), routing.order_R).unsqueeze(-1).astype(x_TD.dtype)
         y_RD = self.experts(x_RD, weights_R1, routing.counts)
         y_TD = _Combine.apply(y_RD, routing.order_R, routing.inverse_R, num_choices)
-        return y_TD if self.shared_experts is None else y_TD + self.shared_experts(x_TD)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD if balance is None else (y_TD, balance.of_layer(*self.gate.affinities(routing)))

@@ -513,7 +513,7 @@ def _assemble(
 
 
 def _as_type(value: paddle.Tensor, dtype: str | None) -> paddle.Tensor:
-    return value if dtype is None or str(value.dtype) == f"paddle.{dtype}" else value.astype(dtype)
+    return value if dtype is None or value.dtype == getattr(paddle, dtype) else value.astype(dtype)
 
 
 def _tensor(stored: StoredTensor | MemoryTensor) -> paddle.Tensor:

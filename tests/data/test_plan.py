@@ -87,6 +87,8 @@ def test_supervised_counts_the_step():
     packed = plan()
     assert sum(packed.supervised(step) for step in range(packed.num_steps)) == sum(size.supervised for size in SIZES)
     assert packed.supervised(3) == sum(pack.supervised for pack in packed.packs[24:32])
+    assert sum(packed.samples(step) for step in range(packed.num_steps)) == len(SIZES)
+    assert packed.samples(3) == sum(len(pack.samples) for pack in packed.packs[24:32])
 
 
 @pytest.mark.parametrize("longer", [{"epochs": 3}, {"epochs": 5, "max_steps": 150}, {"epochs": None, "max_steps": 200}])

@@ -279,23 +279,25 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def test_two_processes_equal_one(whole, arguments, tmp_path):
-    """gloo, dropout on, and steps in which only one of the two has an image.
+def test_two_processes_equal_one(run, arguments, tmp_path):
+    """gloo, dropout and the load-balance loss on, and steps in which only one of the two has an image.
 
     1e-5 is asked for; the sums over ranks and micro-batches differ in order only, about 1e-8 here.
     """
-    run_dir = tmp_path / "two"
+    run_dir, whole = tmp_path / "two", tmp_path / "one"
+    assert run(whole, "optim.aux_loss=0.1") == 0
     plan = build_data(load_config(arguments(run_dir))).plan
     pictured = [[any(plan.packs[pack].tiles for pack in own) for own in plan.rank_order(step, 2)] for step in range(6)]
     assert [True, False] in pictured
     launcher = ["-m", "train.ranks", "cpu", "--nproc_per_node", "2", "--log_dir", str(tmp_path / "log")]
     command = [sys.executable, *launcher, sys.executable, "-u", "-m", "train.train"]
-    command += arguments(run_dir, "nproc=2", "save_steps=2")
+    command += arguments(run_dir, "nproc=2", "save_steps=2", "optim.aux_loss=0.1")
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(run_dir) == pytest.approx(losses(whole), abs=1e-5)
-    norms = [[line["grad_norm"] for line in metrics(folder)] for folder in (run_dir, whole)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    for key in ("grad_norm", "aux_loss"):
+        found = [[line[key] for line in metrics(folder)] for folder in (run_dir, whole)]
+        assert found[0] == pytest.approx(found[1], rel=1e-5) and min(found[1]) > 0, key
     # By the norm, not the largest difference: AdamW moves a weight whose gradient is mere rounding by a whole lr.
     for name, weight in tensors(run_dir / "adapter" / "peft_model.safetensors").items():
         expected = tensors(whole / "adapter" / "peft_model.safetensors")[name]
@@ -421,20 +423,39 @@ def test_divergence_names_the_step_and_saves_nothing(run, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-def test_a_loss_that_is_not_finite_names_the_rows(arguments, tmp_path, monkeypatch):
+def test_load_balance_is_reported_beside_the_loss(run, whole, tmp_path, capsys):
+    """Off, it is zero. On, it is about 1 for each of the three expert layers, and no part of the loss."""
+    assert [line["aux_loss"] for line in metrics(whole)] == [0.0] * 6
+    assert run(tmp_path / "run", "max_steps=1", "optim.aux_loss=0.1") == 0
+    (line,) = metrics(tmp_path / "run")
+    assert 0.3 < line["aux_loss"] < 0.9
+    assert line["loss"] == losses(whole)[0]
+    assert f"aux {line['aux_loss']:.2e}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["loss", "load-balance loss"])
+def test_a_loss_that_is_not_finite_names_the_rows(arguments, tmp_path, monkeypatch, name):
     """Made so by hand: Paddle's CPU cross entropy takes NaN logits for equal ones, and only the gradient shows it."""
     import train.train as entry
 
     def poisoned(base, config, **options):
         model, groups = make_trainable(base, config, **options)
         loss = model.loss
-        model.loss = lambda batch: (loss(batch)[0] * float("nan"), loss(batch)[1])
+
+        def broken(batch, balance):
+            loss_sum, count = loss(batch, balance)
+            if name == "loss":
+                return loss_sum * float("nan"), count
+            balance.layers[0] = balance.layers[0] * float("nan")
+            return loss_sum, count
+
+        model.loss = broken
         return model, groups
 
     make_trainable = entry.make_trainable
     monkeypatch.setattr(entry, "make_trainable", poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 1: the loss of pack 0 is nan \(.*data\.jsonl, row \d+"):
-        entry.train(load_config(arguments(tmp_path / "run")))
+    with pytest.raises(FloatingPointError, match=rf"step 1: the {name} of pack 0 is nan \(.*data\.jsonl, row \d+"):
+        entry.train(load_config(arguments(tmp_path / "run", "optim.aux_loss=0.1")))
 
 
 def test_an_image_that_breaks_after_measuring_is_named(run, data_file, tmp_path):

@@ -1,0 +1,78 @@
+"""Nano models of the goldens in any precision, one pack of two conversations, and a place to report figures."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vl2.lora import GROUPS, LoRASettings, apply_lora
+from vl2.model import DeepseekVL2
+from vl2.weights import load_model, train_parameters
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+FIGURES: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory) -> Callable[..., DeepseekVL2]:
+    """nano("nano_small", "bfloat16"): stored and computed in that type as on a GPU, adapters in every LoRA group.
+
+    With full=True all that may train is float32 and trains, without adapters.
+    """
+    folders: dict[str, Path] = {}
+
+    def build(family: str, dtype: str, *, full: bool = False) -> DeepseekVL2:
+        if family not in folders:
+            folders[family] = tmp_path_factory.mktemp(family)
+            for source in (GOLDENS / family, GOLDENS / "nano_bpe"):
+                for file in source.iterdir():
+                    if file.suffix != ".npz":
+                        shutil.copy(file, folders[family])
+        model = load_model(folders[family], dtype=dtype)
+        if full:
+            skipped = ("attn_pool", "e_score_correction_bias")
+            names = [name for name, _ in model.named_parameters() if not any(word in name for word in skipped)]
+            train_parameters(model, names)
+        else:
+            lora = apply_lora(model, LoRASettings(groups=tuple(GROUPS), rank=4, alpha=8.0))
+            draw = np.random.default_rng(0)
+            for name, factor in lora.factors().items():
+                if name.endswith("_B"):  # zeros would keep every gradient from A
+                    factor.set_value(draw.normal(0, 0.02, factor.shape).astype("float32"))
+        model.compute_dtype = dtype
+        model.train()
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def pack() -> dict[str, np.ndarray]:
+    """A conversation with an image of three tiles, 662 tokens, and one of text, 64 tokens, in one stream."""
+    with np.load(GOLDENS / "nano_tiny" / "crop2x1.npz") as image, np.load(GOLDENS / "nano_tiny" / "text.npz") as text:
+        parts = [{name: part[name] for name in ("input_ids", "labels")} for part in (image, text)]
+        grids = image["images_spatial_crop"]
+    lens = [len(part["input_ids"]) for part in parts]
+    return {
+        "input_ids": np.concatenate([part["input_ids"] for part in parts]),
+        "labels": np.concatenate([np.append(part["labels"][1:], -100) for part in parts]),
+        "position_ids": np.concatenate([np.arange(n) for n in lens]),
+        "seq_lens": np.array(lens),
+        "tiles": np.load(GOLDENS / "images" / "crop2x1.npz")["images_u8"],
+        "grids": grids,
+    }
+
+
+@pytest.fixture
+def report() -> Callable[[str], None]:
+    """Prints a line after the tests."""
+    return FIGURES.append
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FIGURES:
+        terminalreporter.section("16-bit against float32")
+        for line in FIGURES:
+            terminalreporter.write_line(line)
