@@ -27,9 +27,10 @@ from train.merge import Merge, open_merge
 from train.room import check_disk
 from train.state import versions
 from train.verify import make_probe, verify_logits, verify_tensors
+from vl2.layout import Layout
 from vl2.shards import Plan
 from vl2.tokenizer import Tokenizer
-from vl2.weights import Layout, open_model
+from vl2.weights import open_model
 
 
 def main(arguments: list[str]) -> int:

@@ -38,7 +38,8 @@ from vl2.lora import LoRASettings
 from vl2.lora_slots import Slot, slots
 from vl2.paddle_format import PADDLE_NAMES, common_settings, paddle_config, paddle_index
 from vl2.peft_format import PEFT_NAMES, peft_config
-from vl2.weights import build_model, write_safetensors
+from vl2.tensor_files import write_safetensors
+from vl2.weights import build_model
 
 # One float32 rounding of B where it takes in another scaling; none where the scaling stays.
 _ROUNDING = 2.0**-23

@@ -15,9 +15,10 @@ from train.files import EXPORT_REPORT
 from train.inference import Source
 from train.merge import Merge
 from vl2.config import VL2Config
+from vl2.layout import Layout, official_parts
 from vl2.shards import Plan, Wanted, plan_like, plan_new
+from vl2.tensor_files import INDEX_FILE, StoredTensor
 from vl2.tiles import limit_candidates
-from vl2.weights import INDEX_FILE, Layout, StoredTensor, official_parts
 
 # Weights of any kind: those of the base are not copied.
 _WEIGHTS = (".safetensors", ".index.json", ".pdparams", ".bin", ".pt", ".pth")

@@ -23,9 +23,10 @@ from vl2.generate import generate
 from vl2.model import DeepseekVL2
 from vl2.prompt import Message, render
 from vl2.published import published
+from vl2.tensor_files import checkpoint_tensors, read_header
 from vl2.tiles import Resolution, cut_tiles, limit_candidates, load_image, tile_grid
 from vl2.tokenizer import Tokenizer
-from vl2.weights import checkpoint_tensors, init_model, load_model, open_model, read_header, set_parameter
+from vl2.weights import init_model, load_model, open_model, set_parameter
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Prompts that are answered together: bounds the memory of their caches.

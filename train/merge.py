@@ -13,20 +13,11 @@ from train.files import WEIGHTS_FILE
 from train.identity import stored_fingerprint
 from train.inference import DTYPES, Source, stored_dtype
 from vl2.config import VL2Config
+from vl2.layout import Part
 from vl2.lora import Delta, VL2LoRAModel, deltas
+from vl2.tensor_files import FILE_TYPES, StoredTensor, cast, read_header
 from vl2.tokenizer import Tokenizer
-from vl2.weights import (
-    FILE_TYPES,
-    Part,
-    StoredModel,
-    StoredTensor,
-    build_model,
-    cast,
-    hold_model,
-    init_model,
-    open_model,
-    read_header,
-)
+from vl2.weights import StoredModel, build_model, hold_model, init_model, open_model
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vl2.weights import INDEX_FILE, SINGLE_FILE, Layout, StoredTensor, read_header
+from vl2.layout import Layout
+from vl2.tensor_files import INDEX_FILE, SINGLE_FILE, StoredTensor, read_header
 
 MAX_SHARD_BYTES = 5 * 10**9
 # The `format` that readers of a layout want: Transformers asks for pt, PaddleNLP for np (it refuses pd).

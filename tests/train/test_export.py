@@ -19,8 +19,9 @@ from train.verify import logits_of, make_probe
 from vl2.adapter import save_adapter
 from vl2.lora import LoRASettings, apply_lora
 from vl2.prompt import Message
+from vl2.tensor_files import checkpoint_tensors
 from vl2.tokenizer import Tokenizer
-from vl2.weights import checkpoint_tensors, load_model
+from vl2.weights import load_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 

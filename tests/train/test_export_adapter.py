@@ -20,7 +20,8 @@ from train.verify import logits_of, make_probe
 from vl2.adapter import save_adapter
 from vl2.adapter_files import PADDLE_SHARD, PEFT_CONFIG, PEFT_FILE
 from vl2.lora import GROUPS, LoRASettings, apply_lora
-from vl2.weights import checkpoint_tensors, load_model, read_header
+from vl2.tensor_files import checkpoint_tensors, read_header
+from vl2.weights import load_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 MIXED = LoRASettings(
@@ -240,7 +241,7 @@ def tiny_peft(tiny) -> Path:
 
 def changed(folder: Path, target: Path, **config) -> Path:
     """A copy as another tool would have written it: nothing of ours in the header, other keys in the configuration."""
-    from vl2.weights import write_safetensors
+    from vl2.tensor_files import write_safetensors
 
     target.mkdir()
     stored = {name: tensor.read() for name, tensor in read_header(folder / PEFT_FILE)[0].items()}

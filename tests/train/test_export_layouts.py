@@ -16,7 +16,8 @@ import train.verify
 from train.config import ExportConfig, load_export_config
 from train.export import export
 from train.inference import load
-from vl2.weights import checkpoint_tensors, init_model, load_model, open_model, write_safetensors
+from vl2.tensor_files import checkpoint_tensors, write_safetensors
+from vl2.weights import init_model, load_model, open_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 # Ours, about an export.

@@ -11,9 +11,11 @@ import pytest
 
 from vl2.adapter import save_adapter
 from vl2.config import VL2Config
+from vl2.layout import official_parts
 from vl2.lora import LoRASettings, apply_lora
+from vl2.tensor_files import checkpoint_tensors, write_safetensors
 from vl2.tokenizer import Tokenizer
-from vl2.weights import build_model, checkpoint_tensors, official_parts, write_safetensors
+from vl2.weights import build_model
 
 ROOT = Path(__file__).parents[2]
 GOLDENS = ROOT / "tests" / "goldens"

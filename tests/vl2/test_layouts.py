@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from train.identity import model_fingerprint, stored_fingerprint
-from vl2.weights import checkpoint_tensors, load_model, open_model, write_safetensors
+from vl2.tensor_files import checkpoint_tensors, write_safetensors
+from vl2.weights import load_model, open_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 KINDS = ("nano_tiny", "nano_small", "nano_base")

@@ -11,6 +11,7 @@ import pytest
 from vl2.adapter import load_adapter, open_adapter, save_adapter
 from vl2.adapter_files import OWN_FILE
 from vl2.config import VL2Config
+from vl2.layout import official_parts
 from vl2.lora import (
     GROUPS,
     LoRALinear,
@@ -19,7 +20,8 @@ from vl2.lora import (
     deltas,
     remove_lora,
 )
-from vl2.weights import init_model, official_parts, read_header, train_parameters, write_safetensors
+from vl2.tensor_files import read_header, write_safetensors
+from vl2.weights import init_model, train_parameters
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 IMAGE_ID = 1000

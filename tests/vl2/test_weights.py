@@ -10,16 +10,10 @@ import paddle
 import pytest
 
 from vl2.config import VL2Config
+from vl2.layout import official_parts, official_tensors
 from vl2.shards import Wanted, plan_new
-from vl2.weights import (
-    checkpoint_tensors,
-    init_model,
-    load_model,
-    official_parts,
-    official_tensors,
-    read_header,
-    write_safetensors,
-)
+from vl2.tensor_files import checkpoint_tensors, read_header, write_safetensors
+from vl2.weights import init_model, load_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
