@@ -47,14 +47,15 @@ def write_folder(target: Path, write: Callable[[Path], None], *, manifest: bool 
             files.append(temporary / MANIFEST)
         for path in [*files, *{path.parent for path in files}, temporary]:
             _sync(path)
-    except Exception as problem:
+    except BaseException as problem:
         written = sum(path.lstat().st_size for path in temporary.rglob("*") if path.is_file())
         shutil.rmtree(temporary, ignore_errors=True)
+        kept = f"{temporary} could not be removed" if temporary.exists() else "nothing was kept"
         if isinstance(problem, OSError) and problem.errno in _FULL:
             free = gigabytes(shutil.disk_usage(target.parent).free)
             raise ValueError(
-                f"{target}: the disk is full ({problem.strerror}) after {gigabytes(written)}; nothing was kept, and "
-                f"{free} are free again. Free some space, or write to another disk"
+                f"{target}: the disk is full ({problem.strerror}) after {gigabytes(written)}; {kept}, and "
+                f"{free} are free now. Free some space, or write to another disk"
             ) from problem
         raise
     if target.exists():

@@ -181,10 +181,11 @@ class ExportConfig:
     """Merged weights: `bash launch.sh export run=FOLDER key=value ...`"""
 
     run: str = key("", "Folder of a run, of one of its checkpoints, or of an adapter (PEFT's too).", path=True)
+    model: str = key("", "Instead of run: a model to write in another layout or dtype; its folder or name.", path=True)
     out: str = key("", "Folder to write; empty: export/ in the run, or adapter_peft/, adapter_paddle/.", path=True)
     layout: str = key(
         "hf",
-        "hf: official names and [out, in], for vLLM and Transformers; paddle: PaddleMIX.",
+        "hf: the official one, [out, in], for vLLM, SGLang and Transformers; paddle: PaddleMIX's, [in, out].",
         choices=("hf", "paddle"),
     )
     adapter: str = key(
@@ -356,7 +357,17 @@ def rehearsal_notice(config: TrainConfig, arguments: Sequence[str]) -> str:
 def load_export_config(argv: Sequence[str]) -> ExportConfig:
     """The configuration of `export`."""
     config = compose.compose(compose.read_command_line(argv, ExportConfig), ExportConfig)
-    _require(config.run, "export needs run=FOLDER, a run's folder or one of its checkpoints")
+    wanted = "export needs run=FOLDER, a run's folder or one of its checkpoints, or model=FOLDER to convert a model"
+    _require(config.run or config.model, wanted)
+    if config.run and config.model:
+        raise ValueError("export takes run= or model=, not both")
+    if config.model:
+        _require(config.out, f"export model={config.model} needs out=FOLDER, where to write it")
+        config.model = model_folder(config.model)
+        if config.adapter or config.base:
+            raise ValueError(
+                f"export model={config.model}: adapter= and base= are for what was trained; give run= instead"
+            )
     config.out = config.out or str(Path(config.run, f"adapter_{config.adapter}" if config.adapter else "export"))
     config.base = config.base and model_folder(config.base)
     return config

@@ -38,7 +38,8 @@ from vl2.lora import LoRASettings
 from vl2.lora_slots import Slot, slots
 from vl2.paddle_format import PADDLE_NAMES, common_settings, paddle_config, paddle_index
 from vl2.peft_format import PEFT_NAMES, peft_config
-from vl2.weights import build_model, write_safetensors
+from vl2.tensor_files import write_safetensors
+from vl2.weights import build_model
 
 # One float32 rounding of B where it takes in another scaling; none where the scaling stays.
 _ROUNDING = 2.0**-23
@@ -65,7 +66,7 @@ def export_adapter(config: ExportConfig) -> dict[str, Any]:
     source, out = find_source(config.run, config.base), Path(config.out)
     if source.kind != "adapter" or source.trained is None:
         raise ValueError(f"run={config.run}: there is no adapter, so adapter={config.adapter} has nothing to write")
-    check_out(out, overwrite=config.overwrite)
+    check_out(out, source, overwrite=config.overwrite)
     skeleton = build_model(VL2Config.from_folder(source.base), image_token_id=0)
     adapter, found = open_adapter(source.trained, skeleton), slots(skeleton)
     peft = config.adapter == PEFT

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _REVISION = "main"
-# As in vl2.weights, which would load Paddle.
+# As in vl2.tensor_files, which would load Paddle.
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PDPARAMS = "model_state.pdparams"  # taken where PaddleNLP has it already, never fetched
 _SMALL_FILES = ("*.json", "*.txt", "tokenizer.model", "LICENSE*", "README.md")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,6 +15,7 @@ from paddle import nn
 from data.plan import Plan
 from train.config import TrainConfig
 from vl2.tokenizer import Tokenizer
+from vl2.weights import StoredModel
 
 _PROBES = 64  # numbers taken of each weight
 
@@ -26,9 +27,7 @@ def model_fingerprint(model: nn.Layer) -> str:
     """
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
     for name, parameter in model.named_parameters():
-        size = int(np.prod(parameter.shape))
-        index = np.unique(np.linspace(0, size - 1, min(size, _PROBES)).astype("int64"))
-        flat, index = parameter.detach().reshape([-1]), paddle.to_tensor(index)
+        flat, index = parameter.detach().reshape([-1]), paddle.to_tensor(_probed(parameter.shape))
         if parameter.dtype == paddle.float16:  # has no gather on CPU; its bits have
             values = paddle.gather(flat.view("int16"), index).view("float16").astype("float32")
         else:
@@ -36,6 +35,22 @@ def model_fingerprint(model: nn.Layer) -> str:
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
+
+
+def stored_fingerprint(stored: StoredModel, dtype: str) -> str:
+    """`model_fingerprint` of a checkpoint as it would be loaded in `dtype`, reading only the numbers it takes."""
+    digest = hashlib.sha256(json.dumps(stored.skeleton.config.to_dict(), sort_keys=True).encode())
+    for path, shape in stored.shapes.items():
+        rounded = paddle.to_tensor(stored.numbers(path, _probed(shape))).astype(dtype).astype("float32")
+        digest.update(f"{path}{list(shape)}".encode())
+        digest.update(rounded.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _probed(shape: Sequence[int]) -> np.ndarray:
+    """Evenly spaced positions in a flattened weight."""
+    size = int(np.prod(shape))
+    return np.unique(np.linspace(0, size - 1, min(size, _PROBES)).astype("int64"))
 
 
 def identity(config: TrainConfig, *, fingerprint: str, tokenizer: Tokenizer, plan: Plan) -> dict[str, Any]:

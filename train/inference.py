@@ -15,7 +15,7 @@ from paddle import nn
 
 from train.files import ADAPTER, EXPORT_REPORT, WEIGHTS, WEIGHTS_FILE, WEIGHTS_METADATA
 from train.hub import resolve_model
-from train.identity import model_fingerprint
+from train.identity import model_fingerprint, stored_fingerprint
 from train.need import check_inference
 from vl2.adapter_files import PADDLE_CONFIG, PEFT_CONFIG, adapter_format, adapter_metadata
 from vl2.config import VL2Config
@@ -23,9 +23,10 @@ from vl2.generate import generate
 from vl2.model import DeepseekVL2
 from vl2.prompt import Message, render
 from vl2.published import published
+from vl2.tensor_files import checkpoint_tensors, read_header
 from vl2.tiles import Resolution, cut_tiles, limit_candidates, load_image, tile_grid
 from vl2.tokenizer import Tokenizer
-from vl2.weights import checkpoint_tensors, init_model, load_model, read_header, set_parameter
+from vl2.weights import init_model, load_model, open_model, set_parameter
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # Prompts that are answered together: bounds the memory of their caches.
@@ -138,7 +139,7 @@ def load(folder: str | Path, precision: str = "auto", base: str = "") -> Loaded:
         from vl2.adapter import load_adapter  # here: it imports PaddleNLP, which takes seconds
 
         assert source.trained is not None
-        lora = load_adapter(model, source.trained, base_fingerprint=model_fingerprint(model))
+        lora = load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, model))
     if "max_tiles" in source.about and source.trained is not None:  # an adapter trained elsewhere does not say
         candidates = limit_candidates(model.config.candidate_resolutions, source.about["max_tiles"])
         model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
@@ -146,6 +147,13 @@ def load(folder: str | Path, precision: str = "auto", base: str = "") -> Loaded:
         model.compute_dtype = dtype
     model.eval()
     return Loaded(source=source, model=model, lora=lora, tokenizer=tokenizer)
+
+
+def base_fingerprint(source: Source, model: DeepseekVL2) -> str:
+    """Fingerprint of an adapter's base in the precision of the training, whatever the model is stored in now."""
+    if source.about.get("init") == "random" or "precision" not in source.about:
+        return model_fingerprint(model)
+    return stored_fingerprint(open_model(source.base), DTYPES[source.about["precision"]])
 
 
 def load_base(source: Source, tokenizer: Tokenizer, dtype: str) -> DeepseekVL2:

@@ -19,8 +19,9 @@ from train.room import check_disk, gigabytes
 from vl2.blueprint import Shard, plan_shards, tensor_bytes, tensor_shapes, write_shard
 from vl2.config import VL2Config
 from vl2.published import PROCESSOR_CONFIG, SHARD_BYTES, published
+from vl2.tensor_files import INDEX_FILE
 from vl2.tokenizer import Tokenizer
-from vl2.weights import INDEX_FILE, check_vocabulary
+from vl2.weights import check_vocabulary
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 

@@ -26,7 +26,7 @@ from train.files import ADAPTER, OPTIMIZER_FILE, STATE_FILE, WEIGHTS, WEIGHTS_FI
 from train.optim import optimizer_state, set_optimizer_state
 from vl2.adapter import load_factors, open_adapter, save_adapter
 from vl2.lora import VL2LoRAModel
-from vl2.weights import read_header, write_safetensors
+from vl2.tensor_files import read_header, write_safetensors
 
 
 @dataclass(kw_only=True)

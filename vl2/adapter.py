@@ -30,7 +30,7 @@ from vl2.lora import LoRASettings, VL2LoRAModel, apply_lora
 from vl2.lora_slots import difference, factor_shapes, slots
 from vl2.paddle_format import PADDLE_NAMES, read_paddle_config
 from vl2.peft_format import PEFT_NAMES, read_peft_config
-from vl2.weights import write_safetensors
+from vl2.tensor_files import write_safetensors
 
 
 def save_adapter(lora_model: VL2LoRAModel, folder: str | Path, metadata: Mapping[str, Any]) -> None:

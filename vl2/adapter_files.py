@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vl2.pdparams import locate_arrays
-from vl2.weights import StoredTensor, read_header
+from vl2.tensor_files import StoredTensor, read_header
 
 OWN, PEFT, PADDLE = "own", "peft", "paddle"
 PADDLE_CONFIG, PEFT_CONFIG = "lora_config.json", "adapter_config.json"

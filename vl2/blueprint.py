@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from vl2.config import VL2Config
-from vl2.weights import build_model, initial_kind, official_shapes, safetensors_header
+from vl2.layout import official_shapes
+from vl2.tensor_files import safetensors_header
+from vl2.weights import build_model, initial_kind
 
 BYTES_PER_NUMBER = 2  # bfloat16, as everything published
 _BLOCK = 1 << 20  # numbers drawn at once: 2 MB stay in the processor's cache

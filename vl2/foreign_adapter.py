@@ -16,7 +16,7 @@ from paddle import nn
 
 from vl2.lora import GROUPS, LoRASettings
 from vl2.lora_slots import UNTUNED, UNUSED, Slot, difference, factor_shapes, slots
-from vl2.weights import StoredTensor
+from vl2.tensor_files import StoredTensor
 
 
 class Piece(NamedTuple):

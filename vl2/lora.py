@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,7 +114,7 @@ class LoRALinear(PaddleNLPLoRALinear):
 
     def merge(self):
         """Refused: PaddleNLP merges in the weight's dtype, which loses most of the addition in bfloat16."""
-        raise NotImplementedError("merge with vl2.lora.merged_tensors, which adds in float32")
+        raise NotImplementedError("merge with vl2.lora.deltas, which add in float32")
 
     unmerge = merge
 
@@ -218,7 +218,7 @@ class VL2LoRAModel(LoRAModel):
 
     def merge(self):
         """Refused, see `LoRALinear.merge`."""
-        raise NotImplementedError("merge with vl2.lora.merged_tensors, which adds in float32")
+        raise NotImplementedError("merge with vl2.lora.deltas, which add in float32")
 
     unmerge = merge
 
@@ -255,58 +255,44 @@ def plan_factors(model: nn.Layer, settings: LoRASettings) -> tuple[GroupReport, 
         return tuple(_add_factors(model, settings, group) for group in settings.groups)
 
 
-def merged_tensors(lora_model: VL2LoRAModel) -> dict[str, MergedTensor]:
-    """The float32 sums of base and low-rank product, computed when called, so that one tensor is in memory at a time.
-
-    Returns:
-        By the base weight's path in the wrapped model: `language.model.layers.1.mlp.experts.gate_up` [E, D, 2I].
-    """
-    merged: dict[str, MergedTensor] = {}
-    for path, layer in _lora_layers(lora_model.model):
-        if isinstance(layer, LoRALinear):
-            merged[f"{path}.weight"] = MergedTensor(layer.weight, [(layer.lora_A, layer.lora_B)], layer.scaling)
-            continue
-        experts = _module(lora_model.model, path)
-        gate_up = [(layer.gate_A, layer.gate_B), (layer.up_A, layer.up_B)]
-        merged[f"{path}.gate_up"] = MergedTensor(experts.gate_up, gate_up, layer.scaling)
-        merged[f"{path}.down"] = MergedTensor(experts.down, [(layer.down_A, layer.down_B)], layer.scaling)
-    return merged
-
-
 @dataclass(frozen=True)
-class MergedTensor:
-    """base + scaling * A @ B in float32; several (A, B) fill the last axis side by side."""
+class Delta:
+    """What an adapter adds to one official tensor: scaling * A @ B."""
 
-    base: paddle.Tensor  # [in, out] or stacked [E, in, out]
-    factors: list[tuple[paddle.Tensor, paddle.Tensor]]
+    factors: tuple[str, str]  # paths of A [in, r] and B [r, out], or of the stacked ones they are slices of
+    a: paddle.Tensor
+    b: paddle.Tensor
     scaling: float
+    expert: int | None = None  # which slice of stacked factors
 
-    def __call__(self, expert: int | None = None) -> np.ndarray:
-        """The merged tensor, or the slice of one expert.
+    def add_to(self, base: np.ndarray) -> np.ndarray:
+        """The merged tensor: base + scaling * A @ B in float32, not rounded.
 
         Args:
-            expert: index into a stacked tensor; None for all of it.
+            base: float32 [in, out].
         """
-        pick: Callable = (lambda t: t) if expert is None else (lambda t: t[expert])
-        delta = [np.matmul(pick(a).numpy(), pick(b).numpy()) for a, b in self.factors]
-        return pick(self.base).astype("float32").numpy() + np.float32(self.scaling) * np.concatenate(delta, axis=-1)
+        a, b = (t.numpy() if self.expert is None else t[self.expert].numpy() for t in (self.a, self.b))
+        return base + np.float32(self.scaling) * np.matmul(a, b)
 
 
-def merge_in_place(lora_model: VL2LoRAModel) -> nn.Layer:
-    """Give back the wrapped model with plain layers that hold the unrounded float32 sums.
+def deltas(lora_model: VL2LoRAModel) -> dict[str, Delta]:
+    """What an adapter adds, by the official name of the tensor it adds to; nothing is computed yet.
 
     Returns:
-        The DeepseekVL2; `lora_model` must not be used afterwards.
+        One entry an expert and projection: `language.model.layers.1.mlp.experts.5.gate_proj.weight`.
     """
-    model = lora_model.model
-    for name, merged in merged_tensors(lora_model).items():
-        path, _, leaf = name.rpartition(".")
-        layer = _module(model, path)
-        parameter = layer.create_parameter(merged.base.shape, dtype="float32")
-        parameter.set_value(merged())
-        parameter.stop_gradient = True
-        setattr(layer, leaf, parameter)
-    return remove_lora(lora_model)
+    found: dict[str, Delta] = {}
+    for path, layer in _lora_layers(lora_model.model):
+        if isinstance(layer, LoRALinear):
+            names = (f"{path}.lora_A", f"{path}.lora_B")
+            found[f"{path}.weight"] = Delta(names, layer.lora_A, layer.lora_B, layer.scaling)
+            continue
+        for part in ("gate", "up", "down"):
+            a, b = getattr(layer, f"{part}_A"), getattr(layer, f"{part}_B")
+            names = (f"{path}.lora.{part}_A", f"{path}.lora.{part}_B")
+            for expert in range(a.shape[0]):
+                found[f"{path}.{expert}.{part}_proj.weight"] = Delta(names, a, b, layer.scaling, expert)
+    return found
 
 
 def remove_lora(lora_model: VL2LoRAModel) -> nn.Layer:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from vl2.weights import StoredTensor
+from vl2.tensor_files import StoredTensor
 
 # Written beside the arrays by paddle.save: structured name -> Paddle's automatic name.
 _NAME_TABLE = "StructuredToParameterName@@"

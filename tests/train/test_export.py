@@ -10,14 +10,18 @@ from PIL import Image
 
 from train.config import ExportConfig, InferConfig
 from train.evaluate import Question, check_predictions, exact_match, permuted, questions_of, write_predictions
-from train.export import export, logits_of, make_probe
+from train.export import export
+from train.identity import model_fingerprint
 from train.infer import conversation, infer
 from train.inference import find_source, load
+from train.merge import open_merge
+from train.verify import logits_of, make_probe
 from vl2.adapter import save_adapter
 from vl2.lora import LoRASettings, apply_lora
 from vl2.prompt import Message
+from vl2.tensor_files import checkpoint_tensors
 from vl2.tokenizer import Tokenizer
-from vl2.weights import checkpoint_tensors, load_model
+from vl2.weights import load_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -60,7 +64,7 @@ def exported(run) -> Path:
 def test_export_in_float32_answers_as_the_adapter(run, exported):
     """The same greedy tokens, and logits within 1e-5 of the largest: only the order of two float32 sums differs."""
     adapter, merged = load(run), load(exported)
-    probe = make_probe(adapter)
+    probe = make_probe(adapter.tokenizer, adapter.candidates)
     ours, theirs = logits_of(adapter.model, probe), logits_of(merged.model, probe)
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(ours).max()
     config = InferConfig(prompt="What is it?", max_new_tokens=12)
@@ -68,8 +72,9 @@ def test_export_in_float32_answers_as_the_adapter(run, exported):
 
 
 def test_the_adapter_matters(base, run):
-    probe = make_probe(load(base))
-    assert np.abs(logits_of(load(base).model, probe) - logits_of(load(run).model, probe)).max() > 0.01
+    loaded = load(base)
+    probe = make_probe(loaded.tokenizer, loaded.candidates)
+    assert np.abs(logits_of(loaded.model, probe) - logits_of(load(run).model, probe)).max() > 0.01
 
 
 def test_export_report_and_files(run, exported, base):
@@ -79,7 +84,7 @@ def test_export_report_and_files(run, exported, base):
     assert verified["tensors"] == len(checkpoint_tensors(base))
     assert verified["merge_error"] < 1e-5
     assert verified["rounding_kl"] < 1e-6
-    assert verified["adapter_factors_used"] == len(load(run).lora.factors())
+    assert verified["trained_used"] == len(load(run).lora.factors())
     config = json.loads((exported / "config.json").read_text())
     assert max(w * h for w, h in config["candidate_resolutions"]) == 4 * 384 * 384
     processor = json.loads((exported / "processor_config.json").read_text())
@@ -102,22 +107,26 @@ def test_export_in_the_base_dtype_leaves_untouched_tensors_bit_for_bit(run, base
 
 
 def test_export_is_refused_and_leaves_nothing_when_a_tensor_reads_back_wrong(run, tmp_path, monkeypatch):
-    """A disk or writer that changes one tensor must not leave a folder under the final name."""
+    """A disk or writer that changes one tensor must not leave a folder under the final name, nor a half one beside."""
     import train.export as module
 
-    written = module.save_tensors
+    written = module.write_companions
 
-    def damage(tensors, folder):
-        written(((n, a + 1 if n.endswith("norm.weight") else a, k) for n, a, k in tensors), folder)
+    def damage(folder, *more):
+        written(folder, *more)
+        tensor = checkpoint_tensors(folder)["language.model.norm.weight"]
+        with tensor.path.open("r+b") as file:
+            file.seek(tensor.offset + 7)
+            file.write(b"\x11")
 
-    monkeypatch.setattr(module, "save_tensors", damage)
-    with pytest.raises(ValueError, match=r"refused: .* read back otherwise than written .*norm\.weight"):
+    monkeypatch.setattr(module, "write_companions", damage)
+    with pytest.raises(ValueError, match=r"refused: 1 tensors read back otherwise than written .*model\.norm\.weight"):
         export(ExportConfig(run=str(run), out=str(tmp_path / "out"), dtype="fp32"))
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_export_is_refused_when_rounding_costs_too_much(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.export.MAX_KL", 0.0)
+    monkeypatch.setattr("train.verify.MAX_KL", 0.0)
     with pytest.raises(ValueError, match="rounding costs a KL of"):
         export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
@@ -157,6 +166,24 @@ def test_adapter_of_another_base_is_refused(run, base, tmp_path):
     path.write_text(json.dumps(document))
     with pytest.raises(ValueError, match="another base model"):
         load(other)
+
+
+def test_adapter_knows_its_base_in_the_precision_of_its_training(run, base, tmp_path):
+    """A base of bfloat16, trained on as float16: it is the same base when it is loaded or exported in another type."""
+    other = tmp_path / "other"
+    shutil.copytree(run / "adapter", other / "adapter")
+    path = other / "adapter" / "lora_config.json"
+    document = json.loads(path.read_text())
+    fingerprint = model_fingerprint(load_model(base, dtype="float16"))
+    document["vl2"]["metadata"].update(base_fingerprint=fingerprint, precision="fp16")
+    path.write_text(json.dumps(document))
+    assert load(other).lora is not None
+    assert open_merge(find_source(other), None).deltas
+    document["vl2"]["metadata"]["precision"] = "bf16"
+    path.write_text(json.dumps(document))
+    for use in (load, lambda folder: open_merge(find_source(folder), None)):
+        with pytest.raises(ValueError, match="another base model"):
+            use(other)
 
 
 def test_prompt_with_images_puts_them_first_or_where_marked():

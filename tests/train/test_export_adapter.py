@@ -13,13 +13,15 @@ from paddle import nn
 
 from train.build import make_trainable
 from train.config import ExportConfig, InferConfig, load_config
-from train.export import export, logits_of, make_probe
+from train.export import export
 from train.infer import infer
 from train.inference import find_source, load
+from train.verify import logits_of, make_probe
 from vl2.adapter import save_adapter
 from vl2.adapter_files import PADDLE_SHARD, PEFT_CONFIG, PEFT_FILE
 from vl2.lora import GROUPS, LoRASettings, apply_lora
-from vl2.weights import checkpoint_tensors, load_model, read_header
+from vl2.tensor_files import checkpoint_tensors, read_header
+from vl2.weights import load_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 MIXED = LoRASettings(
@@ -69,7 +71,7 @@ def peft(run) -> Path:
 
 def logits(folder: Path) -> np.ndarray:
     loaded = load(folder)
-    return logits_of(loaded.model, make_probe(loaded))
+    return logits_of(loaded.model, make_probe(loaded.tokenizer, loaded.candidates))
 
 
 def linears(base: Path) -> dict[str, tuple[int, int]]:
@@ -239,7 +241,7 @@ def tiny_peft(tiny) -> Path:
 
 def changed(folder: Path, target: Path, **config) -> Path:
     """A copy as another tool would have written it: nothing of ours in the header, other keys in the configuration."""
-    from vl2.weights import write_safetensors
+    from vl2.tensor_files import write_safetensors
 
     target.mkdir()
     stored = {name: tensor.read() for name, tensor in read_header(folder / PEFT_FILE)[0].items()}

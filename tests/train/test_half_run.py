@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.precision.emulation import half_precision_on_cpu
-from vl2.weights import read_header
+from vl2.tensor_files import read_header
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from data.plan import PackSpec, Plan
 from train.build import build_base, build_data, make_trainable
 from train.config import load_config
 from train.optim import lr_factor
-from vl2.weights import read_header
+from vl2.tensor_files import read_header
 
 
 @pytest.fixture(scope="module")

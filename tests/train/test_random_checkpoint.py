@@ -12,7 +12,8 @@ from train import random_checkpoint
 from train.config import load_random_config
 from vl2.blueprint import tensor_shapes
 from vl2.config import VL2Config
-from vl2.weights import checkpoint_tensors, load_model
+from vl2.tensor_files import checkpoint_tensors
+from vl2.weights import load_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 BPE = GOLDENS / "nano_bpe"

@@ -15,7 +15,7 @@ from train.need import training_need
 from train.train import train
 from vl2.config import VL2Config
 from vl2.published import published
-from vl2.weights import checkpoint_tensors, read_header
+from vl2.tensor_files import checkpoint_tensors, read_header
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 README = Path(__file__).parents[2] / "README.md"

@@ -20,7 +20,8 @@ from train.build import build_data
 from train.checkpoint import damage
 from train.config import load_config
 from train.metrics import MetricsLog
-from vl2.weights import load_model, read_header
+from vl2.tensor_files import read_header
+from vl2.weights import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN_CURVE = ROOT / "tests" / "goldens" / "loss_curve.txt"

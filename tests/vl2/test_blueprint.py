@@ -10,7 +10,7 @@ import pytest
 from vl2.blueprint import draw, plan_shards, tensor_bytes, tensor_shapes, write_shard
 from vl2.config import VL2Config
 from vl2.published import PUBLISHED, SHARD_BYTES, published
-from vl2.weights import read_header
+from vl2.tensor_files import read_header
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 # Of the published checkpoints: tensors, bytes in bfloat16, and the sha256 of the sorted lines "name BF16 [shape]".

@@ -15,10 +15,12 @@ import pytest
 from vl2.adapter import load_adapter, open_adapter
 from vl2.adapter_files import OWN_FILE, PADDLE_CONFIG, PEFT_CONFIG, PEFT_FILE, adapter_format, adapter_metadata
 from vl2.config import VL2Config
+from vl2.layout import official_parts
 from vl2.lora_slots import UNTUNED, UNUSED, slots
 from vl2.model import DeepseekVL2
 from vl2.peft_format import PEFT_NAMES
-from vl2.weights import build_model, init_model, official_parts, read_header, write_safetensors
+from vl2.tensor_files import read_header, write_safetensors
+from vl2.weights import build_model, init_model
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "nano_small"
 CONFIG = VL2Config.from_folder(GOLDEN)

@@ -11,16 +11,17 @@ import pytest
 from vl2.adapter import load_adapter, open_adapter, save_adapter
 from vl2.adapter_files import OWN_FILE
 from vl2.config import VL2Config
+from vl2.layout import official_parts
 from vl2.lora import (
     GROUPS,
     LoRALinear,
     LoRASettings,
     apply_lora,
-    merge_in_place,
-    merged_tensors,
+    deltas,
     remove_lora,
 )
-from vl2.weights import init_model, read_header, train_parameters, write_safetensors
+from vl2.tensor_files import read_header, write_safetensors
+from vl2.weights import init_model, train_parameters
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 IMAGE_ID = 1000
@@ -66,6 +67,21 @@ def randomise(lora_model, scale: float = 0.05) -> None:
     rng = np.random.default_rng(11)
     for parameter in lora_model.factors().values():
         parameter.set_value(rng.normal(0, scale, parameter.shape).astype("float32"))
+
+
+def merged_model(lora_model):
+    """The plain model that holds the unrounded float32 sums, and the paths of the parameters that were tuned."""
+    found = deltas(lora_model)
+    model = remove_lora(lora_model)
+    parameters, tuned = dict(model.named_parameters()), set()
+    for path, parts in official_parts(model):
+        value = parameters[path].astype("float32").numpy()
+        for part in parts:
+            if part.name in found:
+                value[part.at] = found[part.name].add_to(value[part.at])
+                tuned.add(path)
+        parameters[path].set_value(value)
+    return model, tuned
 
 
 def logits(model, batch):
@@ -163,7 +179,7 @@ def test_unrounded_merge_gives_the_adapters_logits(config, batch):
     lora_model.disable_lora()
     base = logits(lora_model, batch)
     lora_model.enable_lora()
-    merged = logits(merge_in_place(lora_model), batch)
+    merged = logits(merged_model(lora_model)[0], batch)
     scale = np.abs(adapted).max()
     assert np.abs(adapted - base).max() > 0.5 * scale  # the adapter does something
     # x (W + s A B) against x W + s (x A) B: another order of float32 sums, some 1e-7 a product.
@@ -178,12 +194,12 @@ def test_merge_adds_in_float32_on_a_bfloat16_base(config):
     layer = lora_model.model.language.model.layers[0].self_attn.q_proj
     delta = 3.0 * layer.lora_A.numpy() @ layer.lora_B.numpy()
     base = layer.weight.astype("float32").numpy()
-    merged = merged_tensors(lora_model)[name]()
+    merged = deltas(lora_model)[name].add_to(base)
     assert merged.dtype == np.float32
     assert np.abs(merged - base - delta).max() < 1e-6 * np.abs(base).max()
-    with pytest.raises(NotImplementedError, match="merged_tensors"):
+    with pytest.raises(NotImplementedError, match=r"vl2\.lora\.deltas"):
         layer.merge()
-    with pytest.raises(NotImplementedError, match="merged_tensors"):
+    with pytest.raises(NotImplementedError, match=r"vl2\.lora\.deltas"):
         lora_model.merge()
 
 
@@ -198,18 +214,20 @@ def test_bfloat16_base_computes_and_learns(config, batch):
         assert float(p.grad.abs().max()) > 0, name
 
 
-def test_merged_tensors_name_every_tuned_weight_once(config):
+def test_deltas_name_every_tuned_tensor_once(config):
+    """One for each official tensor, so an expert's gate, up and down each; together they take every factor."""
     lora_model = apply_lora(new_model(config), ALL)
     randomise(lora_model)
-    merged = merged_tensors(lora_model)
-    parameters = dict(lora_model.model.named_parameters())
-    assert len(merged) == 16 + 3 * 2 + 9 + 3 + 8 + 2
-    assert all(merged[name]().shape == tuple(parameters[name].shape) for name in merged)
-    experts = merged["language.model.layers.1.mlp.experts.gate_up"]
-    assert np.array_equal(experts(expert=5), experts()[5])
+    found = deltas(lora_model)
+    experts = sum(".mlp.experts." in name for name in found)
+    assert len(found) - experts == 16 + 9 + 3 + 8 + 2
+    assert experts == 3 * 3 * config.language.n_routed_experts
+    assert {factor for delta in found.values() for factor in delta.factors} == lora_model.factors().keys()
+    official = {part.name: part for _, parts in official_parts(new_model(config)) for part in parts}
+    assert found.keys() <= official.keys()
     lora = lora_model.model.language.model.layers[1].mlp.experts.lora
-    up = experts.base[5].numpy()[:, 40:] + 3.0 * lora.up_A[5].numpy() @ lora.up_B[5].numpy()
-    assert np.allclose(experts(5)[:, 40:], up, rtol=0, atol=1e-6)
+    up = found["language.model.layers.1.mlp.experts.5.up_proj.weight"].add_to(np.ones([64, 40], np.float32))
+    assert np.allclose(up, 1 + 3.0 * lora.up_A[5].numpy() @ lora.up_B[5].numpy(), rtol=0, atol=1e-6)
 
 
 def test_factor_gradients_follow_from_the_full_gradient(config, batch):
@@ -218,8 +236,7 @@ def test_factor_gradients_follow_from_the_full_gradient(config, batch):
     randomise(lora_model)
     lora_model.loss(batch)[0].backward()
     factors = {name: (p.numpy(), p.grad.numpy()) for name, p in lora_model.factors().items()}
-    names = list(merged_tensors(lora_model))
-    model = merge_in_place(lora_model)
+    model, names = merged_model(lora_model)
     train_parameters(model, names)
     model.loss(batch)[0].backward()
     full = {name: p.grad.numpy() for name, p in model.named_parameters() if name in names}

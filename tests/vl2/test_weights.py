@@ -10,14 +10,10 @@ import paddle
 import pytest
 
 from vl2.config import VL2Config
-from vl2.weights import (
-    checkpoint_tensors,
-    init_model,
-    load_model,
-    read_header,
-    save_model,
-    write_safetensors,
-)
+from vl2.layout import official_parts, official_tensors
+from vl2.shards import Wanted, plan_new
+from vl2.tensor_files import checkpoint_tensors, read_header, write_safetensors
+from vl2.weights import init_model, load_model
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -42,9 +38,22 @@ def rewrite(folder: Path, change) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shard_bytes", [10**9, 200_000])
 def test_load_save_returns_every_tensor_bit_for_bit(folder, tmp_path_factory, monkeypatch, dtype, shard_bytes):
-    monkeypatch.setattr("vl2.weights.MAX_SHARD_BYTES", shard_bytes)
-    out = tmp_path_factory.mktemp("saved")
-    save_model(load_model(folder, dtype=dtype), out, dtype="bfloat16")
+    """Through the model's stacked experts and out again, into files that are planned anew."""
+    monkeypatch.setattr("vl2.shards.MAX_SHARD_BYTES", shard_bytes)
+    out, model = tmp_path_factory.mktemp("saved"), load_model(folder, dtype=dtype)
+    values = dict(model.named_parameters())
+    tensors = {
+        name: piece
+        for path, parts in official_parts(model)
+        for name, piece in official_tensors(path, values[path].astype("bfloat16").numpy(), parts)
+    }
+    plan = plan_new({name: Wanted("BF16", piece.shape) for name, piece in tensors.items()}, "hf")
+    sizes = []
+    for file in plan.files:
+        file.write(out, tensors.__getitem__, sizes.append)
+    if plan.index is not None:
+        (out / "model.safetensors.index.json").write_bytes(plan.index)
+    assert plan.num_bytes == sum(path.stat().st_size for path in out.iterdir()) > sum(sizes)
     before, after = checkpoint_tensors(folder), checkpoint_tensors(out)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -60,6 +69,12 @@ def test_bfloat16_storage_computes_the_same_numbers(folder):
         full, half = load_model(folder)(batch), load_model(folder, dtype="bfloat16")(batch)
     assert half.dtype == paddle.float32
     assert np.array_equal(full.numpy(), half.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_stored_in_the_type_asked_for(folder, dtype):
+    """A regression: "bfloat16" ends in "float16", so a bfloat16 checkpoint stayed what it was."""
+    assert {str(p.dtype) for p in load_model(folder, dtype=dtype).parameters()} == {f"paddle.{dtype}"}
 
 
 def test_missing_unknown_and_wrongly_shaped_tensors_are_listed(folder):
