@@ -295,20 +295,6 @@ def deltas(lora_model: VL2LoRAModel) -> dict[str, Delta]:
     return found
 
 
-def remove_lora(lora_model: VL2LoRAModel) -> nn.Layer:
-    """Give back the wrapped model with its base weights and plain layers; `lora_model` must not be used afterwards."""
-    model = lora_model.model
-    for path, layer in list(_lora_layers(model)):
-        if isinstance(layer, LoRALinear):
-            plain = Linear(1, 1, bias_attr=None if layer.bias is not None else False)
-            plain.weight, plain.bias = layer.weight, layer.bias
-            parent, _, leaf = path.rpartition(".")
-            setattr(_module(model, parent), leaf, plain)
-        else:
-            _module(model, path).lora = None
-    return model
-
-
 def _add_factors(model: nn.Layer, settings: LoRASettings, group: str) -> GroupReport:
     pattern, rank = re.compile(GROUPS[group]), settings.rank_of(group)
     options = {"rank": rank, "alpha": settings.alpha_of(group), "dropout": settings.dropout}

@@ -64,6 +64,7 @@ def test_files_of_a_run(whole):
         "adapter",
         "checkpoints",
         "config.yaml",
+        "curve.png",
         "metrics.jsonl",
         "report.json",
         "run.json",
