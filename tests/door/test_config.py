@@ -111,7 +111,7 @@ def test_rank_of_a_group_has_two_spellings():
     [
         ([], CPU, True),
         (["data.path=mine.jsonl", "max_steps=5"], CPU, True),
-        (["nproc=2"], CPU, True),
+        (["nproc=2", "packs_per_step=2"], CPU, True),
         (["rehearse=false"], CPU, False),
         (["device=cpu"], CPU, False),
         (["model=nano"], CPU, False),
