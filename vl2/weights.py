@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from vl2.layout import Layout, Part, check_tensors, official_parts, official_ten
 from vl2.model import DeepseekVL2
 from vl2.tensor_files import FILE_TYPES, NUMPY_TYPES, MemoryTensor, StoredTensor, cast, checkpoint_tensors
 from vl2.tokenizer import Tokenizer
+
+_SCRATCH_BYTES = 500_000_000  # of weights, after which what reading them freed is given back
 
 
 def parameter_owner(model: nn.Layer, path: str) -> tuple[nn.Layer, str]:
@@ -170,11 +174,27 @@ def load_model(
     Raises:
         ValueError: when names, shapes or files do not match the config.
     """
-    stored = open_model(folder)
+    stored, scratch = open_model(folder), 0
     for path in progress(list(stored.parts)):
-        set_parameter(stored.skeleton, path, stored.parameter(path, dtype))
+        value = stored.parameter(path, dtype)
+        set_parameter(stored.skeleton, path, value)
+        scratch += value.size * value.element_size()
+        if scratch > _SCRATCH_BYTES:
+            give_back_freed_memory()
+            scratch = 0
     stored.skeleton.eval()
     return stored.skeleton
+
+
+def give_back_freed_memory() -> None:
+    """Return freed memory to the system, also from the middle of the heap; does nothing where libc is not glibc.
+
+    launch.sh has glibc keep freed memory, which makes training steps faster. What reading a checkpoint frees lies
+    between the weights, where nothing as large comes again: 1.9 GB of VL2-Tiny's 9.6 GB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 def _assemble(
