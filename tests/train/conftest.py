@@ -14,14 +14,23 @@ WORDS = ("red", "blue", "circle", "square", "two", "three", "left", "big")
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory) -> Path:
-    """nano_tiny of the goldens with its tokenizer: 0.5 M random weights, the true structure."""
-    folder = tmp_path_factory.mktemp("model")
-    for source in (GOLDENS / "nano_tiny", GOLDENS / "nano_bpe"):
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-            if (source / name).is_file():
-                shutil.copy(source / name, folder)
-    return folder
+def golden_folder(tmp_path_factory):
+    """golden_folder("nano_tiny"): a model of the goldens with its tokenizer; 0.5 M random weights, true structure."""
+
+    def make(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        for source in (GOLDENS / kind, GOLDENS / "nano_bpe"):
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+                if (source / name).is_file():
+                    shutil.copy(source / name, folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(golden_folder) -> Path:
+    return golden_folder("nano_tiny")
 
 
 @pytest.fixture(scope="session")

@@ -27,12 +27,8 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    for source in (GOLDENS / "nano_tiny", GOLDENS / "nano_bpe"):
-        for file in source.iterdir():
-            if file.suffix != ".npz" and file.name != "golden.json":
-                shutil.copy(file, folder / file.name)
+def base(golden_folder) -> Path:
+    folder = golden_folder("nano_tiny")
     (folder / "LICENSE").write_text("the base's licence\n")
     candidates = json.loads((folder / "config.json").read_text())["candidate_resolutions"]
     (folder / "processor_config.json").write_text(json.dumps({"candidate_resolutions": candidates, "patch_size": 14}))

@@ -35,13 +35,8 @@ SAME = LoRASettings(groups=tuple(GROUPS), rank=4, alpha=12.0)
 
 
 @pytest.fixture(scope="module", params=["nano_tiny", "nano_small", "nano_base"])
-def base(request, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param)
-    for source in (GOLDENS / request.param, GOLDENS / "nano_bpe"):
-        for file in source.iterdir():
-            if file.suffix != ".npz" and file.name != "golden.json":
-                shutil.copy(file, folder / file.name)
-    return folder
+def base(request, golden_folder) -> Path:
+    return golden_folder(request.param)
 
 
 def make_run(folder: Path, base: Path, settings: LoRASettings, **about) -> Path:

@@ -19,33 +19,33 @@ from train.inference import load
 from vl2.tensor_files import checkpoint_tensors, write_safetensors
 from vl2.weights import init_model, load_model, open_model
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 # Ours, about an export.
 REPORTS = {"export.json", "manifest.json"}
 
 
-def make_base(kind: str, folder: Path, *, shards: int) -> Path:
+@pytest.fixture
+def make_base(golden_folder):
     """A base as it is published: sharded with an index, with a model card, code and generation settings beside."""
-    folder.mkdir()
-    for source in (GOLDENS / kind, GOLDENS / "nano_bpe"):
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-            if (source / name).is_file():
-                shutil.copy(source / name, folder)
-    (folder / "generation_config.json").write_text('{"do_sample":false}')
-    (folder / "processor_config.json").write_text('{"patch_size": 14,\n\n"mask_prompt": false}')
-    (folder / "README.md").write_text("the base's card\n")
-    if shards > 1:
-        tensors = checkpoint_tensors(folder)
-        names = sorted(tensors, key=lambda name: hash_of(name))  # an order that no rule of ours makes
-        files = {name: f"model-{i % shards + 1:05d}-of-{shards:06d}.safetensors" for i, name in enumerate(names)}
-        for file in sorted(set(files.values())):
-            part = {name: tensors[name].read() for name in names if files[name] == file}
-            write_safetensors(folder / file, part, dict.fromkeys(part, "bfloat16"))
-        (folder / "model.safetensors").unlink()
-        total = sum(tensor.num_bytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
+
+    def make(kind: str, folder: Path, *, shards: int) -> Path:
+        shutil.copytree(golden_folder(kind), folder)
+        (folder / "generation_config.json").write_text('{"do_sample":false}')
+        (folder / "processor_config.json").write_text('{"patch_size": 14,\n\n"mask_prompt": false}')
+        (folder / "README.md").write_text("the base's card\n")
+        if shards > 1:
+            tensors = checkpoint_tensors(folder)
+            names = sorted(tensors, key=lambda name: hash_of(name))  # an order that no rule of ours makes
+            files = {name: f"model-{i % shards + 1:05d}-of-{shards:06d}.safetensors" for i, name in enumerate(names)}
+            for file in sorted(set(files.values())):
+                part = {name: tensors[name].read() for name in names if files[name] == file}
+                write_safetensors(folder / file, part, dict.fromkeys(part, "bfloat16"))
+            (folder / "model.safetensors").unlink()
+            total = sum(tensor.num_bytes for tensor in tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": files}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return folder
+
+    return make
 
 
 def hash_of(name: str) -> int:
@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("kind", "shards"), [("nano_tiny", 3), ("nano_small", 1), ("nano_base", 2)])
-def test_hf_to_hf_and_through_paddle_and_back_is_byte_identical(kind, shards, tmp_path):
+def test_hf_to_hf_and_through_paddle_and_back_is_byte_identical(kind, shards, tmp_path, make_base):
     base = make_base(kind, tmp_path / "base", shards=shards)
     report = export(ExportConfig(model=str(base), out=str(tmp_path / "hf")))
     assert contents(tmp_path / "hf") == contents(base) and len(contents(base)) >= 7
@@ -95,7 +95,7 @@ def check_paddle_layout(base: Path, folder: Path) -> None:
         assert np.array_equal(parameter.numpy(), expected[name].numpy()), name
 
 
-def test_pdparams_of_paddlemix_become_safetensors(tmp_path):
+def test_pdparams_of_paddlemix_become_safetensors(tmp_path, make_base):
     """PaddleNLP's file of old, [in, out] inside, has no order or metadata to keep: the model's order is taken."""
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
     expected = {name: tensor.read() for name, tensor in checkpoint_tensors(base).items()}
@@ -113,7 +113,7 @@ def test_pdparams_of_paddlemix_become_safetensors(tmp_path):
     assert not list((tmp_path / "hf").glob("*.pdparams"))
 
 
-def test_another_type_is_rounded_and_said_in_the_config(tmp_path):
+def test_another_type_is_rounded_and_said_in_the_config(tmp_path, make_base):
     base = make_base("nano_tiny", tmp_path / "base", shards=3)
     config = json.loads((base / "config.json").read_text())
     config["torch_dtype"] = config["language_config"]["torch_dtype"] = "bfloat16"
@@ -134,7 +134,7 @@ def test_another_type_is_rounded_and_said_in_the_config(tmp_path):
     assert all(np.array_equal(back[name].read(), tensor.read()) for name, tensor in base_tensors.items())
 
 
-def test_each_tensor_keeps_its_own_type(tmp_path):
+def test_each_tensor_keeps_its_own_type(tmp_path, make_base):
     """A correction bias in float32 beside bfloat16 weights stays float32."""
     base = make_base("nano_base", tmp_path / "base", shards=1)
     tensors = checkpoint_tensors(base)
@@ -149,7 +149,7 @@ def test_each_tensor_keeps_its_own_type(tmp_path):
     assert found.dtype == "F32" and np.array_equal(found.read(), arrays[bias])
 
 
-def test_full_fine_tune_from_random_weights_is_exported(tmp_path):
+def test_full_fine_tune_from_random_weights_is_exported(tmp_path, make_base):
     """`init: random`: the base's weights are in no file; the trained ones lie stacked, in float32."""
     base = make_base("nano_small", tmp_path / "base", shards=1)
     run = tmp_path / "run" / "weights"
@@ -177,7 +177,7 @@ def test_full_fine_tune_from_random_weights_is_exported(tmp_path):
     assert "A fine-tuned DeepSeek-VL2" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_trained_weights_of_another_shape_are_refused(tmp_path):
+def test_trained_weights_of_another_shape_are_refused(tmp_path, make_base):
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
     run = tmp_path / "run" / "weights"
     run.mkdir(parents=True)
@@ -189,7 +189,7 @@ def test_trained_weights_of_another_shape_are_refused(tmp_path):
         export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
 
 
-def test_arguments_that_cannot_be_meant_are_refused(tmp_path):
+def test_arguments_that_cannot_be_meant_are_refused(tmp_path, make_base):
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
     with pytest.raises(ValueError, match="run= or model=, not both"):
         load_export_config(["run=a", "model=b", "out=c"])
@@ -209,7 +209,7 @@ def test_arguments_that_cannot_be_meant_are_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "full"]
 
 
-def test_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch, make_base):
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage(10**9, 10**9 - 240_000, 240_000))
@@ -220,7 +220,7 @@ def test_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_disk_that_fills_up_while_writing_leaves_nothing(tmp_path, monkeypatch):
+def test_disk_that_fills_up_while_writing_leaves_nothing(tmp_path, monkeypatch, make_base):
     """The third tensor meets a full disk: no folder under the final name, none beside, and an error with figures."""
     base = make_base("nano_tiny", tmp_path / "base", shards=3)
     out = tmp_path / "out"
@@ -258,7 +258,7 @@ def test_disk_that_fills_up_while_writing_leaves_nothing(tmp_path, monkeypatch):
     assert contents(out) == before
 
 
-def test_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+def test_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch, make_base):
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
 
     def full(*more):
@@ -270,7 +270,7 @@ def test_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
         export(ExportConfig(model=str(base), out=str(tmp_path / "out")))
 
 
-def test_export_that_cannot_be_read_back_is_refused(tmp_path, monkeypatch):
+def test_export_that_cannot_be_read_back_is_refused(tmp_path, monkeypatch, make_base):
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
     written = train.export.write_companions
 
@@ -285,7 +285,7 @@ def test_export_that_cannot_be_read_back_is_refused(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_factor_that_no_tensor_takes_up_is_refused(tmp_path, monkeypatch):
+def test_factor_that_no_tensor_takes_up_is_refused(tmp_path, monkeypatch, make_base):
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
     monkeypatch.setattr("train.merge.Merge.trained", lambda self: {"language.model.layers.0.lost.lora_A"})
     with pytest.raises(ValueError, match=r"1 trained weights that no tensor took up: .*lost\.lora_A"):

@@ -1,6 +1,5 @@
 """A run of each kind: MHA and softmax routing (Tiny), latent attention (Small), sigmoid routing with a bias (full)."""
 
-import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 ATTENTION = {
     "nano_tiny": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "nano_small": {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
@@ -22,13 +20,8 @@ def kind(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(kind, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp(kind)
-    for source in (GOLDENS / kind, GOLDENS / "nano_bpe"):
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-            if (source / name).is_file():
-                shutil.copy(source / name, folder)
-    return folder
+def model(kind, golden_folder) -> Path:
+    return golden_folder(kind)
 
 
 def test_every_adapter_moves(run, kind, model, tmp_path):

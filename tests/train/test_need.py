@@ -1,8 +1,5 @@
 """Memory a model takes, said before it is loaded: equal to what a run really holds, and refused with the figures."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 
 from train import need, room
@@ -14,7 +11,6 @@ from vl2.config import VL2Config
 from vl2.published import PUBLISHED
 from vl2.tokenizer import Tokenizer
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 SETTINGS = {
     "lora": ["lora.groups=[attention,experts,shared_experts,dense_mlp,vision,projector]", "lora.ranks.experts=4"],
     "all weights": ["lora.rank=0", "trainable=[vision,projector,language]"],
@@ -25,17 +21,16 @@ SETTINGS = {
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("kind", ["nano_tiny", "nano_base"])
-def test_need_is_what_a_run_holds(kind, precision, settings, tmp_path, arguments):
-    for source in (GOLDENS / kind, GOLDENS / "nano_bpe"):
-        shutil.copytree(source, tmp_path, dirs_exist_ok=True)
-    path = f"model.path={tmp_path}"
+def test_need_is_what_a_run_holds(kind, precision, settings, tmp_path, arguments, golden_folder):
+    folder = golden_folder(kind)
+    path = f"model.path={folder}"
     config = load_config(arguments(tmp_path / "run", path, f"precision={precision}", *SETTINGS[settings]))
-    base = build_base(config, Tokenizer.from_folder(tmp_path))
+    base = build_base(config, Tokenizer.from_folder(folder))
     candidates = base.config.candidate_resolutions
     model, _ = make_trainable(base, config, candidates=candidates, base_fingerprint="")
     parts = count_parts(model)
     learned = sum(part.trainable for part in parts)
-    found = training_need(VL2Config.from_folder(tmp_path), config)
+    found = training_need(VL2Config.from_folder(folder), config)
     # Gradients and two moments come to what is stored.
     assert found.num_bytes == sum(part.stored_bytes for part in parts) + 12 * learned
     assert found.trained == 16 * learned

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from vl2.config import VL2Config
 from vl2.published import published
 from vl2.tensor_files import checkpoint_tensors, read_header
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 README = Path(__file__).parents[2] / "README.md"
 GPU = Machine(gpus=1, driver="CUDA Version: 12.6", gpu_paddle=True)
 RECIPES = [name for name in compose.recipes() if name.startswith("sft_")]
@@ -59,15 +57,14 @@ def test_rehearsal(recipe):
     assert config.lora.rank == (0 if recipe.endswith("_full") else 8)
 
 
-def test_full_recipe_trains_everything_but_what_never_trains(tmp_path, data_file):
+def test_full_recipe_trains_everything_but_what_never_trains(tmp_path, data_file, golden_folder):
     """The full model's kind: sigmoid routing, whose correction bias leaves as it came."""
-    for source in (GOLDENS / "nano_base", GOLDENS / "nano_bpe"):
-        shutil.copytree(source, tmp_path / "model", dirs_exist_ok=True)
-    arguments = [f"model.path={tmp_path / 'model'}", f"data.path={data_file}", f"run_dir={tmp_path / 'run'}"]
+    model = golden_folder("nano_base")
+    arguments = [f"model.path={model}", f"data.path={data_file}", f"run_dir={tmp_path / 'run'}"]
     arguments += ["device=cpu", "max_steps=2", "packs_per_step=4", "data.max_tokens=640", "data.workers=0"]
     assert train(load_config(["conf=sft_base_full", *arguments, "wandb.mode=disabled"])) == 0
     trained = read_header(tmp_path / "run" / "weights" / "trained.safetensors")[0]
-    base = checkpoint_tensors(tmp_path / "model")
+    base = checkpoint_tensors(model)
     frozen = [name for name in base if "experts." not in name and name not in trained]
     assert frozen and all("vision.attn_pool." in name or "e_score_correction_bias" in name for name in frozen)
     moved = {}
