@@ -60,7 +60,6 @@ class KVCache:
 
     def __init__(self, num_layers: int, capacities: list[int]):
         self.layers = [LayerCache(list(capacities)) for _ in range(num_layers)]
-        self.num_sequences = len(capacities)
 
     def lengths(self) -> list[int]:
         """Tokens kept of each sequence."""

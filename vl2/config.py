@@ -74,11 +74,7 @@ class LanguageConfig:
     scoring_func: str = "softmax"
     norm_topk_prob: bool = False
     n_group: int | None = None
-    topk_group: int | None = None
-    aux_loss_alpha: float = 0.001
-    seq_aux: bool = True
     hidden_act: str = "silu"
-    max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: Any = None

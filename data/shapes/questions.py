@@ -29,13 +29,11 @@ class Question:
         kind: What sort of question it is, to mix sorts evenly.
         text: What the user asks.
         answer: The one right answer.
-        grounded: The answer holds a box, which can be learned only of snapped pictures.
     """
 
     kind: str
     text: str
     answer: str
-    grounded: bool = False
 
 
 def chinese(name: str) -> str:
@@ -121,7 +119,7 @@ def _in_general(scene: Scene) -> Iterator[Question]:
     for shape in scene.shapes if scene.snapped else ():
         ref = f"<|ref|>{shape.name}<|/ref|>"
         box = f"{ref}<|det|>[[{', '.join(map(str, scene.box(shape)))}]]<|/det|>"
-        yield Question(kind="box", text=ref, answer=box, grounded=True)
+        yield Question(kind="box", text=ref, answer=box)
 
 
 def _about_images(scenes: Sequence[Scene]) -> Iterator[Question]:

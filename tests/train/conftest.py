@@ -101,6 +101,14 @@ def run(arguments):
     return go
 
 
+@pytest.fixture(scope="session")
+def whole(run, tmp_path_factory) -> Path:
+    """Folder of a run of 6 steps, dropout on, that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(run_dir, "save_steps=2") == 0
+    return run_dir
+
+
 @pytest.fixture(autouse=True)
 def no_process_stays():
     """A worker that a test leaves behind would keep pytest from exiting after its last line."""
