@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The one door: picks a Python, has train/environment.py make .venv from requirements.lock, and hands over to train/launch.py.
+# The one door: picks a Python, has train/machine/environment.py make .venv from requirements.lock, and hands over to train/door/launch.py.
 # It never changes directory: a relative path means what it means where you type it.  VENV=none uses the active Python.
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -36,6 +36,6 @@ fi
 
 case "${1:-help}" in
   help) ;; # needs no installed package
-  *) python=$("$python" -I "$root/train/environment.py" "${VENV:-$root/.venv}") ;;
+  *) python=$("$python" -I "$root/train/machine/environment.py" "${VENV:-$root/.venv}") ;;
 esac
-exec "$python" -m train.launch "$@"
+exec "$python" -m train.door.launch "$@"

@@ -14,6 +14,7 @@ from data.jsonl import read_records
 from data.measure import Verify, measure
 from data.record import BadRecords, OnBadRecord, Record, RecordError, SpecialTokens
 from data.size_table import Size
+from vl2.errors import UserError
 from vl2.prompt import IMAGE_PLACEHOLDER
 from vl2.tiles import Resolution, num_image_tokens
 from vl2.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ def open_dataset(
         workers: processes for measuring; None takes one a core.
 
     Raises:
-        ValueError: no such file, no usable row, or too many bad ones; `RecordError` names file, row and field.
+        UserError: no such file, no usable row, or too many bad ones; `RecordError` names file, row and field.
     """
     bad = BadRecords(on_bad_record=on_bad_record, max_bad=max_bad)
     records = read_records(path, tokenizer=tokenizer, special_tokens=special_tokens, bad=bad)
@@ -79,7 +80,7 @@ def open_dataset(
             kept.append((record, size))
     if not kept:
         found = f"none; all {len(bad.skipped)} rows were skipped" if bad.skipped else "an empty file"
-        raise ValueError(f"{path}: empty dataset: expected at least one conversation, found {found}")
+        raise UserError(f"{path}: empty dataset: expected at least one conversation, found {found}")
     return Dataset(
         records=tuple(record for record, _ in kept),
         sizes=tuple(size for _, size in kept),

@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from vl2.errors import UserError
 from vl2.tiles import load_image
 
 _PNG_HEAD = b"\x89PNG\r\n\x1a\n"
@@ -16,7 +17,7 @@ _JPEG_HEAD = b"\xff\xd8"
 _JPEG_END = b"\xff\xd9"
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image file that cannot be used; the text says why, without the path."""
 
 

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from data.record import BadRecords, Record, RecordError, SpecialTokens, parse_record
+from vl2.errors import UserError
 from vl2.tokenizer import Tokenizer
 
 
@@ -29,14 +30,14 @@ def read_records(
         bad: what to do with rows that cannot be used; without it the first raises.
 
     Raises:
-        ValueError: no such file, or a row that cannot be used (`RecordError`).
+        UserError: no such file, or a row that cannot be used (`RecordError`).
     """
     bad = bad if bad is not None else BadRecords()
     file = Path(path)
     source = str(path)
     if not file.is_file():
         found = "a folder" if file.is_dir() else "nothing"
-        raise ValueError(f"{source}: expected a data file (JSON lines: one conversation a line), found {found} there")
+        raise UserError(f"{source}: expected a data file (JSON lines: one conversation a line), found {found} there")
     folder = file.absolute().parent
 
     records = []

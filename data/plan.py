@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data.size_table import Size
+from vl2.errors import UserError
 
 PATCHES_PER_TILE = 729  # 27 × 27: what a tile costs the vision tower, in the unit of a language token
 WINDOW = 8192  # samples packed together: large enough to fill packs, small enough to be quick
@@ -114,10 +115,10 @@ class Plan:
             For each rank the indices of its packs in `packs`.
 
         Raises:
-            ValueError: if the ranks do not divide packs_per_step.
+            UserError: if the ranks do not divide packs_per_step.
         """
         if num_ranks < 1 or self.packs_per_step % num_ranks:
-            raise ValueError(
+            raise UserError(
                 f"packs_per_step={self.packs_per_step} cannot be dealt to {num_ranks} ranks; expected a multiple of it"
             )
         first = step * self.packs_per_step
@@ -174,10 +175,10 @@ def make_plan(
         data_fingerprint: `Dataset.fingerprint`, which becomes part of the plan's.
 
     Raises:
-        ValueError: no records, a record over the budget, or a setting out of range.
+        UserError: no records, a record over the budget, or a setting out of range.
     """
     if not sizes:
-        raise ValueError("empty dataset: expected at least one record to plan")
+        raise UserError("empty dataset: expected at least one record to plan")
     for name, value in (
         ("packs_per_step", packs_per_step),
         ("data.max_tokens", max_tokens),
@@ -185,15 +186,15 @@ def make_plan(
         ("max_steps", max_steps),
     ):
         if value is not None and value <= 0:
-            raise ValueError(f"{name}={value}: expected a number above 0")
+            raise UserError(f"{name}={value}: expected a number above 0")
     if epochs is None and max_steps is None:
-        raise ValueError("epochs and max_steps are both null: expected at least one of them")
+        raise UserError("epochs and max_steps are both null: expected at least one of them")
     tokens = np.array([size.tokens for size in sizes], dtype=np.int64)
     tiles = np.array([size.tiles for size in sizes], dtype=np.int64)
     supervised = np.array([size.supervised for size in sizes], dtype=np.int64)
     if tokens.max() > max_tokens or tiles.max() > max_tiles_per_pack:
         worst = int(np.argmax((tokens > max_tokens) | (tiles > max_tiles_per_pack)))
-        raise ValueError(
+        raise UserError(
             f"record {worst} has {tokens[worst]} tokens and {tiles[worst]} tiles, "
             f"expected at most data.max_tokens={max_tokens} and data.max_tiles_per_pack={max_tiles_per_pack}"
         )

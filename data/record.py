@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from vl2.errors import UserError
 from vl2.prompt import IMAGE_PLACEHOLDER, Message, Role
 from vl2.tokenizer import ASSISTANT_TOKEN, USER_TOKEN, Tokenizer
 
@@ -41,7 +42,7 @@ class Record:
         return RecordError(self.source, self.row, where, problem)
 
 
-class RecordError(ValueError):
+class RecordError(UserError):
     """A row that cannot be used; `str()` of it is "file, row N, field: expected ..., found ...; what to do"."""
 
     def __init__(self, source: str, row: int, where: str, problem: str):
@@ -70,14 +71,14 @@ class BadRecords:
 
         Raises:
             RecordError: with on_bad_record="error".
-            ValueError: when more than `max_bad` rows were listed.
+            UserError: when more than `max_bad` rows were listed.
         """
         if self.on_bad_record == "error":
             raise error
         self.skipped.append(error)
         if len(self.skipped) > self.max_bad:
             listed = "\n  ".join(str(bad) for bad in self.skipped[:10])
-            raise ValueError(
+            raise UserError(
                 f"more than data.max_bad={self.max_bad} bad rows; correct them or raise data.max_bad. "
                 f"The first of them:\n  {listed}"
             )
@@ -132,7 +133,7 @@ def parse_record(
     return Record(messages=messages, images=images, source=source, row=row_number)
 
 
-class FieldError(ValueError):
+class FieldError(UserError):
     """A message that cannot be used; `where` is its place, such as messages[1].content."""
 
     def __init__(self, where: str, problem: str):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import paddle
 
+from vl2.errors import UserError
+
 
 class LayerCache:
     """What one layer keeps of every sequence: a tuple of [length, ...] streams (for MHA keys and values).
@@ -38,7 +40,7 @@ class LayerCache:
                 continue
             end = self.lengths[s] + count
             if end > self.capacities[s]:
-                raise ValueError(f"sequence {s} would hold {end} tokens, its cache was made for {self.capacities[s]}")
+                raise UserError(f"sequence {s} would hold {end} tokens, its cache was made for {self.capacities[s]}")
             for buffer, stream in zip(self._buffers[s], streams, strict=True):
                 buffer[self.lengths[s] : end] = stream[start : start + count]
             self.lengths[s] = end

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vl2.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
@@ -107,7 +109,7 @@ class VL2Config:
         """Read the official layout; unknown keys are kept in `raw` only.
 
         Raises:
-            ValueError: for a switch that no published DeepSeek-VL2 uses.
+            UserError: for a switch that no published DeepSeek-VL2 uses.
         """
         language = dict(raw.get("language_config") or {})
         # The class's own default 'gready' is accepted by no branch of the official code; the checkpoints mean greedy.
@@ -132,17 +134,17 @@ class VL2Config:
         """Read `folder`/config.json.
 
         Raises:
-            ValueError: when the folder or its config.json is missing or is not a DeepSeek-VL2's.
+            UserError: when the folder or its config.json is missing or is not a DeepSeek-VL2's.
         """
         path = Path(folder) / "config.json"
         if not path.is_file():
-            raise ValueError(f"{folder}: no config.json there; expected the folder of a DeepSeek-VL2 checkpoint")
+            raise UserError(f"{folder}: no config.json there; expected the folder of a DeepSeek-VL2 checkpoint")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from error
+            raise UserError(f"{path}: not JSON ({error})") from error
         if not isinstance(raw, dict) or "language_config" not in raw:
-            raise ValueError(f"{path}: no language_config in it; expected the config of a DeepSeek-VL2")
+            raise UserError(f"{path}: no language_config in it; expected the config of a DeepSeek-VL2")
         return cls.from_dict(raw)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,30 +173,30 @@ def _refuse_unsupported(config: VL2Config, raw: Mapping[str, Any]) -> None:
     }
     for key, (found, expected) in wrong.items():
         if found != expected:
-            raise ValueError(
+            raise UserError(
                 f"config.json: {key} is {found!r}; only {expected!r} is supported (as in the published models)"
             )
     if projector.n_embed != language.hidden_size:
-        raise ValueError(
+        raise UserError(
             f"config.json: projector_config.n_embed is {projector.n_embed}, "
             f"but language_config.hidden_size is {language.hidden_size}"
         )
     if projector.input_dim != config.vision.width:
-        raise ValueError(
+        raise UserError(
             f"config.json: projector_config.input_dim is {projector.input_dim}, "
             f"but vision_config.width is {config.vision.width}"
         )
     if language.topk_method not in ("greedy", "noaux_tc"):
-        raise ValueError(
+        raise UserError(
             f"config.json: language_config.topk_method is {language.topk_method!r}; supported: greedy, noaux_tc"
         )
     if language.scoring_func not in ("softmax", "sigmoid"):
-        raise ValueError(
+        raise UserError(
             f"config.json: language_config.scoring_func is {language.scoring_func!r}; supported: softmax, sigmoid"
         )
     if (language.n_group or 1) != 1:
-        raise ValueError(
+        raise UserError(
             f"config.json: language_config.n_group is {language.n_group}; group-limited routing is not supported"
         )
     if language.use_mla and language.q_lora_rank is not None:
-        raise ValueError("config.json: language_config.q_lora_rank is set; no published DeepSeek-VL2 uses it")
+        raise UserError("config.json: language_config.q_lora_rank is set; no published DeepSeek-VL2 uses it")

@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 
 from vl2.cache import KVCache
+from vl2.errors import UserError
 from vl2.model import DeepseekVL2
 
 
@@ -43,9 +44,9 @@ def generate(
         New token ids of each prompt.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+        raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is {chunk}; expected at least 1 token, or nothing for the whole prompt")
+        raise UserError(f"chunk is {chunk}; expected at least 1 token, or nothing for the whole prompt")
     draws = [np.random.default_rng([seed, i]) for i in range(len(prompts))]
 
     def choose(logits_BV: np.ndarray, which: list[int]) -> list[int]:

@@ -17,6 +17,7 @@ from paddle import nn
 from paddlenlp.peft import LoRAConfig, LoRAModel
 from paddlenlp.peft.lora.lora_layers import LoRALinear as PaddleNLPLoRALinear
 
+from vl2.errors import UserError
 from vl2.linear import Linear, linear
 from vl2.moe import Experts, GroupedLora
 
@@ -46,19 +47,19 @@ class LoRASettings:
     def __post_init__(self):
         for name in (*self.groups, *self.ranks, *self.alphas):
             if name not in GROUPS:
-                raise ValueError(f"lora.groups: {name!r} is not a group; the groups are {', '.join(GROUPS)}")
+                raise UserError(f"lora.groups: {name!r} is not a group; the groups are {', '.join(GROUPS)}")
         if not self.groups:
-            raise ValueError("lora.groups is empty: name at least one group, or set lora.rank=0 for full fine-tuning")
+            raise UserError("lora.groups is empty: name at least one group, or set lora.rank=0 for full fine-tuning")
         if repeated := {name for name in self.groups if self.groups.count(name) > 1}:
-            raise ValueError(f"lora.groups names {', '.join(sorted(repeated))} twice")
+            raise UserError(f"lora.groups names {', '.join(sorted(repeated))} twice")
         for key, table in (("ranks", self.ranks), ("alphas", self.alphas)):
             if unused := set(table) - set(self.groups):
-                raise ValueError(f"lora.{key} sets {', '.join(sorted(unused))}, which lora.groups does not tune")
+                raise UserError(f"lora.{key} sets {', '.join(sorted(unused))}, which lora.groups does not tune")
         for name in self.groups:
             if self.rank_of(name) < 1:
-                raise ValueError(f"lora rank of {name} is {self.rank_of(name)}; expected a positive integer")
+                raise UserError(f"lora rank of {name} is {self.rank_of(name)}; expected a positive integer")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"lora.dropout is {self.dropout}; expected a probability in [0, 1)")
+            raise UserError(f"lora.dropout is {self.dropout}; expected a probability in [0, 1)")
 
     def rank_of(self, group: str) -> int:
         """Rank of one group."""
@@ -167,7 +168,7 @@ class VL2LoRAModel(LoRAModel):
         seed: A depends on (seed, its name) only, so that neither the order nor the other groups matter.
 
     Raises:
-        ValueError: when a group matches no module of this model.
+        UserError: when a group matches no module of this model.
     """
 
     def __init__(self, model: nn.Layer, settings: LoRASettings, *, seed: int = 0):
@@ -236,7 +237,7 @@ def apply_lora(model: nn.Layer, settings: LoRASettings, *, seed: int = 0) -> VL2
         seed: of the initialisation of A (B is zero).
 
     Raises:
-        ValueError: when a group matches no module of this model.
+        UserError: when a group matches no module of this model.
     """
     return VL2LoRAModel(model, settings, seed=seed)
 
@@ -245,11 +246,11 @@ def plan_factors(model: nn.Layer, settings: LoRASettings) -> tuple[GroupReport, 
     """What `apply_lora` would add, counted without memory for it.
 
     Args:
-        model: from `vl2.weights.build_model`, changed in place and of no use afterwards.
+        model: from `vl2.parameters.build_model`, changed in place and of no use afterwards.
         settings: see LoRASettings.
 
     Raises:
-        ValueError: when a group matches no module of this model.
+        UserError: when a group matches no module of this model.
     """
     with paddle.LazyGuard():
         return tuple(_add_factors(model, settings, group) for group in settings.groups)
@@ -300,7 +301,7 @@ def _add_factors(model: nn.Layer, settings: LoRASettings, group: str) -> GroupRe
     options = {"rank": rank, "alpha": settings.alpha_of(group), "dropout": settings.dropout}
     matched = [(path, layer) for path, layer in model.named_sublayers() if pattern.fullmatch(path)]
     if not matched:
-        raise ValueError(f"lora.groups: {group!r} matches nothing in this model; take it out of lora.groups")
+        raise UserError(f"lora.groups: {group!r} matches nothing in this model; take it out of lora.groups")
     before = _count_factors(model)
     for path, layer in matched:
         if isinstance(layer, Experts):

@@ -14,6 +14,7 @@ from paddle import nn
 from vl2.balance import LoadBalance
 from vl2.cache import KVCache
 from vl2.config import VL2Config
+from vl2.errors import UserError
 from vl2.language import LanguageModel
 from vl2.projector import Projector, arrange, distinct_tiles
 from vl2.vision import VisionTower
@@ -73,19 +74,19 @@ class DeepseekVL2(nn.Layer):
         """Input embeddings of the stream, [T, D]: text rows from the table, image rows from the tower.
 
         Raises:
-            ValueError: when the image positions in `input_ids` and the images given do not match.
+            UserError: when the image positions in `input_ids` and the images given do not match.
         """
         ids_T = _tensor(batch["input_ids"])
         x_TD = self.language.model.embed_tokens(ids_T).astype(self.compute_dtype)
         positions = np.flatnonzero(_array(batch["input_ids"]) == self.image_token_id)
         if "tiles" not in batch:
             if positions.size:
-                raise ValueError(f"{positions.size} image positions in input_ids, but the batch holds no tiles")
+                raise UserError(f"{positions.size} image positions in input_ids, but the batch holds no tiles")
             return x_TD
         grids = [(int(w), int(h)) for w, h in _array(batch["grids"])]
         rows = self.image_rows(batch["tiles"], grids)
         if rows.shape[0] != positions.size:
-            raise ValueError(f"{positions.size} image positions in input_ids, but the images fill {rows.shape[0]}")
+            raise UserError(f"{positions.size} image positions in input_ids, but the images fill {rows.shape[0]}")
         # Out of place: written into a view, the projector would get no gradient.
         return paddle.scatter(x_TD, paddle.to_tensor(positions, place=x_TD.place), rows)
 

@@ -13,6 +13,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from vl2.config import ProjectorConfig
+from vl2.errors import UserError
 from vl2.linear import Linear
 
 
@@ -60,7 +61,7 @@ def distinct_tiles(tiles_N3XX: np.ndarray, grids: Sequence[tuple[int, int]]) -> 
             which.append(len(first) - 1)
         tile += 1 + w * h
     if tile != len(tiles_N3XX):
-        raise ValueError(f"{len(tiles_N3XX)} tiles were given, but the grids {[tuple(g) for g in grids]} need {tile}")
+        raise UserError(f"{len(tiles_N3XX)} tiles were given, but the grids {[tuple(g) for g in grids]} need {tile}")
     return np.array(first), np.array(which)
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from vl2.errors import UserError
 from vl2.tiles import Grid, num_image_tokens
 from vl2.tokenizer import IMAGE_TOKEN, Tokenizer
 
@@ -58,7 +59,7 @@ def render(
         for_generation: the last turn is a user's, and the prompt ends where the answer begins, without EOS.
 
     Raises:
-        ValueError: a system turn that is not first, a placeholder outside user turns, a number of placeholders
+        UserError: a system turn that is not first, a placeholder outside user turns, a number of placeholders
             that is not the number of grids, or (for_generation) a last turn that is not a user's.
 
     Example: user "Hi", assistant "Yes"
@@ -70,7 +71,7 @@ def render(
     """
     if for_generation and (not messages or messages[-1].role != "user"):
         found = messages[-1].role if messages else "no messages"
-        raise ValueError(f"to generate an answer the last message must be a user's, found: {found}")
+        raise UserError(f"to generate an answer the last message must be a user's, found: {found}")
 
     spans: list[tuple[list[int], bool]] = [([tokenizer.bos_id], False)]  # (ids, supervised)
     num_placed = 0
@@ -84,7 +85,7 @@ def render(
                 spans.append((_user_ids(content, user_grids, tokenizer, plain=message.plain), False))
             continue
         if num_placeholders:
-            raise ValueError(
+            raise UserError(
                 f"messages[{index}]: {IMAGE_PLACEHOLDER} in a turn of role {message.role!r}; only users show images"
             )
         text_ids = tokenizer.encode(content, plain=message.plain)
@@ -93,9 +94,9 @@ def render(
         elif index == 0:
             spans.append((text_ids, False))
         else:
-            raise ValueError(f"messages[{index}]: a system message must be the first message")
+            raise UserError(f"messages[{index}]: a system message must be the first message")
     if num_placed != len(grids):
-        raise ValueError(f"found {num_placed} {IMAGE_PLACEHOLDER} in the messages for {len(grids)} images")
+        raise UserError(f"found {num_placed} {IMAGE_PLACEHOLDER} in the messages for {len(grids)} images")
 
     input_ids = np.array([token for ids, _ in spans for token in ids], dtype=np.int64)
     supervised = np.repeat([flag for _, flag in spans], [len(ids) for ids, _ in spans])

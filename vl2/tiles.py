@@ -11,6 +11,8 @@ from os import PathLike
 import numpy as np
 from PIL import Image, ImageOps
 
+from vl2.errors import UserError
+
 TILE_SIZE = 384  # pixels
 TOKENS_PER_SIDE = 14  # 384 px / 14 px a patch = 27 patches, padded to 28, two by two merged by the projector
 MAX_CROPPED_IMAGES = 2  # a conversation with more images shows each as one local tile
@@ -35,7 +37,7 @@ def select_best_resolution(size: tuple[int, int], candidates: Sequence[Resolutio
     Source: `select_best_resolution`, deepseek_vl2/models/processing_deepseek_vl_v2.py.
     """
     if not candidates:
-        raise ValueError("candidate_resolutions is empty: expected at least one (width, height) pair")
+        raise UserError("candidate_resolutions is empty: expected at least one (width, height) pair")
     width, height = size
     best = candidates[0]
     most_effective, least_wasted = -1, -1
@@ -53,11 +55,11 @@ def limit_candidates(candidates: Sequence[Resolution], max_tiles: int) -> tuple[
     """Keep the candidate resolutions of at most `max_tiles` local tiles (the global view is not counted).
 
     Raises:
-        ValueError: if `max_tiles` leaves none.
+        UserError: if `max_tiles` leaves none.
     """
     kept = tuple((w, h) for w, h in candidates if (w // TILE_SIZE) * (h // TILE_SIZE) <= max_tiles)
     if not kept:
-        raise ValueError(f"data.max_tiles={max_tiles} leaves no resolution: expected a number from 1 to 9")
+        raise UserError(f"data.max_tiles={max_tiles} leaves no resolution: expected a number from 1 to 9")
     return kept
 
 

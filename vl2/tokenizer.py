@@ -17,6 +17,8 @@ from typing import Any
 
 import tokenizers
 
+from vl2.errors import UserError
+
 BOS_TOKEN = "<｜begin▁of▁sentence｜>"
 EOS_TOKEN = "<｜end▁of▁sentence｜>"
 PAD_TOKEN = "<｜▁pad▁｜>"
@@ -48,14 +50,14 @@ class Tokenizer:
             source: where they come from, for errors.
 
         Raises:
-            ValueError: if the JSON is no tokenizer, or it has no BOS or EOS.
+            UserError: if the JSON is no tokenizer, or it has no BOS or EOS.
         """
         self.config = dict(config or {})
         try:
             self._as_read: dict[str, Any] = json.loads(tokenizer_json)
             self._matching = tokenizers.Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises a bare Exception
-            raise ValueError(f"{source}: expected a tokenizer of the `tokenizers` library, found: {error}") from error
+            raise UserError(f"{source}: expected a tokenizer of the `tokenizers` library, found: {error}") from error
         # Neither kind of text may be cut or filled by settings that somebody left in the file.
         self._matching.no_truncation()
         self._matching.no_padding()
@@ -66,7 +68,7 @@ class Tokenizer:
         )
         for key, token in (("bos_token", self._bos), ("eos_token", self._eos)):
             if self._matching.token_to_id(token) is None:
-                raise ValueError(
+                raise UserError(
                     f"{source}: expected the {key} {token!r} in the vocabulary, found none; "
                     "tokenizer.json and tokenizer_config.json must belong together"
                 )
@@ -94,11 +96,11 @@ class Tokenizer:
         """Read tokenizer.json and tokenizer_config.json of a model folder.
 
         Raises:
-            ValueError: if tokenizer.json is missing or broken.
+            UserError: if tokenizer.json is missing or broken.
         """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"{folder}: expected a tokenizer.json, found none; is this a DeepSeek-VL2 model folder?")
+            raise UserError(f"{folder}: expected a tokenizer.json, found none; is this a DeepSeek-VL2 model folder?")
         config_path = path.with_name("tokenizer_config.json")
         config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
         return cls(path.read_text(encoding="utf-8"), config, source=str(path))

@@ -14,6 +14,7 @@ from data.shapes.draw import draw
 from data.shapes.lessons import repeat_lesson, translate_lesson
 from data.shapes.questions import Question, chinese_questions, preamble, questions
 from data.shapes.scene import KINDS, Scene, sample_scene
+from vl2.errors import UserError
 
 TASKS = ("pretrain", "chinese")
 SPLITS = ("train", "test")
@@ -66,7 +67,7 @@ def write_shapes(
         wide_share: Part of the "pretrain" rows with pictures whose picture is 768 x 384 or 384 x 768: two local tiles.
 
     Raises:
-        ValueError: `task` or `split` is unknown, or `folder/split` holds files that did not come from here.
+        UserError: `task` or `split` is unknown, or `folder/split` holds files that did not come from here.
     """
     arguments = {
         "task": task,
@@ -83,7 +84,7 @@ def write_shapes(
     if _manifest(target) == arguments:
         return jsonl
     if target.exists() and _manifest(target) is None:
-        raise ValueError(
+        raise UserError(
             f"{target}: expected an absent folder or one with generated shapes (shapes.json), found other "
             "files; choose another folder or remove it"
         )
@@ -106,7 +107,7 @@ def rows(
     """The conversations that write_shapes writes, with the same arguments."""
     for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
         if value not in known:
-            raise ValueError(f"shapes.{name}: expected one of {', '.join(known)}, found {value!r}")
+            raise UserError(f"shapes.{name}: expected one of {', '.join(known)}, found {value!r}")
     if task == "chinese":
         return (_chinese_row(index, split, seed) for index in range(count))
     return (

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vl2.checkpoint.load import load_model
 from vl2.lora import GROUPS, LoRASettings, apply_lora
 from vl2.model import DeepseekVL2
-from vl2.weights import load_model, train_parameters
+from vl2.parameters import train_parameters
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 FIGURES: list[str] = []

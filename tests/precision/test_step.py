@@ -14,7 +14,7 @@ import paddle
 import pytest
 
 from tests.precision.emulation import MixedOperands, half_precision_on_cpu
-from train.optim import build_optimizer, scale_loss
+from train.run.optim import build_optimizer, scale_loss
 from vl2.generate import generate
 from vl2.linear import linear
 from vl2.lora import GROUPS, LoRALinear

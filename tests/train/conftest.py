@@ -92,8 +92,8 @@ def arguments(model_folder, data_file):
 @pytest.fixture(scope="session")
 def run(arguments):
     """Trains in this process: run(run_dir, "key=value", ...) -> exit code."""
-    from train.config import load_config
-    from train.train import train
+    from train.config.load import load_config
+    from train.run.training import train
 
     def go(run_dir: Path, *more: str, **options) -> int:
         return train(load_config(arguments(run_dir, *more)), **options)

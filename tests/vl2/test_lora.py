@@ -8,18 +8,18 @@ import numpy as np
 import paddle
 import pytest
 
-from vl2.adapter import load_adapter, open_adapter, save_adapter
-from vl2.adapter_files import OWN_FILE
+from vl2.adapter.folder import load_adapter, open_adapter, save_adapter
+from vl2.adapter.formats import OWN_FILE
+from vl2.checkpoint.layouts import official_parts
+from vl2.checkpoint.tensor_files import read_header, write_safetensors
 from vl2.config import VL2Config
-from vl2.layout import official_parts
 from vl2.lora import (
     GROUPS,
     LoRASettings,
     apply_lora,
     deltas,
 )
-from vl2.tensor_files import read_header, write_safetensors
-from vl2.weights import init_model, train_parameters
+from vl2.parameters import init_model, train_parameters
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 IMAGE_ID = 1000

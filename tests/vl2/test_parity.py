@@ -13,10 +13,11 @@ import paddle
 import pytest
 
 from vl2.cache import KVCache
+from vl2.checkpoint.layouts import official_parts, official_tensors
+from vl2.checkpoint.load import load_model
 from vl2.generate import generate, prefill
-from vl2.layout import official_parts, official_tensors
 from vl2.model import DeepseekVL2
-from vl2.weights import load_model, train_parameters
+from vl2.parameters import train_parameters
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = ("text", "crop2x1", "three", "multiturn")

@@ -1,0 +1,98 @@
+"""Several processes: a signal reaches each of them once, all of them finish, and their exit code is the launcher's."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+WAITS = """
+import os, signal, sys, time
+rank, folder = int(os.environ["PADDLE_TRAINER_ID"]), sys.argv[1]
+got = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: got.append(number))
+open(f"{folder}/ready{rank}", "w").close()
+while not got:
+    time.sleep(0.05)
+time.sleep(4 if rank == 0 else 0)  # rank 0 still writes its checkpoint when rank 1 has gone
+with open(f"{folder}/end{rank}", "w") as file:
+    file.write(f"{got} of {os.environ['PADDLE_TRAINERS_NUM']}, {os.environ['PADDLE_DISTRI_BACKEND']}, {sys.argv[2]}")
+sys.exit(143)
+"""
+FAILS = """
+import os, sys, time
+if os.environ["PADDLE_TRAINER_ID"] == "1":
+    sys.exit("error: rank 1 cannot go on")
+print("rank 0 waits", flush=True)
+time.sleep(60)
+"""
+
+
+def start(folder, script, *arguments):
+    (folder / "rank.py").write_text(script)
+    launcher = [
+        sys.executable,
+        "-m",
+        "train.door.ranks",
+        "cpu",
+        "--log_dir",
+        str(folder / "log"),
+        "--enable_gpu_log",
+        "False",
+    ]
+    work = [sys.executable, "-u", str(folder / "rank.py"), str(folder), "prompt=a b, （--x"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    return subprocess.Popen(
+        [*launcher, *arguments, *work], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for(paths, processes):
+    end = time.monotonic() + 90
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < end and all(process.poll() is None for process in processes), (
+            processes[0].communicate()[0].decode()
+        )
+        time.sleep(0.1)
+
+
+def test_signal_reaches_each_process_once(tmp_path):
+    """Paddle's own launcher sends SIGTERM three times and ends the others 3 seconds after the first has gone."""
+    launcher = start(tmp_path, WAITS, "--nproc_per_node", "2", "--log_level", "WARNING")
+    wait_for([tmp_path / "ready0", tmp_path / "ready1"], [launcher])
+    launcher.send_signal(signal.SIGTERM)
+    said = launcher.communicate(timeout=60)[0].decode()
+    assert launcher.returncode == 143, said
+    for rank in (0, 1):
+        assert (tmp_path / f"end{rank}").read_text() == f"[{signal.SIGTERM:d}] of 2, gloo, prompt=a b, （--x"
+
+
+def test_two_machines(tmp_path):
+    """nnodes=2, both on this machine: each launcher starts its rank of one job."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        master = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = [
+        start(tmp_path, WAITS, "--nproc_per_node", "1", "--nnodes", "2", "--master", master, "--rank", str(rank))
+        for rank in (0, 1)
+    ]
+    wait_for([tmp_path / "ready0", tmp_path / "ready1"], nodes)
+    for node in nodes:
+        node.send_signal(signal.SIGTERM)
+    assert [node.wait(timeout=60) for node in nodes] == [143, 143]
+    assert (tmp_path / "end1").read_text().startswith("[15] of 2, gloo")
+
+
+def test_failed_process_takes_the_others_with_it(tmp_path):
+    """The words of the one that failed are shown once; rank 0, which waits for it, is ended."""
+    launcher = start(tmp_path, FAILS, "--nproc_per_node", "2", "--log_level", "WARNING")
+    said = launcher.communicate(timeout=50)[0].decode()
+    assert launcher.returncode == 1, said
+    assert said.count("error: rank 1 cannot go on") == 1
+    assert said.count("rank 0 waits") == 1
+    assert "process 1 of this machine failed (exit 1)" in said

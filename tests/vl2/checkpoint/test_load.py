@@ -1,0 +1,257 @@
+"""Reading and writing the official layout: nothing lost, nothing invented, and errors that name the tensors."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+
+from vl2.checkpoint.folder import checkpoint_tensors
+from vl2.checkpoint.layouts import official_parts, official_tensors
+from vl2.checkpoint.load import load_model
+from vl2.checkpoint.planned_files import Wanted, plan_new
+from vl2.checkpoint.tensor_files import read_header, write_safetensors
+from vl2.config import VL2Config
+from vl2.parameters import init_model
+
+GOLDENS = Path(__file__).parents[2] / "goldens"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for source in (GOLDENS / "nano_tiny", GOLDENS / "nano_bpe"):
+        for file in source.iterdir():
+            if file.suffix != ".npz":
+                shutil.copy(file, tmp_path / file.name)
+    return tmp_path
+
+
+def rewrite(folder: Path, change) -> None:
+    """Apply `change` to the checkpoint's {name: array} and write it back."""
+    stored = checkpoint_tensors(folder)
+    arrays = {name: tensor.read() for name, tensor in stored.items()}
+    change(arrays)
+    write_safetensors(folder / "model.safetensors", arrays, dict.fromkeys(arrays, "bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shard_bytes", [10**9, 200_000])
+def test_load_save_returns_every_tensor_bit_for_bit(folder, tmp_path_factory, monkeypatch, dtype, shard_bytes):
+    """Through the model's stacked experts and out again, into files that are planned anew."""
+    monkeypatch.setattr("vl2.checkpoint.planned_files.MAX_SHARD_BYTES", shard_bytes)
+    out, model = tmp_path_factory.mktemp("saved"), load_model(folder, dtype=dtype)
+    values = dict(model.named_parameters())
+    tensors = {
+        name: piece
+        for path, parts in official_parts(model)
+        for name, piece in official_tensors(path, values[path].astype("bfloat16").numpy(), parts)
+    }
+    plan = plan_new({name: Wanted("BF16", piece.shape) for name, piece in tensors.items()}, "hf")
+    sizes = []
+    for file in plan.files:
+        file.write(out, tensors.__getitem__, sizes.append)
+    if plan.index is not None:
+        (out / "model.safetensors.index.json").write_bytes(plan.index)
+    assert plan.num_bytes == sum(path.stat().st_size for path in out.iterdir()) > sum(sizes)
+    before, after = checkpoint_tensors(folder), checkpoint_tensors(out)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == "BF16"
+        assert np.array_equal(tensor.read(), after[name].read()), name
+    assert (len(list(out.glob("*.safetensors"))) > 1) == (shard_bytes == 200_000)
+
+
+def test_bfloat16_storage_computes_the_same_numbers(folder):
+    """The golden weights are exact in bfloat16, so storing them so must not change one bit of the result."""
+    batch = {"input_ids": np.arange(3, 40), "position_ids": np.arange(37), "seq_lens": np.array([37])}
+    with paddle.no_grad():
+        full, half = load_model(folder)(batch), load_model(folder, dtype="bfloat16")(batch)
+    assert half.dtype == paddle.float32
+    assert np.array_equal(full.numpy(), half.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_are_stored_in_the_type_asked_for(folder, dtype):
+    """A regression: "bfloat16" ends in "float16", so a bfloat16 checkpoint stayed what it was."""
+    assert {str(p.dtype) for p in load_model(folder, dtype=dtype).parameters()} == {f"paddle.{dtype}"}
+
+
+def test_missing_unknown_and_wrongly_shaped_tensors_are_listed(folder):
+    def damage(arrays):
+        del arrays["language.model.layers.1.mlp.experts.3.up_proj.weight"]
+        arrays["language.model.layers.9.extra"] = np.zeros([2], np.uint16)
+        arrays["image_newline"] = np.zeros([5], np.uint16)
+
+    rewrite(folder, damage)
+    with pytest.raises(ValueError) as error:
+        load_model(folder)
+    text = str(error.value)
+    assert "missing (1): language.model.layers.1.mlp.experts.3.up_proj.weight" in text
+    assert "unknown (1): language.model.layers.9.extra" in text
+    assert "wrong shape (1): image_newline is [5], expected [64]" in text
+
+
+def test_truncated_file_is_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated"):
+        load_model(folder)
+
+
+def shard(folder: Path, *groups: str) -> dict[str, str]:
+    """Spread the single file over shards, by what a name contains; returns the weight_map that is written."""
+    stored = checkpoint_tensors(folder)
+    weight_map = {name: next((g for g in groups if g in name), "rest") + ".safetensors" for name in stored}
+    for file in set(weight_map.values()):
+        arrays = {name: tensor.read() for name, tensor in stored.items() if weight_map[name] == file}
+        write_safetensors(folder / file, arrays, dict.fromkeys(arrays, "bfloat16"))
+    (folder / "model.safetensors").unlink()
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_missing_shards_are_named(folder):
+    shard(folder, "vision", "layers.1")
+    assert len(checkpoint_tensors(folder)) > 90
+    (folder / "vision.safetensors").unlink()
+    (folder / "layers.1.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"shards that are not there: layers\.1\.safetensors, vision\.safetensors; fetch"
+    ):
+        load_model(folder)
+
+
+def test_shards_of_another_checkpoint_are_refused(folder):
+    weight_map = shard(folder, "vision")
+    name = "vision.norm.weight"
+    write_index(folder, {**weight_map, name: "rest.safetensors"})
+    with pytest.raises(
+        ValueError, match=rf"rest\.safetensors: not the shard that .* 1 tensors .* \({name}\); index and"
+    ):
+        load_model(folder)
+    del weight_map[name]
+    write_index(folder, weight_map)
+    with pytest.raises(ValueError, match=rf"vision\.safetensors: not the shard .* 1 tensors .* \({name}\)"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_index_that_is_none_is_refused(folder, text):
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json: expected an index with a weight_map|shards that are not there"):
+        load_model(folder)
+
+
+def with_header(path: Path, change) -> None:
+    """Change the header's JSON of a safetensors file and nothing else."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    encoded = json.dumps(change(header)).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+
+
+def entry(**changes):
+    """Changes the first tensor's entry."""
+
+    def change(header):
+        name = next(name for name in header if name != "__metadata__")
+        header[name].update(changes)
+        return header
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (entry(dtype="F8_E4M3"), r"image_newline has type F8_E4M3; expected one of F32, F16, BF16"),
+        (entry(dtype="F32"), r"image_newline has 128 bytes, which do not fill \[64\] of F32"),
+        (entry(shape=[65]), r"image_newline has 128 bytes, which do not fill \[65\] of BF16"),
+        (entry(shape="x"), r"its header does not describe tensors \(ValueError"),
+        (entry(data_offsets=[0]), r"its header does not describe tensors \(ValueError"),
+        (lambda header: [1, 2], r"its header does not describe tensors \(TypeError"),
+        (lambda header: {"a": {}}, r"its header does not describe tensors \(KeyError\('data_offsets'\)"),
+    ],
+)
+def test_header_that_is_wrong_is_refused(folder, change, message):
+    with_header(folder / "model.safetensors", change)
+    with pytest.raises(ValueError, match=r"model\.safetensors: " + message):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"123", b"\xff" * 100, b"<!DOCTYPE html><html>" * 20])
+def test_file_that_is_no_safetensors_is_refused(folder, content):
+    """A download that ended at once, or that brought the page of an error."""
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {len(content)} bytes, not a whole safetensors file"):
+        load_model(folder)
+
+
+def test_config_of_another_model_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["language_config"]["num_hidden_layers"] -= 1
+    config["language_config"]["n_routed_experts"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        load_model(folder)
+    text = str(error.value)
+    assert "the weights are not those of the model that config.json describes" in text
+    assert "missing (6): language.model.layers.1.mlp.experts.8.gate_proj.weight" in text
+    assert re.search(r"unknown \(\d+\): .*language\.model\.layers\.3\.", text)
+    assert "wrong shape (2): language.model.layers.1.mlp.gate.weight is [8, 64], expected [9, 64]" in text
+
+
+def test_tokenizer_of_another_model_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["language_config"]["vocab_size"] = 500
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"984 entries, but language_config\.vocab_size is 500; .* belong together"):
+        load_model(folder)
+
+
+def test_paddles_pickle_is_read(folder):
+    """paddle.save's file is looked into and never unpickled; it takes part where there are no safetensors."""
+    expected = load_model(folder).state_dict()
+    tensors = {name: paddle.to_tensor(tensor.read()) for name, tensor in checkpoint_tensors(folder).items()}
+    paddle.save(tensors, str(folder / "model_state.pdparams"))
+    (folder / "model.safetensors").unlink()
+    found = load_model(folder).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name].numpy(), expected[name].numpy()) for name in expected)
+
+
+def test_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_model(tmp_path)
+
+
+def test_folder_without_weights_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        load_model(folder)
+
+
+def test_random_init_depends_on_the_seed_only(folder):
+    config = VL2Config.from_folder(folder)
+    first, again, other = (init_model(config, 976, seed=seed) for seed in (1, 1, 2))
+    same = [np.array_equal(a.numpy(), b.numpy()) for a, b in zip(first.parameters(), again.parameters())]
+    assert len(same) > 90 and all(same)
+    weight = "language.lm_head.weight"
+    assert not np.array_equal(first.state_dict()[weight].numpy(), other.state_dict()[weight].numpy())
+
+
+def test_header_is_aligned_and_keeps_metadata(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": np.ones([3], np.float32)}, {"a": "float32"}, {"format": "pt", "note": "é"})
+    tensors, metadata = read_header(path)
+    assert metadata == {"format": "pt", "note": "é"}
+    assert tensors["a"].offset % 8 == 0
+    assert tensors["a"].read().tolist() == [1, 1, 1]

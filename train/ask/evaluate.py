@@ -1,0 +1,192 @@
+"""`bash launch.sh eval model=FOLDER data.path=FILE`: loss and exact match; also what a training run is asked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paddle
+from tqdm import tqdm
+
+from data.dataset import Dataset, default_cache, open_dataset
+from data.packs import PackDataset
+from data.plan import make_plan
+from data.record import Record
+from train.ask.answer import BATCH_TOKENS, answer_all
+from train.ask.load import Loaded, load
+from train.config.load import load_eval_config
+from train.machine.devices import use_device
+from vl2.errors import UserError
+from vl2.prompt import IMAGE_PLACEHOLDER, Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A turn to answer: what was said before it, as it is in the data, and the answer expected."""
+
+    record: Record
+    messages: tuple[Message, ...]  # up to the user's turn
+    images: tuple[Path, ...]  # those of these messages
+    expected: str
+
+
+def questions_of(record: Record) -> Iterator[Question]:
+    """Every assistant's turn of a conversation is a question.
+
+    user A, assistant b, user C, assistant d  ->  (A -> b), (A b C -> d)
+    """
+    for i, message in enumerate(record.messages):
+        if message.role != "assistant":
+            continue
+        asked = record.messages[:i]
+        num_images = sum(m.content.count(IMAGE_PLACEHOLDER) for m in asked)
+        yield Question(
+            record=record, messages=asked, images=record.images[:num_images], expected=message.content.strip()
+        )
+
+
+def permuted(questions: Sequence[Question]) -> list[Question]:
+    """The same questions, each with the pictures of the next one that has as many."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i, question in enumerate(questions):
+        groups[len(question.images)].append(i)
+    images = [question.images for question in questions]
+    for group in groups.values():
+        for i, following in zip(group, [*group[1:], group[0]], strict=True):
+            images[i] = questions[following].images
+    return [
+        Question(record=q.record, messages=q.messages, images=shown, expected=q.expected)
+        for q, shown in zip(questions, images, strict=True)
+    ]
+
+
+def ask(loaded: Loaded, questions: Sequence[Question], *, max_new_tokens: int, title: str) -> list[str]:
+    """Greedy answers, in order, with a progress bar on stderr."""
+    asked = [(question.messages, question.images) for question in questions]
+    answers = answer_all(loaded, asked, max_new_tokens=max_new_tokens)
+    return list(tqdm(answers, total=len(asked), desc=title, unit="question", file=sys.stderr, mininterval=1.0))
+
+
+def exact_match(questions: Sequence[Question], answers: Sequence[str]) -> float:
+    """Part of the answers that are the expected ones, word for word (white space around them aside)."""
+    right = sum(answer.strip() == q.expected for q, answer in zip(questions, answers, strict=True))
+    return right / max(len(questions), 1)
+
+
+def mean_loss(loaded: Loaded, dataset: Dataset) -> float:
+    """Mean of -log p per supervised token over all conversations."""
+    longest = max(size.tokens for size in dataset.sizes)
+    plan = make_plan(
+        dataset.sizes,
+        max_tokens=max(longest, BATCH_TOKENS),
+        max_tiles_per_pack=max(32, *(size.tiles for size in dataset.sizes)),
+        packs_per_step=1,
+        seed=0,
+        epochs=1,
+    )
+    packs = PackDataset(dataset.records, plan, dataset.sizes, loaded.tokenizer, loaded.candidates)
+    total, count = 0.0, 0
+    with paddle.no_grad():
+        for i in tqdm(range(plan.num_packs), desc="loss", unit="pack", file=sys.stderr, mininterval=1.0):
+            loss_sum, supervised = loaded.model.loss(packs[i])
+            total, count = total + float(loss_sum), count + supervised
+    return total / count
+
+
+def ask_run(
+    loaded: Loaded, records: Sequence[Record], *, limit: int, max_new_tokens: int, permute: bool
+) -> dict[str, float]:
+    """What a training run asks before and after.
+
+    Args:
+        loaded: the model under training.
+        records: held-out conversations; each of their turns is a question.
+        limit: most questions.
+        max_new_tokens: longest answer.
+        permute: ask again with the pictures exchanged.
+
+    Returns:
+        `questions` (their number), `exact_match`, and with `permute` `exact_match_permuted`.
+    """
+    questions = [question for record in records for question in questions_of(record)][:limit]
+    answers = ask(loaded, questions, max_new_tokens=max_new_tokens, title="questions")
+    found = {"questions": float(len(questions)), "exact_match": exact_match(questions, answers)}
+    if permute and any(question.images for question in questions):
+        exchanged = permuted(questions)
+        answers = ask(loaded, exchanged, max_new_tokens=max_new_tokens, title="pictures exchanged")
+        found["exact_match_permuted"] = exact_match(exchanged, answers)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Entry script."""
+    config = load_eval_config(arguments)
+    use_device(config.device)
+    check_predictions(Path(config.out))
+    loaded = load(config.model, config.precision, config.base)
+    dataset = open_dataset(
+        config.data.path,
+        tokenizer=loaded.tokenizer,
+        candidates=loaded.candidates,
+        cache=default_cache(config.data.path),
+    )
+    if config.limit is not None:
+        dataset = Dataset(
+            records=dataset.records[: config.limit],
+            sizes=dataset.sizes[: config.limit],
+            fingerprint=dataset.fingerprint,
+            skipped=dataset.skipped,
+        )
+    questions = [question for record in dataset.records for question in questions_of(record)]
+    answers = ask(loaded, questions, max_new_tokens=config.max_new_tokens, title="questions")
+    write_predictions(Path(config.out), questions, answers)
+    result: dict[str, Any] = {
+        "loss": mean_loss(loaded, dataset),
+        "exact_match": exact_match(questions, answers),
+        "conversations": len(dataset.records),
+        "questions": len(questions),
+        "predictions": config.out,
+        "rehearsal": loaded.source.rehearsal,
+    }
+    print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def check_predictions(path: Path) -> None:
+    """Refuse to write over a file that no evaluation wrote.
+
+    Raises:
+        UserError: saying what to do.
+    """
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as file:
+            row = json.loads(file.readline())
+        ours = {"expected", "answer", "correct"} <= row.keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise UserError(f"out={path}: there is a file that no evaluation wrote; give another out=")
+
+
+def write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
+    """One JSON object a question: where it comes from, the question, the expected and the given answer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for question, answer in zip(questions, answers, strict=True):
+            row = {
+                "source": question.record.source,
+                "row": question.record.row,
+                "question": question.messages[-1].content,
+                "images": [str(image) for image in question.images],
+                "expected": question.expected,
+                "answer": answer,
+                "correct": answer.strip() == question.expected,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,104 @@
+"""One path to an answer for base models, adapters, full fine-tunes and exports: find, load, prepare, generate."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import paddle
+from paddle import nn
+
+from train.ask.model_memory import check_inference
+from train.ask.source import DTYPES, Source, find_source, stored_dtype
+from train.store.hub import resolve_model
+from train.store.names import WEIGHTS_FILE
+from vl2.checkpoint.fingerprint import model_fingerprint, stored_fingerprint
+from vl2.checkpoint.load import load_model, open_model
+from vl2.checkpoint.published import published
+from vl2.checkpoint.tensor_files import read_header
+from vl2.config import VL2Config
+from vl2.errors import UserError
+from vl2.model import DeepseekVL2
+from vl2.parameters import init_model, set_parameter
+from vl2.tiles import Resolution, limit_candidates
+from vl2.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model ready to answer."""
+
+    source: Source
+    model: DeepseekVL2  # in eval mode, all weights frozen
+    lora: nn.Layer | None  # the VL2LoRAModel around it, for an adapter
+    tokenizer: Tokenizer
+
+    @property
+    def candidates(self) -> tuple[Resolution, ...]:
+        """Resolutions an image may be shown at."""
+        return self.model.config.candidate_resolutions
+
+
+def load(folder: str | Path, precision: str = "auto", base: str = "") -> Loaded:
+    """Load whatever `find_source` finds.
+
+    Args:
+        folder: base model (or its name on the hub), export, adapter, run or checkpoint.
+        precision: stored type of the weights: bf16, fp16, fp32, or auto (as in the base's files).
+        base: see `find_source`.
+
+    Raises:
+        UserError: see `resolve_model`, `find_source` and `load_model`; an adapter of another base.
+    """
+    if published(folder):  # before it is fetched
+        check_inference(folder, DTYPES.get(precision, "bfloat16"))
+    source = find_source(resolve_model(folder), base)
+    tokenizer = Tokenizer.from_folder(source.base)
+    dtype = DTYPES[precision] if precision != "auto" else stored_dtype(source.base)
+    check_inference(source.base, dtype)
+    model = load_base(source, tokenizer, dtype)
+    lora = None
+    if source.kind == "adapter":
+        from vl2.adapter.folder import load_adapter  # here: it imports PaddleNLP, which takes seconds
+
+        assert source.trained is not None
+        lora = load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, model))
+    if "max_tiles" in source.about and source.trained is not None:  # an adapter trained elsewhere does not say
+        candidates = limit_candidates(model.config.candidate_resolutions, source.about["max_tiles"])
+        model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
+    if paddle.get_device().startswith("gpu"):
+        model.compute_dtype = dtype
+    model.eval()
+    return Loaded(source=source, model=model, lora=lora, tokenizer=tokenizer)
+
+
+def base_fingerprint(source: Source, model: DeepseekVL2) -> str:
+    """Fingerprint of an adapter's base in the precision of the training, whatever the model is stored in now."""
+    if source.about.get("init") == "random" or "precision" not in source.about:
+        return model_fingerprint(model)
+    return stored_fingerprint(open_model(source.base), DTYPES[source.about["precision"]])
+
+
+def load_base(source: Source, tokenizer: Tokenizer, dtype: str) -> DeepseekVL2:
+    """The base of a source; with a full fine-tune's weights in place, all frozen."""
+    if source.about.get("init") == "random":
+        config = VL2Config.from_folder(source.base)
+        model = init_model(config, tokenizer.image_id, seed=source.about["seed"], dtype=dtype)
+    else:
+        model = load_model(source.base, dtype=dtype)
+    if source.kind == "weights":
+        assert source.trained is not None
+        _load_weights(model, source.trained, dtype)
+    return model
+
+
+def _load_weights(model: DeepseekVL2, folder: Path, dtype: str) -> None:
+    """Replace the weights that a full fine-tune trained; the others are the base's."""
+    stored = read_header(folder / WEIGHTS_FILE)[0]
+    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    wrong = [name for name, tensor in stored.items() if shapes.get(name) != list(tensor.shape)]
+    if wrong:
+        raise UserError(f"{folder}: weights that the base model does not have in this shape: {'; '.join(wrong[:10])}")
+    for name, tensor in stored.items():
+        set_parameter(model, name, paddle.to_tensor(tensor.read()).astype(dtype))

@@ -1,0 +1,68 @@
+"""How much memory a model takes, from its config alone: weights, and what training adds to them.
+
+These are the bytes that are certain. Activations and caches come to them, and depend on the data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from paddle import nn
+
+from train.machine.memory import check_memory, gigabytes
+from vl2.checkpoint.published import published
+from vl2.config import VL2Config
+from vl2.parameters import build_model
+
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes of one process."""
+
+    frozen: int  # weights that are only read
+    trained: int  # weights that learn, their gradients and Adam's moments
+
+    @property
+    def num_bytes(self) -> int:
+        """Of both."""
+        return self.frozen + self.trained
+
+    def __str__(self) -> str:
+        parts = [
+            (self.frozen, "of frozen weights"),
+            (self.trained, "of trained weights with their gradients and Adam's moments"),
+        ]
+        return " and ".join(f"{gigabytes(size)} {what}" for size, what in parts if size)
+
+
+def inference_need(config: VL2Config, dtype: str) -> Need:
+    """What loading a model takes.
+
+    Args:
+        dtype: stored type of the weights, Paddle's name.
+    """
+    return Need(frozen=sum(_sizes(build_model(config, 0)).values()) * ITEM_BYTES[dtype], trained=0)
+
+
+def check_inference(model: str | Path, dtype: str) -> None:
+    """Refuse to load what does not fit into memory.
+
+    Args:
+        model: folder, or name of a published model.
+        dtype: stored type of the weights, Paddle's name.
+
+    Raises:
+        UserError: with the figures and what would need less.
+    """
+    known = published(model)
+    need = inference_need(VL2Config.from_folder(known.config.parent if known else model), dtype)
+    advice = "use a machine with more, or a smaller model" + (", or precision=bf16" if dtype == "float32" else "")
+    check_memory(need.num_bytes, f"{model} in {dtype} takes {need}", advice)
+
+
+def _sizes(model: nn.Layer) -> dict[str, int]:
+    return {name: math.prod(parameter.shape) for name, parameter in model.named_parameters()}

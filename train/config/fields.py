@@ -1,0 +1,148 @@
+"""A configuration key: default, meaning, unit and range, all written once at the dataclass field.
+
+Knows nothing of Hydra; `bash launch.sh help train` needs no installed package.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from vl2.errors import UserError
+
+
+def key(
+    default: Any = MISSING,
+    doc: str = "",
+    *,
+    unit: str = "",
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+    path: bool = False,
+    factory: Any = MISSING,
+) -> Any:
+    """A dataclass field that carries what `help` prints and what `check_values` enforces.
+
+    Args:
+        doc: What the key decides, a sentence or two.
+        unit: Of the value: tokens, optimizer steps, tiles ...
+        choices: The only texts allowed, for a text or for each entry of a list or table.
+        low: Least value allowed; of a list or table, of each entry.
+        high: Greatest value allowed.
+        path: The value names a file or folder (a leading `~` is the home folder).
+        factory: Makes the default where that is a list or a table.
+    """
+    metadata = {"doc": doc, "unit": unit, "choices": tuple(choices), "low": low, "high": high, "path": path}
+    if factory is not MISSING:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One leaf of a configuration class, by its dotted name."""
+
+    name: str
+    type: Any  # the annotation without "| None"
+    optional: bool
+    default: Any
+    doc: str
+    unit: str
+    choices: tuple[str, ...]
+    low: float | None
+    high: float | None
+    path: bool
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the value maps names to values."""
+        return get_origin(self.type) is dict
+
+    @property
+    def is_list(self) -> bool:
+        return get_origin(self.type) is list
+
+    @property
+    def is_free_text(self) -> bool:
+        """Whether the value is taken exactly as typed, past Hydra's grammar."""
+        return self.type is str or (self.type == list[str] and not self.choices)
+
+    @property
+    def expected(self) -> str:
+        """The type in words, for messages: `a whole number (tokens)`."""
+        words = {
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            str: "a text",
+            list[str]: "a list [a,b]",
+            dict[str, int]: "a table {name:number}",
+            dict[str, float]: "a table {name:number}",
+        }[self.type]
+        words += f" ({self.unit})" if self.unit else ""
+        return f"{words} or null" if self.optional else words
+
+
+def list_keys(schema: type, prefix: str = "") -> list[Key]:
+    """Every leaf of a configuration class, in the order of the source."""
+    hints, found = get_type_hints(schema), []
+    for entry in fields(schema):
+        annotation = hints[entry.name]
+        if is_dataclass(annotation):
+            found += list_keys(annotation, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
+            continue
+        members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        (kind,) = [member for member in members if member is not type(None)]
+        default = entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[operator, misc]
+        optional = type(None) in members
+        found.append(Key(name=prefix + entry.name, type=kind, optional=optional, default=default, **entry.metadata))
+    return found
+
+
+def value_of(config: Any, name: str) -> Any:
+    """The value at a dotted name."""
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def check_values(config: Any) -> None:
+    """Checks every value's range and choices.
+
+    Raises:
+        UserError: naming the key, what was expected and what was found.
+    """
+    for spec in list_keys(type(config)):
+        value = value_of(config, spec.name)
+        if value is None:
+            continue
+        for entry in (
+            value.items() if spec.is_table else [(None, v) for v in value] if spec.is_list else [(None, value)]
+        ):
+            _check_value(spec, *entry)
+
+
+def _check_value(spec: Key, table_name: str | None, value: Any) -> None:
+    name = f"{spec.name}.{table_name}" if table_name else spec.name
+    text = table_name or value
+    if spec.choices and text not in spec.choices:
+        raise UserError(
+            f"{spec.name}={text}: expected one of {', '.join(spec.choices)}{did_you_mean(text, spec.choices)}"
+        )
+    unit = f" {spec.unit}" if spec.unit else ""
+    if spec.low is not None and not value >= spec.low:
+        raise UserError(f"{name}={value}: expected at least {spec.low}{unit}")
+    if spec.high is not None and not value <= spec.high:
+        raise UserError(f"{name}={value}: expected at most {spec.high}{unit}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?`, or nothing when no known name is near."""
+    known = list(known)
+    near = [full for full in known if full.split(".")[-1] == name.split(".")[-1]]  # `lr` for `optim.lr`
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,174 @@
+"""Arguments of a verb -> its checked configuration; what no single key tells is checked here."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.config import compose
+from train.config.schema import NANO, EvaluateConfig, ExportConfig, InferConfig, RandomConfig, TrainConfig
+from train.machine.devices import Machine, choose_device, find_machine
+from vl2.errors import UserError
+
+
+def load_config(argv: Sequence[str], machine: Machine | None = None) -> TrainConfig:
+    """The configuration of a training run: recipe < rehearsal overlay < command line.
+
+    Args:
+        argv: `key=value` arguments, `conf=RECIPE` among them.
+        machine: What the probes saw; None: look.
+
+    Raises:
+        UserError: an unknown recipe or key, a wrong type, a value out of range, a GPU that Paddle cannot use.
+    """
+    line = compose.read_command_line(argv, TrainConfig)
+    if line.conf is None:
+        raise UserError(f"no recipe: give conf=NAME, one of {', '.join(compose.recipes())}")
+    for name in ("recipe", "rehearsal"):
+        if line.names(name):
+            raise UserError(f"{name} is set by the door; give {'conf=NAME' if name == 'recipe' else 'rehearse=true'}")
+    machine = machine or find_machine()
+    config = compose.compose(line, TrainConfig, recipe=line.conf)
+    device = choose_device(config.device, machine)
+    rehearsal = is_rehearsal(config, line, machine)
+    if rehearsal:
+        config = compose.compose(line, TrainConfig, recipe=line.conf, overlay=compose.OVERLAY)
+    config.recipe, config.rehearsal = line.conf, rehearsal
+    if line.names("epochs") and not line.names("max_steps"):  # what is typed goes before what a file says
+        config.max_steps = None
+    if line.names("max_steps") and not line.names("epochs"):
+        config.epochs = None
+    config.nproc = config.nproc or (machine.usable_gpus if device == "gpu" else 1)
+    config.run_dir = config.run_dir or str(Path("outputs", "rehearsal" if rehearsal else "", line.conf))
+    _check_run(config, machine, device)
+    return config
+
+
+def is_rehearsal(config: TrainConfig, line: compose.CommandLine, machine: Machine) -> bool:
+    """Whether the run is a rehearsal: by hand, or as there is no accelerator and nobody asked for the real thing."""
+    if config.rehearse is not None:
+        return config.rehearse
+    asked_for = line.names("model") or line.names("model.path") or line.names("device") or config.nnodes > 1
+    return not machine.gpus and not asked_for and Path(config.model.path) != NANO
+
+
+def _check_run(config: TrainConfig, machine: Machine, device: str) -> None:
+    """What no single key tells."""
+    if config.epochs is None and config.max_steps is None:
+        raise UserError("epochs and max_steps are both null: one of them must say how long the run is")
+    if config.lora.rank == 0 and not config.trainable:
+        raise UserError("lora.rank=0 and trainable=[]: nothing would train; name parts in trainable or give a rank")
+    if config.lora.rank and not config.lora.groups:
+        raise UserError("lora.groups=[]: nothing would train; name groups or give lora.rank=0")
+    for name, table in (("ranks", config.lora.ranks), ("alphas", config.lora.alphas)):
+        stray = sorted(set(table) - set(config.lora.groups))
+        if stray:
+            raise UserError(f"lora.{name}.{stray[0]}: {stray[0]} is not in lora.groups={config.lora.groups}")
+    if config.lora.init and not config.lora.rank:
+        raise UserError(f"lora.init={config.lora.init} with lora.rank=0: no adapter would train; give lora.rank")
+    if device == "gpu" and config.nproc > machine.usable_gpus:
+        raise UserError(f"nproc={config.nproc}: this machine has {machine.usable_gpus} usable GPUs")
+    if config.nnodes > 1 and not config.master:
+        raise UserError(f"nnodes={config.nnodes}: give master=IP:PORT of machine 0, and rank= on each machine")
+    if config.rank >= config.nnodes:
+        raise UserError(
+            f"rank={config.rank}: the machines are numbered 0 to {config.nnodes - 1} (nnodes={config.nnodes})"
+        )
+    check_divides(config.packs_per_step, config.nproc * config.nnodes)
+
+
+def check_divides(packs_per_step: int, num_ranks: int) -> None:
+    """Refuses a number of ranks that does not divide the packs of a step.
+
+    Raises:
+        UserError: with the nearest numbers that work.
+    """
+    if packs_per_step % num_ranks:
+        up = packs_per_step + -packs_per_step % num_ranks
+        below = max(n for n in range(1, num_ranks) if packs_per_step % n == 0)
+        raise UserError(
+            f"packs_per_step={packs_per_step} cannot be shared by {num_ranks} processes: "
+            f"give packs_per_step={up}, or nproc= so that there are {below} processes"
+        )
+
+
+def rehearsal_notice(config: TrainConfig, arguments: Sequence[str]) -> str:
+    """What a rehearsal says first and last: what it is, and the command that does the real thing.
+
+    Args:
+        arguments: What the user typed.
+    """
+    kept = [argument for argument in arguments if not argument.startswith("rehearse=")]
+    lines = [
+        f"REHEARSAL ({'no accelerator here' if config.rehearse is None else 'rehearse=true'}): "
+        "the recipe's data, code and files on the nano model, for a few steps.",
+        f"  The real run, on a machine with a GPU: bash launch.sh {shlex.join(kept)}",
+        f"  The real run here all the same:        bash launch.sh {shlex.join([*kept, 'rehearse=false'])}",
+    ]
+    if config.data.path:
+        lines.append("  Exact: image tokens and tiles. Not: text tokens and so packs, counted with nano's tokenizer.")
+    return "\n".join(lines)
+
+
+def load_export_config(argv: Sequence[str]) -> ExportConfig:
+    """The configuration of `export`."""
+    config = compose.compose(compose.read_command_line(argv, ExportConfig), ExportConfig)
+    wanted = "export needs run=FOLDER, a run's folder or one of its checkpoints, or model=FOLDER to convert a model"
+    _require(config.run or config.model, wanted)
+    if config.run and config.model:
+        raise UserError("export takes run= or model=, not both")
+    if config.model:
+        _require(config.out, f"export model={config.model} needs out=FOLDER, where to write it")
+        config.model = model_folder(config.model)
+        if config.adapter or config.base:
+            raise UserError(
+                f"export model={config.model}: adapter= and base= are for what was trained; give run= instead"
+            )
+    config.out = config.out or str(Path(config.run, f"adapter_{config.adapter}" if config.adapter else "export"))
+    config.base = config.base and model_folder(config.base)
+    return config
+
+
+def load_infer_config(argv: Sequence[str]) -> InferConfig:
+    """The configuration of `infer`."""
+    config = compose.compose(compose.read_command_line(argv, InferConfig), InferConfig)
+    config.model = model_folder(_require(config.model, "infer needs model=FOLDER, a base model, a run or an export"))
+    config.base = config.base and model_folder(config.base)
+    _require(config.prompt or config.messages, "infer needs prompt=TEXT, or messages=FILE for a whole conversation")
+    if config.prompt and config.messages:
+        raise UserError("infer takes prompt= or messages=, not both")
+    return config
+
+
+def load_eval_config(argv: Sequence[str]) -> EvaluateConfig:
+    """The configuration of `eval`."""
+    config = compose.compose(compose.read_command_line(argv, EvaluateConfig), EvaluateConfig)
+    config.model = model_folder(_require(config.model, "eval needs model=FOLDER, a base model, a run or an export"))
+    config.base = config.base and model_folder(config.base)
+    _require(config.data.path, "eval needs data.path=FILE, a JSONL with messages and images")
+    return config
+
+
+def load_random_config(argv: Sequence[str]) -> RandomConfig:
+    """The configuration of `random`."""
+    config = compose.compose(compose.read_command_line(argv, RandomConfig), RandomConfig)
+    _require(config.model, f"random needs model=NAME, one of {', '.join(compose.model_names())}, or a folder")
+    config.out = config.out or str(Path("outputs", "random", Path(config.model).name))
+    config.model, config.tokenizer = model_folder(config.model), config.tokenizer or str(NANO)
+    return config
+
+
+def model_folder(model: str) -> str:
+    """The path behind `model=`: a folder as typed, or the path of one of conf/model's names."""
+    if not Path(model).exists() and model in compose.model_names():
+        return compose.compose(
+            compose.CommandLine(conf=None, overrides=(f"+model={model}",), texts={}), TrainConfig
+        ).model.path
+    return model
+
+
+def _require(value: str, message: str) -> str:
+    if not value:
+        raise UserError(message)
+    return value

@@ -1,0 +1,57 @@
+"""How an entry script starts and ends: without Paddle's noise; a user's mistake is one line and exit code 2.
+
+The door runs `python -m train.door.cli train.ask.infer ...`: Paddle must come in quietly before the script imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import multiprocessing
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from vl2.errors import UserError
+
+# Printed by `import paddle` itself, so that no warning filter reaches it.  Threads are set by the door on purpose.
+NOISE = ("WARNING: OMP_NUM_THREADS set to", "PLEASE USE OMP_NUM_THREADS WISELY")
+
+
+def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
+    """Runs an entry script's `main(arguments)` and exits with its code.
+
+    A UserError is the user's to mend: `error: ...` and exit code 2.  Anything else is a fault of ours and keeps its
+    traceback.
+    """
+    import_paddle_quietly()
+    try:
+        code = main(sys.argv[1:]) or 0
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    finally:
+        # After an exception Python waits for its children, and a data loader's worker that ignores SIGTERM never ends.
+        for child in multiprocessing.active_children():
+            child.kill()
+    sys.exit(code)
+
+
+def import_paddle_quietly() -> None:
+    """Imports Paddle without its warning about OMP_NUM_THREADS; whatever else it prints comes through."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            import paddle  # noqa: F401
+    finally:
+        for line in said.getvalue().splitlines():
+            if not line.startswith(NOISE):
+                print(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    import_paddle_quietly()
+    run_cli(importlib.import_module(sys.argv.pop(1)).main)

@@ -1,0 +1,98 @@
+"""The texts of `bash launch.sh help`, made from the dataclasses and from conf/."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from train.config.compose import recipes
+from train.config.fields import Key, did_you_mean, list_keys
+from train.config.schema import EvaluateConfig, ExportConfig, InferConfig, RandomConfig, TrainConfig
+from vl2.errors import UserError
+
+SCHEMAS = {
+    "train": TrainConfig,
+    "export": ExportConfig,
+    "infer": InferConfig,
+    "eval": EvaluateConfig,
+    "random": RandomConfig,
+}
+
+OVERVIEW = """\
+Fine-tunes DeepSeek-VL2 on PaddlePaddle.
+
+  bash launch.sh conf=RECIPE [key=value ...]       train
+  bash launch.sh conf=RECIPE resume=auto           go on from the newest whole checkpoint
+  bash launch.sh export run=FOLDER                 the merged weights of a run, or its adapter, verified
+  bash launch.sh infer model=FOLDER image=FILE prompt=TEXT
+  bash launch.sh eval model=FOLDER data.path=FILE  loss and exact match
+  bash launch.sh random model=NAME                 a checkpoint of random numbers at a model's real size
+  bash launch.sh config [VERB] key=value ...       print the resolved configuration, run nothing
+  bash launch.sh test [pytest arguments]           linter, types and tests
+  bash launch.sh help VERB                         every key of train, export, infer, eval or random
+
+Recipes (conf/*.yaml):
+{recipes}
+
+Texts and paths arrive as typed: quote them for the shell, nothing else. A relative path starts where you type it.
+Other values follow Hydra's grammar: numbers, true, null, [a,b].
+VENV=none uses the active Python (a Docker image with its own paddlepaddle-gpu); VENV=FOLDER another environment."""
+
+
+def overview() -> str:
+    """Verbs and recipes."""
+    width = max(map(len, recipes()))
+    lines = [
+        textwrap.fill(text, 118, initial_indent=f"  {name:{width}}  ", subsequent_indent=" " * (width + 4))
+        for name, text in recipes().items()
+    ]
+    return OVERVIEW.format(recipes="\n".join(lines))
+
+
+def verb_help(verb: str) -> str:
+    """Every key of a verb: name, default, unit, range, meaning.
+
+    Raises:
+        UserError: the verb has no keys or is unknown.
+    """
+    if verb not in SCHEMAS:
+        raise UserError(f"no keys for {verb!r}; help takes one of {', '.join(SCHEMAS)}{did_you_mean(verb, SCHEMAS)}")
+    schema = SCHEMAS[verb]
+    lines = [str(schema.__doc__), ""]
+    if verb == "train":
+        lines.append(_entry("conf", "", "Recipe: conf/NAME.yaml."))
+        lines.append(_entry("model", "", "conf/model/NAME.yaml; a recipe names one. Sets model.path."))
+    for spec in list_keys(schema):
+        lines.append(_entry(spec.name, _plain(spec.default), f"{spec.doc}{_facts(spec)}"))
+    return "\n".join(lines)
+
+
+def _entry(name: str, default: str, text: str) -> str:
+    head = f"  {name} = {default}" if default else f"  {name}"
+    filled = textwrap.fill(text, 118, initial_indent=f"{head:42}", subsequent_indent=" " * 42)
+    return filled if len(head) < 42 else f"{head}\n{textwrap.indent(textwrap.fill(text, 76), ' ' * 42)}"
+
+
+def _facts(spec: Key) -> str:
+    limits = ""
+    if spec.high is not None:
+        limits = f"{spec.low} to {spec.high}"
+    elif spec.low is not None:
+        limits = f"at least {spec.low}"
+    told = ", ".join(fact for fact in (spec.unit, limits, "|".join(spec.choices)) if fact)
+    return f" [{told}]" if told else ""
+
+
+def _plain(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, list):
+        return f"[{','.join(value)}]"
+    if isinstance(value, dict):
+        return "{}"
+    return (
+        {None: "null", True: "true", False: "false", "": "''"}.get(value, str(value)) if _is_word(value) else str(value)
+    )
+
+
+def _is_word(value: Any) -> bool:
+    return value is None or isinstance(value, bool) or value == ""

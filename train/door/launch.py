@@ -1,0 +1,116 @@
+"""What launch.sh hands over to: reads the verb, checks the configuration and becomes the process that does the work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from train.config import load, schema
+from train.config.compose import ROOT, to_yaml
+from train.config.fields import did_you_mean
+from train.door import help
+from train.machine.devices import choose_device, find_machine, physical_cores
+from vl2.errors import UserError
+
+LOADERS: dict[str, Callable[[Sequence[str]], Any]] = {
+    "train": load.load_config,
+    "export": load.load_export_config,
+    "infer": load.load_infer_config,
+    "eval": load.load_eval_config,
+    "random": load.load_random_config,
+}
+MODULES = {
+    "train": "train.run.training",
+    "export": "train.export.merged",
+    "infer": "train.ask.infer",
+    "eval": "train.ask.evaluate",
+    "random": "tests.bench.random_checkpoint",
+}
+VERBS = (*LOADERS, "config", "test", "help")
+# Of third parties, at import time; what this repository warns of is never among it.
+QUIET = (
+    "ignore:No ccache found:UserWarning",
+    "ignore:pkg_resources is deprecated as an API:UserWarning",
+    "ignore:Setuptools is replacing distutils:UserWarning",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a verb; the working ones replace this process, so that signals and exit codes are theirs."""
+    verb, arguments = ("train", list(argv)) if argv and "=" in argv[0] else ((argv or ["help"])[0], list(argv[1:]))
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)} (verbs: {', '.join(VERBS)})")
+    if verb == "help":
+        print(help.verb_help(arguments[0]) if arguments else help.overview())
+        return 0
+    if verb == "config":
+        named = arguments.pop(0) if arguments and arguments[0] in LOADERS else "train"
+        print(to_yaml(LOADERS[named](arguments)), end="")
+        return 0
+    if verb == "test":
+        return check(arguments)
+    command, environ = prepare(verb, arguments)
+    sys.stdout.flush()
+    os.execve(command[0], command, environ)
+
+
+def prepare(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line and environment that do a verb's work.
+
+    Everything that can be said against the arguments is said here, once, before Paddle's seconds of import.
+
+    Raises:
+        UserError: as the verb's `load_*`, or a GPU that Paddle cannot use.
+    """
+    machine = find_machine()
+    settings = LOADERS[verb](arguments)
+    work = ["-u", "-m", "train.door.cli", MODULES[verb], *arguments]
+    if isinstance(settings, schema.RandomConfig):  # computes nothing
+        return [sys.executable, *work], child_environment(os.environ, 1)
+    device = choose_device(settings.device, machine)
+    if not isinstance(settings, schema.TrainConfig):
+        return [sys.executable, *work], child_environment(os.environ, 1)
+    environ = child_environment(os.environ, settings.nproc)
+    if settings.nproc * settings.nnodes == 1:
+        return [sys.executable, *work], environ
+    log = Path(settings.run_dir, "log")
+    log.mkdir(parents=True, exist_ok=True)
+    log.chmod(0o700)  # Paddle's launcher writes the whole environment into it, keys of wandb included
+    launcher = ["-m", "train.door.ranks", device, "--nproc_per_node", str(settings.nproc), "--log_dir", str(log)]
+    launcher += ["--log_level", "WARNING", "--enable_gpu_log", "False"]
+    if device == "gpu":
+        cards = machine.visible or tuple(str(card) for card in range(machine.gpus))
+        launcher += ["--devices", ",".join(cards[: settings.nproc])]
+    if settings.nnodes > 1:
+        launcher += ["--nnodes", str(settings.nnodes), "--master", settings.master, "--rank", str(settings.rank)]
+    return [sys.executable, *launcher, sys.executable, *work], environ
+
+
+def child_environment(environ: Mapping[str, str], num_processes: int) -> dict[str, str]:
+    """The environment of the work: threads shared out, known noise of third parties off; what is set stays."""
+    child = dict(environ)
+    child.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_processes)))
+    child.setdefault("GLOG_minloglevel", "1")  # no INFO lines of Paddle's C++
+    child["PYTHONWARNINGS"] = ",".join([*QUIET, *filter(None, [environ.get("PYTHONWARNINGS")])])
+    return child
+
+
+def check(pytest_arguments: Sequence[str]) -> int:
+    """Linter, formatter, types and tests, all of them; the first failing exit code."""
+    environ, codes = child_environment(os.environ, 1), []
+    for command in (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", *pytest_arguments]):
+        print("+", *command, file=sys.stderr, flush=True)
+        codes.append(subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environ).returncode)
+    return next((code for code in codes if code), 0)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,102 @@
+"""paddle.distributed.launch with three corrections; run as `python -m train.door.ranks cpu|gpu <its arguments>`.
+
+1. SIGTERM and SIGINT go on to every process once, and then it waits: a process finishes its step, saves and exits, and
+   its exit code is ours.  Paddle's launcher signals three times, kills after 30 seconds and exits with 15.
+2. A failed run shows the failing process's words once, and nothing of the launcher's.
+3. `cpu` holds on a machine with GPUs too: the processes talk through gloo.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from train.door.cli import import_paddle_quietly
+
+GRACE = 10.0  # seconds for the others to end when one process failed
+TAIL = 3000  # characters shown of a failed process's log
+
+
+def pass_on(controller: Any, number: int, frame: FrameType | None) -> None:
+    """Signal handler of the launcher: hands the signal to its processes; `watch` waits for them."""
+    controller.stopping = True
+    processes = processes_of(controller)
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
+    if not processes:
+        sys.exit(128 + number)
+
+
+def processes_of(controller: Any) -> list[subprocess.Popen[bytes]]:
+    """The processes that this launcher has started."""
+    return [container._proc._proc for container in controller.pod.containers if container._proc]
+
+
+def watch(controller: Any) -> bool:
+    """Shows rank 0's words until every process has ended; one that fails by itself takes the others with it."""
+    processes, code = processes_of(controller), 0
+    while any(process.poll() is None for process in processes):
+        controller.pod.logs()
+        time.sleep(0.1)
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
+        if failed and not getattr(controller, "stopping", False):
+            code = processes[failed[0]].returncode
+            end_all(processes)
+            show_failure(controller.pod.containers[failed[0]], shown=failed[0] == 0)
+    while controller.pod.logs():
+        pass
+    if code:  # not that of a process that was ended for another's sake
+        controller.master.stop()
+        sys.exit(code if code > 0 else 128 - code)
+    return True
+
+
+def end_all(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Ends the processes that still run: they wait for one that will not come."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def show_failure(container: Any, *, shown: bool) -> None:
+    """Says which process failed, with the end of its log where that is not on the screen yet (as rank 0's is)."""
+    print(
+        f"process {container.rank} of this machine failed (exit {container.exit_code}): {container.errfile}",
+        file=sys.stderr,
+    )
+    if not shown:
+        print(Path(container.errfile).read_text("utf-8", "replace")[-TAIL:], file=sys.stderr)
+
+
+def main() -> None:
+    """Corrects the launcher's classes and runs it."""
+    import_paddle_quietly()
+    from paddle.distributed.launch.context.device import Device, DeviceType
+    from paddle.distributed.launch.controllers.controller import ControllerBase
+    from paddle.distributed.launch.main import launch
+
+    if sys.argv.pop(1) == "cpu":
+
+        def no_accelerator() -> Any:
+            device = Device()
+            device._dtype, device._labels = DeviceType.CPU, []
+            return device
+
+        Device.parse_device = staticmethod(no_accelerator)
+    ControllerBase.signal_handler = pass_on
+    ControllerBase.watch = watch
+    launch()
+
+
+if __name__ == "__main__":
+    main()

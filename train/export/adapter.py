@@ -1,0 +1,186 @@
+"""`bash launch.sh export run=FOLDER adapter=peft|paddle`: the adapter alone, in the files of PEFT or of PaddleNLP.
+
+Needs the base's config.json, not its weights. The folder gets its name only after it was read back: every tensor bit
+for bit, and every module's A and scaled B as the run has them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from paddle import nn
+
+from train.ask.source import find_source
+from train.config.schema import ExportConfig
+from train.export.folder import check_out
+from train.store.names import EXPORT_REPORT
+from train.store.versions import versions
+from train.store.whole_folder import write_folder
+from vl2.adapter.folder import open_adapter
+from vl2.adapter.foreign import Adapter, foreign_tensors
+from vl2.adapter.formats import (
+    ENTRY,
+    PADDLE_CONFIG,
+    PADDLE_INDEX,
+    PADDLE_SHARD,
+    PEFT,
+    PEFT_CONFIG,
+    PEFT_FILE,
+    adapter_format,
+    adapter_tensors,
+)
+from vl2.adapter.paddle_format import PADDLE_NAMES, common_settings, paddle_config, paddle_index
+from vl2.adapter.peft_format import PEFT_NAMES, peft_config
+from vl2.adapter.slots import Slot, slots
+from vl2.checkpoint.tensor_files import write_safetensors
+from vl2.config import VL2Config
+from vl2.errors import UserError
+from vl2.lora import LoRASettings
+from vl2.parameters import build_model
+
+# One float32 rounding of B where it takes in another scaling; none where the scaling stays.
+_ROUNDING = 2.0**-23
+
+
+def export_adapter(config: ExportConfig) -> dict[str, Any]:
+    """Write and verify the adapter of a run, or of an adapter's folder of any format.
+
+    Args:
+        config: with `adapter` set.
+
+    Returns:
+        What export.json holds.
+
+    Raises:
+        UserError: `run` holds no adapter, keys that do not go together, `out` holds something, or the folder reads
+            back otherwise than written (then nothing stands under its name).
+    """
+    if config.layout != "hf" or config.dtype != "base":
+        raise UserError(
+            f"adapter={config.adapter} with layout={config.layout} dtype={config.dtype}: these two are for merged "
+            "weights, an adapter is written in float32; leave them out"
+        )
+    source, out = find_source(config.run, config.base), Path(config.out)
+    if source.kind != "adapter" or source.trained is None:
+        raise UserError(f"run={config.run}: there is no adapter, so adapter={config.adapter} has nothing to write")
+    check_out(out, source, overwrite=config.overwrite)
+    skeleton = build_model(VL2Config.from_folder(source.base), image_token_id=0)
+    adapter, found = open_adapter(source.trained, skeleton), slots(skeleton)
+    peft = config.adapter == PEFT
+    written = adapter.settings if peft else common_settings(adapter.settings)
+    tensors = foreign_tensors(adapter, found, PEFT_NAMES if peft else PADDLE_NAMES, written)
+    report: dict[str, Any] = {
+        "run": str(config.run),
+        "base": str(source.base),
+        "kind": "adapter",
+        "adapter": config.adapter,
+        "dtype": "float32",
+        "rehearsal": source.rehearsal,
+        "recipe": source.about.get("recipe", ""),
+        "versions": versions(),
+    }
+
+    def write(folder: Path) -> None:
+        base = str(source.about.get("base") or source.base)
+        (write_peft if peft else write_paddle)(folder, tensors, written, base, source.about)
+        report["verified"] = verify(folder, skeleton, adapter, tensors)
+        (folder / EXPORT_REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(card(report), encoding="utf-8")
+
+    write_folder(out, write)
+    return report
+
+
+def write_peft(
+    folder: Path, tensors: Mapping[str, np.ndarray], settings: LoRASettings, base: str, about: Mapping[str, Any]
+) -> None:
+    """The two files of PEFT; what we know of the run goes into the header of the weights."""
+    _write_weights(folder / PEFT_FILE, tensors, {"format": "pt"}, about)
+    _write_json(folder / PEFT_CONFIG, peft_config(settings, base))
+
+
+def write_paddle(
+    folder: Path, tensors: Mapping[str, np.ndarray], settings: LoRASettings, base: str, about: Mapping[str, Any]
+) -> None:
+    """One shard, its index and lora_config.json. PaddleNLP takes files of the format "np" only."""
+    _write_weights(folder / PADDLE_SHARD, tensors, {"format": "np"}, about)
+    _write_json(folder / PADDLE_INDEX, paddle_index(tensors))
+    _write_json(folder / PADDLE_CONFIG, paddle_config(settings, base))
+
+
+def _write_weights(
+    path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str], about: Mapping[str, Any]
+) -> None:
+    entry = {ENTRY: json.dumps(dict(about), sort_keys=True)}
+    write_safetensors(path, tensors, dict.fromkeys(tensors, "float32"), {**header, **entry})
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def verify(
+    folder: Path, skeleton: nn.Layer, adapter: Adapter, tensors: Mapping[str, np.ndarray]
+) -> dict[str, int | float]:
+    """Read the folder back: the files' tensors bit for bit, then what they mean to a reader of the configuration.
+
+    Returns:
+        Numbers of tensors and modules, and the largest relative change of a scaled B: 0 where its scaling stays.
+
+    Raises:
+        UserError: it is not what was written.
+    """
+    again = open_adapter(folder, skeleton)
+    stored = adapter_tensors(folder, str(adapter_format(folder)))
+    wrong = [
+        name
+        for name in stored.keys() | tensors.keys()
+        if name not in stored or name not in tensors or not np.array_equal(stored[name].read(), tensors[name])
+    ]
+    if wrong:
+        raise UserError(f"the export was refused: {len(wrong)} tensors read back otherwise ({'; '.join(wrong[:5])})")
+    change = 0.0
+    found = slots(skeleton)
+    for slot in {slot.factor: slot for slot in found.values() if slot.group in adapter.settings.groups}.values():
+        change = max(change, _change(slot, adapter, again))
+    if not change <= _ROUNDING:
+        raise UserError(f"the export was refused: a module's A or scaled B changed by {change:.1e} of its value")
+    return {
+        "tensors": len(stored),
+        "modules": sum(slot.group in adapter.settings.groups for slot in found.values()),
+        "largest_change": change,
+    }
+
+
+def _change(slot: Slot, ours: Adapter, theirs: Adapter) -> float:
+    """Largest change of an entry of scaling * B, relative to the entry; infinite when A or what was added differs."""
+    group = slot.group
+    rank = ours.settings.rank_of(group)
+    (a, b), (new_a, new_b) = ([x.factor(f"{slot.factor}_{letter}") for letter in "AB"] for x in (ours, theirs))
+    if not np.array_equal(a, new_a[..., :rank]) or new_a[..., rank:].any() or new_b[..., rank:, :].any():
+        return np.inf
+    before, after = (
+        x.astype(np.float64) * (s.alpha_of(group) / s.rank_of(group))
+        for x, s in ((b, ours.settings), (new_b[..., :rank, :], theirs.settings))
+    )
+    return float((np.abs(after - before) / np.where(before == 0, 1.0, np.abs(before))).max())
+
+
+def card(report: Mapping[str, Any]) -> str:
+    """README.md of an exported adapter."""
+    reader = "peft.PeftModel" if report["adapter"] == PEFT else "paddlenlp.peft.LoRAModel"
+    lines = [
+        "# An adapter of DeepSeek-VL2",
+        "",
+        "**From a rehearsal on nano: not for use.**\n" if report["rehearsal"] else "",
+        f"- recipe: {report['recipe']}",
+        f"- base model: {report['base']}",
+        f"- read by: {reader}.from_pretrained(model, FOLDER), with the official model",
+        "",
+        "    bash launch.sh infer model=FOLDER image=... prompt=...",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,146 @@
+"""`bash launch.sh export run=FOLDER`: a whole checkpoint of what was trained, merged in float32, verified, then named.
+
+Written tensor by tensor and verified layer by layer: neither base nor export is ever in memory as a whole.
+`model=FOLDER` writes a model in which nothing was trained, in another layout or type.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from train.ask.source import DTYPES, Source, find_source
+from train.config.load import load_export_config
+from train.config.schema import ExportConfig
+from train.export.adapter import export_adapter
+from train.export.folder import check_out, model_card, plan_export, write_companions, write_weights
+from train.export.merge import Merge, open_merge
+from train.export.verify import make_probe, verify_logits, verify_tensors
+from train.machine.devices import use_device
+from train.machine.disk import check_disk
+from train.store.hub import resolve_model
+from train.store.names import EXPORT_REPORT
+from train.store.versions import versions
+from train.store.whole_folder import write_folder
+from vl2.checkpoint.layouts import Layout
+from vl2.checkpoint.load import open_model
+from vl2.checkpoint.planned_files import Plan
+from vl2.errors import UserError
+from vl2.tokenizer import Tokenizer
+
+
+def main(arguments: list[str]) -> int:
+    """Entry script."""
+    config = load_export_config(arguments)
+    use_device(config.device)
+    report = export(config)
+    print(f"exported to {config.out}")
+    for key, value in {**report["verified"], **report.get("cost", {})}.items():
+        print(f"  {key:32} {value:.3g}" if isinstance(value, float) else f"  {key:32} {value}")
+    if report["rehearsal"]:
+        print("note: this export comes from a rehearsal on nano")
+    return 0
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write and verify one export.
+
+    Returns:
+        What export.json holds: where it comes from, what was verified, and what it cost.
+
+    Raises:
+        UserError: `out` holds something, `run` holds nothing trained, there is no room on the disk, or the export is
+            not what it should be (then nothing stands under its name).
+    """
+    if config.adapter:
+        return export_adapter(config)
+    source, out = _find(config), Path(config.out)
+    layout: Layout = "paddle" if config.layout == "paddle" else "hf"
+    check_out(out, source, overwrite=config.overwrite)
+    merge = open_merge(source, None if config.dtype == "base" else DTYPES[config.dtype])
+    plan = plan_export(merge, layout)
+    check_disk(out, plan.num_bytes, "the export")
+    report: dict[str, Any] = {
+        "run": config.run or config.model,
+        "base": str(source.base),
+        "kind": source.kind,
+        "dtype": merge.dtype_name,
+        "layout": layout,
+        "rehearsal": source.rehearsal,
+        "recipe": source.about.get("recipe", ""),
+        "versions": versions(),
+    }
+
+    def write(folder: Path) -> None:
+        started = time.perf_counter()
+        with _bar("merge and write", plan.num_bytes) as bar:
+            write_weights(folder, merge, plan, layout, bar.update)
+        write_companions(folder, source, merge)
+        written = time.perf_counter()
+        report["verified"] = verify(folder, merge, plan)
+        report["cost"] = {
+            "gigabytes": plan.num_bytes / 1e9,
+            "write_seconds": written - started,
+            "verify_seconds": time.perf_counter() - written,
+            "peak_memory_gigabytes": _peak_memory() / 1e9,
+        }
+        (folder / EXPORT_REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if source.trained is not None:
+            (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+
+    write_folder(out, write)
+    return report
+
+
+def _find(config: ExportConfig) -> Source:
+    if config.run:
+        source = find_source(config.run, config.base)
+        if source.trained is None:
+            raise UserError(
+                f"run={config.run}: nothing was trained there; it is a base model or an export already. To write it in "
+                f"another layout or type: export model={config.run} layout=... out=FOLDER"
+            )
+        return source
+    source = find_source(resolve_model(config.model))
+    if source.trained is not None:
+        raise UserError(f"model={config.model}: weights were trained there; give run={config.model} to export them")
+    return source
+
+
+def verify(folder: Path, merge: Merge, plan: Plan) -> dict[str, Any]:
+    """Read an export back as everybody will, and compare: (a) tensors, (b) the merge, (c) the rounding.
+
+    Returns:
+        The figures.
+
+    Raises:
+        UserError: when it is not what it should be.
+    """
+    try:
+        written = open_model(folder)
+    except ValueError as problem:
+        raise UserError(f"the export was refused: it cannot be read back: {problem}") from problem
+    with _bar("verify tensors", plan.num_bytes) as bar:
+        tensors = verify_tensors(written, merge, bar.update)
+    probe = make_probe(Tokenizer.from_folder(folder), written.skeleton.config.candidate_resolutions)
+
+    def passes(models: list):
+        return tqdm(models, desc="verify logits", unit="model", file=sys.stderr)
+
+    return {**tensors, "probe_tokens": len(probe["input_ids"]), **verify_logits(written, merge, probe, passes)}
+
+
+def _bar(title: str, num_bytes: int) -> tqdm:
+    return tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True, file=sys.stderr, mininterval=1.0)
+
+
+def _peak_memory() -> int:
+    """Most bytes this process had in memory so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,31 @@
+"""Free disk: whether what is to be written fits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from train.machine.memory import gigabytes
+from vl2.errors import UserError
+
+
+def check_disk(target: Path, num_bytes: int, what: str) -> None:
+    """Refuse to write what does not fit on the disk.
+
+    Args:
+        target: file or folder to write, there or not.
+        num_bytes: that it will take.
+        what: its name, for the message.
+
+    Raises:
+        UserError: with the bytes needed and the bytes free.
+    """
+    place = target.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise UserError(
+            f"{target}: no room on the disk: {what} takes {gigabytes(num_bytes)}, {gigabytes(free)} are free; "
+            "free some, or give a folder on another disk"
+        )

@@ -1,0 +1,224 @@
+"""Builds the parts of a training run from its configuration: data and plan, base model, what trains of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import paddle
+from paddle import nn
+
+from data.dataset import Dataset, default_cache, open_dataset
+from data.plan import Plan, make_plan
+from data.record import Record
+from data.shapes.write import write_shapes
+from train.config.schema import TrainConfig
+from train.run.state import trainable_parameters
+from train.store.hub import resolve_model
+from vl2.adapter.folder import check_base, load_factors, open_adapter
+from vl2.checkpoint.load import load_model
+from vl2.config import VL2Config
+from vl2.errors import UserError
+from vl2.lora import GroupReport, LoRASettings, apply_lora
+from vl2.model import DeepseekVL2
+from vl2.parameters import init_model, train_parameters
+from vl2.tiles import Resolution, limit_candidates
+from vl2.tokenizer import Tokenizer
+
+STORED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# In a part's folder of the checkpoint, but never computed with, or never to be trained.
+_NEVER_TRAINED = ("vision.attn_pool.", ".e_score_correction_bias")
+_PARTS = {
+    "vision": ("vision.",),
+    "projector": ("projector.", "image_newline", "view_seperator"),
+    "language": ("language.",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run learns from and is asked."""
+
+    path: str  # of the training data
+    dataset: Dataset
+    plan: Plan
+    tokenizer: Tokenizer
+    candidates: tuple[Resolution, ...]  # resolutions that data.max_tiles leaves
+    questions: tuple[Record, ...]  # held out; empty when nothing is asked
+    questions_path: str | None
+
+
+def build_data(config: TrainConfig) -> Data:
+    """Read, measure and plan the data; draws the shapes when there is no data.path.
+
+    Raises:
+        UserError: a model that cannot be had, no config.json or tokenizer in its folder, a record that cannot be used,
+            an empty data set.
+    """
+    folder = resolve_model(config.model.path)
+    tokenizer = Tokenizer.from_folder(folder)
+    candidates = limit_candidates(VL2Config.from_folder(folder).candidate_resolutions, config.data.max_tiles)
+    path, questions_path = config.data.path, config.data.eval_path
+    if path is None:
+        shapes = config.data.shapes
+        drawn = Path(config.run_dir, "data")
+        path = str(write_shapes(drawn, task=shapes.task, split="train", count=shapes.train, seed=shapes.seed))
+        if questions_path is None:
+            questions_path = str(
+                write_shapes(drawn, task=shapes.task, split="test", count=shapes.test, seed=shapes.seed)
+            )
+
+    def open_file(file: str, max_tokens: int | None, max_tiles: int | None) -> Dataset:
+        return open_dataset(
+            file,
+            tokenizer=tokenizer,
+            candidates=candidates,
+            max_tokens=max_tokens,
+            max_tiles_per_pack=max_tiles,
+            special_tokens=config.data.special_tokens,  # type: ignore[arg-type]  # checked by the schema
+            on_bad_record=config.data.on_bad_record,  # type: ignore[arg-type]
+            max_bad=config.data.max_bad,
+            verify=config.data.verify,  # type: ignore[arg-type]
+            cache=default_cache(file),
+            workers=config.data.workers or None,
+        )
+
+    dataset = open_file(path, config.data.max_tokens, config.data.max_tiles_per_pack)
+    questions: tuple[Record, ...] = ()
+    if questions_path is not None and config.eval.questions:
+        questions = open_file(questions_path, None, None).records[: config.eval.questions]
+    plan = make_plan(
+        dataset.sizes,
+        max_tokens=config.data.max_tokens,
+        max_tiles_per_pack=config.data.max_tiles_per_pack,
+        packs_per_step=config.packs_per_step,
+        seed=config.seed,
+        epochs=None if config.max_steps else config.epochs,
+        max_steps=config.max_steps,
+        order=config.data.order,
+        data_fingerprint=dataset.fingerprint,
+    )
+    return Data(
+        path=path,
+        dataset=dataset,
+        plan=plan,
+        tokenizer=tokenizer,
+        candidates=candidates,
+        questions=questions,
+        questions_path=questions_path,
+    )
+
+
+def build_base(config: TrainConfig, tokenizer: Tokenizer) -> DeepseekVL2:
+    """The base model, all weights frozen and stored in the run's precision.
+
+    Raises:
+        UserError: a folder without config.json, or with missing, unknown or wrongly shaped tensors.
+    """
+    dtype = STORED[config.precision]
+    folder = resolve_model(config.model.path)  # in the cache since build_data, where it was a name
+    if config.model.init == "random":
+        model = init_model(VL2Config.from_folder(folder), tokenizer.image_id, seed=config.seed, dtype=dtype)
+    else:
+        model = load_model(folder, dtype=dtype)
+    if paddle.get_device().startswith("gpu"):
+        model.compute_dtype = dtype
+    model.set_recompute(config.recompute)
+    return model
+
+
+def make_trainable(
+    model: DeepseekVL2, config: TrainConfig, *, candidates: tuple[Resolution, ...], base_fingerprint: str
+) -> tuple[nn.Layer, tuple[GroupReport, ...]]:
+    """Add the adapters, or with lora.rank 0 unfreeze parts.
+
+    Args:
+        model: from `build_base`, changed in place.
+        candidates: resolutions in force, which an export writes down.
+        base_fingerprint: of `model`; an adapter to start from must have been trained on it.
+
+    Returns:
+        (the VL2LoRAModel or the model itself, reports of the LoRA groups).
+
+    Raises:
+        UserError: a group that matches nothing, or an adapter (lora.init) that does not fit.
+    """
+    model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
+    if config.lora.rank == 0:
+        train_parameters(model, trained_names((name for name, _ in model.named_parameters()), config.trainable))
+        return model, ()
+    settings = lora_settings(config)
+    lora_model = apply_lora(model, settings, seed=config.seed)
+    if config.lora.init:
+        check_base(config.lora.init, base_fingerprint)
+        adapter = open_adapter(config.lora.init, model)
+        check_settings(adapter.settings, settings, config.lora.init)
+        load_factors(lora_model, adapter)
+    return lora_model, lora_model.reports
+
+
+def trained_names(names: Iterable[str], parts: Sequence[str]) -> list[str]:
+    """Those of a model's parameters that train when `parts` of it do."""
+    prefixes = tuple(prefix for part in parts for prefix in _PARTS[part])
+    return [name for name in names if name.startswith(prefixes) and not any(word in name for word in _NEVER_TRAINED)]
+
+
+def lora_settings(config: TrainConfig) -> LoRASettings:
+    """The adapters that a configuration with lora.rank > 0 asks for."""
+    return LoRASettings(
+        groups=tuple(config.lora.groups),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        ranks=dict(config.lora.ranks),
+        alphas=dict(config.lora.alphas),
+    )
+
+
+def check_settings(adapter: LoRASettings, run: LoRASettings, folder: str) -> None:
+    """Refuse to start from an adapter whose factors would mean something else under this run's settings.
+
+    Raises:
+        UserError: with the keys to give.
+    """
+
+    def meaning(settings: LoRASettings) -> dict[str, tuple[int, float]]:
+        return {group: (settings.rank_of(group), settings.alpha_of(group)) for group in settings.groups}
+
+    if meaning(adapter) == meaning(run):
+        return
+    keys = [f"lora.groups=[{','.join(adapter.groups)}] lora.rank={adapter.rank} lora.alpha={adapter.alpha:g}"]
+    keys += [f"lora.ranks.{group}={rank}" for group, rank in adapter.ranks.items()]
+    keys += [f"lora.alphas.{group}={alpha:g}" for group, alpha in adapter.alphas.items()]
+    raise UserError(
+        f"lora.init={folder}: this adapter has other groups, ranks or alphas than the run and would be another one "
+        f"there; give {' '.join(keys)}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCount:
+    """Numbers in one part of the model."""
+
+    part: str  # vision, projector (with the two learned rows) or language
+    trainable: int
+    frozen: int
+    stored_bytes: int  # of both
+
+
+def count_parts(model: nn.Layer) -> tuple[PartCount, ...]:
+    """Trainable and frozen numbers of each part; adapters count where their weights lie."""
+    trainable = trainable_parameters(model)
+    inner = getattr(model, "model", model)
+    counts = []
+    for part, prefixes in _PARTS.items():
+        parameters = {name: p for name, p in inner.named_parameters() if name.startswith(prefixes)}
+        sizes = {name: int(p.size) for name, p in parameters.items()}
+        learned = sum(size for name, size in sizes.items() if name in trainable)
+        stored = sum(size * parameters[name].element_size() for name, size in sizes.items())
+        counts.append(
+            PartCount(part=part, trainable=learned, frozen=sum(sizes.values()) - learned, stored_bytes=stored)
+        )
+    return tuple(counts)

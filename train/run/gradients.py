@@ -1,0 +1,86 @@
+"""Gradients between backward and the optimizer: which weights were reached, zeros for the rest, the sum over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import paddle
+import paddle.distributed as dist
+from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
+
+from train.run.barrier import barrier
+
+# Weights that only images reach: a step without images says nothing about them.
+IMAGE_PARTS = ("vision.", "projector.", "image_newline", "view_seperator")
+
+
+class ReachCheck:
+    """Proves once that backward reaches every trainable weight.
+
+    A weight counts as reached when some micro-batch of some rank gave it a gradient, even one of zeros: A of a fresh
+    LoRA pair has a zero gradient because B is zero, and an idle expert's slice is zero, but both are on the path. A
+    weight that no path uses (an adapter on a projection whose `.weight` is read past its forward) gets none at all.
+    """
+
+    def __init__(self, names: list[str]):
+        self._open = list(names)
+
+    def update(self, reached: set[str], has_images: bool) -> None:
+        """Take in one optimizer step.
+
+        Args:
+            reached: names of the parameters that hold a gradient on this rank.
+            has_images: whether a supervised pack of this rank's step had images.
+
+        Raises:
+            RuntimeError: naming weights that the step should have reached; on all ranks alike.
+        """
+        if not self._open:
+            return
+        seen = np.array([has_images, *(name in reached for name in self._open)], dtype="int32")
+        if dist.get_world_size() > 1:
+            total = paddle.to_tensor(seen)
+            dist.all_reduce(total)
+            seen = total.numpy()
+        missed = [name for name, count in zip(self._open, seen[1:], strict=True) if not count]
+        lost = missed if seen[0] else [name for name in missed if not name.startswith(IMAGE_PARTS)]
+        if lost:
+            listed = ", ".join(lost[:8]) + (f" and {len(lost) - 8} more" if len(lost) > 8 else "")
+            raise RuntimeError(
+                f"no gradient reaches {len(lost)} trainable weights in the first step: {listed}. The forward pass does "
+                "not use them; take their group out of lora.groups (or their part out of trainable), or mend the model"
+            )
+        self._open = missed
+
+
+def fill_zeros(parameters: Mapping[str, paddle.Tensor]) -> None:
+    """Give zeros to parameters without a gradient (only text, an empty pack).
+
+    So every rank reduces the same tensors, and AdamW's moments decay alike whichever rank saw the data.
+    """
+    for parameter in parameters.values():
+        if parameter.grad is None:
+            parameter.grad = paddle.zeros_like(parameter)
+
+
+def sum_over_ranks(parameters: Mapping[str, paddle.Tensor]) -> None:
+    """Replace the gradients by their sum over all ranks; every parameter must hold one."""
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return
+    fused_allreduce_gradients(list(parameters.values()), None)  # gives the mean
+    with paddle.no_grad():
+        for parameter in parameters.values():
+            parameter.grad.scale_(float(ranks))
+
+
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows of all ranks, float64 [ranks * n, columns]; every rank must give the same number."""
+    if dist.get_world_size() == 1:
+        return rows
+    if paddle.get_device() == "cpu":
+        barrier()  # gloo gives up after 30 seconds, and one rank's packs may take longer than another's
+    parts: list[paddle.Tensor] = []
+    dist.all_gather(parts, paddle.to_tensor(rows))
+    return np.concatenate([part.numpy() for part in parts])

@@ -1,0 +1,55 @@
+"""Memory that training takes in each process, from the model's config alone; what does not fit is refused."""
+
+from __future__ import annotations
+
+from train.ask.model_memory import ITEM_BYTES, Need, _sizes
+from train.config.schema import TrainConfig
+from train.machine.memory import check_memory
+from train.run.build import STORED, lora_settings, trained_names
+from train.store.hub import resolve_model
+from vl2.checkpoint.published import published
+from vl2.config import VL2Config
+from vl2.lora import plan_factors
+from vl2.parameters import build_model
+
+# Trainable weights, gradients and Adam's two moments, all float32.
+TRAINED_BYTES = 16
+
+
+def training_need(model: VL2Config, config: TrainConfig) -> Need:
+    """What training a model takes, in each process.
+
+    Raises:
+        UserError: a LoRA group that matches nothing in this model.
+    """
+    skeleton = build_model(model, 0)
+    sizes = _sizes(skeleton)
+    if config.lora.rank == 0:
+        learned = sum(sizes[name] for name in trained_names(sizes, config.trainable))
+        frozen = sum(sizes.values()) - learned
+    else:
+        frozen = sum(sizes.values())
+        learned = sum(report.parameters for report in plan_factors(skeleton, lora_settings(config)))
+    return Need(frozen=frozen * ITEM_BYTES[STORED[config.precision]], trained=learned * TRAINED_BYTES)
+
+
+def check_training(config: TrainConfig, num_processes: int) -> None:
+    """Refuse to train what does not fit into memory; a published model even before it is fetched.
+
+    Args:
+        num_processes: that share the memory: those of this machine on a CPU, 1 on a GPU.
+
+    Raises:
+        UserError: with the figures and what would need less.
+    """
+    known = published(config.model.path)
+    model = VL2Config.from_folder(known.config.parent if known else resolve_model(config.model.path))
+    need = training_need(model, config)
+    each = f", in each of {num_processes} processes" if num_processes > 1 else ""
+    advice = "use a machine with more, or a smaller model"
+    if config.lora.rank == 0:
+        advice += ", or train adapters instead of all weights (lora.rank=8)"
+    if config.precision == "fp32":
+        advice += ", or precision=bf16"
+    what = f"training {config.model.path} takes {need}{each}"
+    check_memory(need.num_bytes * num_processes, what, advice)

@@ -1,0 +1,154 @@
+"""What a checkpoint of a run holds, written and read: trained weights, optimizer, step, history.
+
+    adapter/ or weights/     the trained weights, as a finished run has them
+    optimizer.safetensors    AdamW's state by structured name
+    state.json               step, identity, history, fp16 scale, versions
+    trainer_state.json       what paddlenlp's Trainer counts by
+    config.yaml              the resolved configuration
+
+There is no RNG state: randomness is a function of (seed, step, pack).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import paddle
+from paddle import nn
+
+from train.run.optim import optimizer_state, set_optimizer_state
+from train.store.names import ADAPTER, OPTIMIZER_FILE, STATE_FILE, WEIGHTS, WEIGHTS_FILE, WEIGHTS_METADATA
+from train.store.versions import versions
+from vl2.adapter.folder import load_factors, open_adapter, save_adapter
+from vl2.checkpoint.tensor_files import read_header, write_safetensors
+from vl2.errors import UserError
+from vl2.lora import VL2LoRAModel
+
+
+@dataclass(kw_only=True)
+class History:
+    """Of all optimizer steps so far, through every interruption."""
+
+    losses: list[float] = field(default_factory=list)  # mean per supervised token of each step
+    tokens: int = 0
+    seconds: float = 0.0  # in steps; loading, evaluation and saving are not counted
+
+    def add(self, loss: float, tokens: int, seconds: float) -> None:
+        """Take in one step."""
+        self.losses.append(loss)
+        self.tokens += tokens
+        self.seconds += seconds
+
+
+def trainable_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
+    """Trainable parameters by their path in the DeepseekVL2, whether or not it is wrapped for LoRA."""
+    inner = model.model if isinstance(model, VL2LoRAModel) else model
+    return {name: p for name, p in inner.named_parameters() if not p.stop_gradient}
+
+
+def trained_folder(parent: Path, model: nn.Layer) -> Path:
+    """Where the trained weights of a model lie in a run's or a checkpoint's folder."""
+    return parent / (ADAPTER if isinstance(model, VL2LoRAModel) else WEIGHTS)
+
+
+def save_trained(model: nn.Layer, folder: Path, about: Mapping[str, Any]) -> None:
+    """Write the trained weights into an existing folder.
+
+    Args:
+        model: a VL2LoRAModel, or a DeepseekVL2 with trainable parameters.
+        about: metadata of the run, found again beside the weights.
+    """
+    if isinstance(model, VL2LoRAModel):
+        save_adapter(model, folder, about)
+        return
+    values = {name: p.numpy() for name, p in trainable_parameters(model).items()}
+    write_safetensors(folder / WEIGHTS_FILE, values, dict.fromkeys(values, "float32"))
+    text = json.dumps(dict(about), indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / WEIGHTS_METADATA).write_text(text + "\n", encoding="utf-8")
+
+
+def load_trained(model: nn.Layer, folder: Path) -> None:
+    """Set the trainable weights of a model from a folder that `save_trained` filled.
+
+    Raises:
+        UserError: listing names that are missing, unknown or wrongly shaped.
+    """
+    if isinstance(model, VL2LoRAModel):
+        load_factors(model, open_adapter(folder, model.model))
+        return
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: no trained weights there")
+    stored, parameters = read_header(path)[0], trainable_parameters(model)
+    wrong = sorted(
+        name
+        for name in stored.keys() | parameters.keys()
+        if name not in stored or name not in parameters or list(stored[name].shape) != list(parameters[name].shape)
+    )
+    if wrong:
+        raise UserError(
+            f"{path}: the weights do not fit what trains (missing, unknown or shaped otherwise): {wrong[:10]}"
+        )
+    for name, parameter in parameters.items():
+        parameter.set_value(stored[name].read())
+
+
+def save_state(
+    folder: Path,
+    *,
+    model: nn.Layer,
+    optimizer: paddle.optimizer.AdamW,
+    step: int,
+    identity: Mapping[str, Any],
+    history: History,
+    about: Mapping[str, Any],
+    config_yaml: str,
+    scaler: Mapping[str, Any] | None = None,
+) -> None:
+    """Fill a checkpoint folder (trainer_state.json is the Trainer's).
+
+    Args:
+        step: optimizer steps made.
+        identity: see train.run.identity.
+        about: metadata for the weights.
+        scaler: state of the fp16 loss scaler.
+    """
+    trained_folder(folder, model).mkdir()
+    save_trained(model, trained_folder(folder, model), about)
+    state = optimizer_state(optimizer, trainable_parameters(model))
+    write_safetensors(folder / OPTIMIZER_FILE, state, dict.fromkeys(state, "float32"))
+    document = {
+        "step": step,
+        "identity": dict(identity),
+        "history": asdict(history),
+        "scaler": {**scaler, "scale": scaler["scale"].tolist()} if scaler else None,
+        "versions": versions(),
+    }
+    (folder / STATE_FILE).write_text(json.dumps(document) + "\n", encoding="utf-8")
+    (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def load_optimizer(
+    folder: Path, optimizer: paddle.optimizer.AdamW, parameters: Mapping[str, paddle.Tensor]
+) -> tuple[int, dict[str, Any] | None]:
+    """Set the optimizer from a checkpoint.
+
+    Returns:
+        (optimizer steps made, state of the fp16 scaler if there was one).
+
+    Raises:
+        UserError: when the state is that of other weights.
+    """
+    stored = read_header(folder / OPTIMIZER_FILE)[0]
+    set_optimizer_state(optimizer, parameters, {name: tensor.read() for name, tensor in stored.items()})
+    document = read_state(folder)
+    return document["step"], document["scaler"]

@@ -1,0 +1,138 @@
+"""An adapter on disk: written as a run does, read from any of the three formats, put on its base.
+
+A run writes the factors as safetensors under PaddleNLP's names, experts stacked, and lora_config.json. The readers are
+our own and strict: PaddleNLP's accepts a half-missing, wrongly shaped adapter without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from paddle import nn
+
+from vl2.adapter.foreign import Adapter, Piece, open_foreign
+from vl2.adapter.formats import (
+    ENTRY,
+    OWN,
+    OWN_FILE,
+    PADDLE_CONFIG,
+    PEFT,
+    adapter_format,
+    adapter_metadata,
+    adapter_tensors,
+    read_json,
+)
+from vl2.adapter.paddle_format import PADDLE_NAMES, read_paddle_config
+from vl2.adapter.peft_format import PEFT_NAMES, read_peft_config
+from vl2.adapter.slots import difference, factor_shapes, slots
+from vl2.checkpoint.tensor_files import write_safetensors
+from vl2.errors import UserError
+from vl2.lora import LoRASettings, VL2LoRAModel, apply_lora
+
+
+def save_adapter(lora_model: VL2LoRAModel, folder: str | Path, metadata: Mapping[str, Any]) -> None:
+    """Write the factors and lora_config.json into an existing folder.
+
+    Args:
+        lora_model: its factors are written in float32.
+        folder: not made safe against interruption here, see train.store.whole_folder.
+        metadata: JSON values to find again in `Adapter.metadata`.
+    """
+    folder = Path(folder)
+    factors = {name: p.numpy() for name, p in lora_model.factors().items()}
+    write_safetensors(folder / OWN_FILE, factors, dict.fromkeys(factors, "float32"))
+    document = {
+        **lora_model.lora_config.to_dict(),  # what PaddleNLP reads
+        "scaling": lora_model.lora_config.scaling,
+        ENTRY: {"settings": asdict(lora_model.settings), "metadata": dict(metadata)},
+    }
+    text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / PADDLE_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def open_adapter(folder: str | Path, model: nn.Layer) -> Adapter:
+    """Look at an adapter of any format; every name and shape is checked against the model, no weights are read.
+
+    Args:
+        folder: of the adapter.
+        model: its base, a DeepseekVL2 with or without factors; weights need not be in memory.
+
+    Raises:
+        UserError: no adapter there, settings that cannot be read here, or weights that do not fit the settings and
+            the model; lists the names.
+    """
+    folder = Path(folder)
+    metadata = adapter_metadata(folder)
+    form = adapter_format(folder)
+    if form != OWN:
+        read, names = (read_peft_config, PEFT_NAMES) if form == PEFT else (read_paddle_config, PADDLE_NAMES)
+        return open_foreign(folder, adapter_tensors(folder, str(form)), read(folder), names, model, metadata)
+    stored, settings = adapter_tensors(folder, OWN), _own_settings(folder)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    if lines := difference(shapes, factor_shapes(settings, slots(model))):
+        where = folder / OWN_FILE
+        raise UserError("\n".join([f"{where}: the adapter does not fit the model and its LoRA groups", *lines]))
+    pieces = {name: (Piece(tensor),) for name, tensor in stored.items()}
+    return Adapter(folder=folder, settings=settings, metadata=metadata, shapes=shapes, pieces=pieces)
+
+
+def _own_settings(folder: Path) -> LoRASettings:
+    path = folder / PADDLE_CONFIG
+    try:
+        entry = read_json(path)[ENTRY]["settings"]
+        return LoRASettings(**{**entry, "groups": tuple(entry["groups"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: not the configuration of an adapter made here ({error!r})") from error
+
+
+def load_factors(lora_model: VL2LoRAModel, adapter: Adapter) -> None:
+    """Set the factors of a model from an adapter; nothing is changed unless every name and shape fits.
+
+    Modules that a foreign adapter leaves out of a group keep their A, and their B, which is zero in a new model.
+
+    Raises:
+        UserError: listing the missing, unknown and wrongly shaped names.
+    """
+    factors = lora_model.factors()
+    if lines := difference(adapter.shapes, {name: p.shape for name, p in factors.items()}):
+        raise UserError("\n".join([f"{adapter.folder}: the adapter does not fit the model's LoRA groups", *lines]))
+    for name, parameter in factors.items():
+        parameter.set_value(adapter.factor(name, parameter.numpy()))
+
+
+def load_adapter(model: nn.Layer, folder: str | Path, *, base_fingerprint: str | None = None) -> VL2LoRAModel:
+    """Put an adapter on its base model.
+
+    Args:
+        model: a DeepseekVL2, changed in place.
+        folder: of the adapter, in any format.
+        base_fingerprint: of `model`; compared with the adapter's where both are known.
+
+    Raises:
+        UserError: when the adapter was trained on another base, or does not fit.
+    """
+    check_base(folder, base_fingerprint)
+    adapter = open_adapter(folder, model)
+    lora_model = apply_lora(model, adapter.settings)
+    load_factors(lora_model, adapter)
+    lora_model.eval()
+    return lora_model
+
+
+def check_base(folder: str | Path, base_fingerprint: str | None) -> None:
+    """Refuse an adapter that says it was trained on another base; one trained elsewhere says nothing.
+
+    Raises:
+        UserError: with both fingerprints.
+    """
+    metadata = adapter_metadata(folder)
+    expected = metadata.get("base_fingerprint")
+    if base_fingerprint is not None and expected is not None and base_fingerprint != expected:
+        raise UserError(
+            f"{folder}: this adapter was trained on another base model ({metadata.get('base')}, fingerprint "
+            f"{expected[:12]}; the model given has {base_fingerprint[:12]})"
+        )

@@ -1,0 +1,96 @@
+"""lora_config.json of PaddleNLP: what it says of each module, and ours in its words.
+
+Source: paddlenlp.peft (LoRAConfig, LoRAModel.from_pretrained) of 3.0.0b4, which reads safetensors only through an index
+and only with the format "np"; PaddleMIX names the modules of DeepSeek-VL2 as the official code does. One rank and one
+alpha for all modules: a smaller rank is filled up with zeros, another scaling goes into B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from paddlenlp.peft import LoRAConfig
+
+from vl2.adapter.foreign import Declaration, Names, dropout, positive, refuse
+from vl2.adapter.formats import PADDLE_CONFIG, PADDLE_SHARD, read_json
+from vl2.adapter.peft_format import compiled, number, official_pattern
+from vl2.errors import UserError
+from vl2.lora import LoRASettings
+
+PADDLE_NAMES = Names(lambda module, letter: f"{module}.lora_{letter}", transposed=False)
+
+# Keys that do not change what a trained adapter computes.
+_WITHOUT_EFFECT = {
+    *("base_model_name_or_path", "dtype", "head_dim", "lora_plus_scale", "merge_weights", "scaling", "use_quick_lora"),
+}
+_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "tensor_parallel_degree"}
+
+
+def common_settings(settings: LoRASettings) -> LoRASettings:
+    """The nearest settings with one rank and one alpha: those of a group of the largest rank."""
+    largest = max(settings.groups, key=settings.rank_of)
+    return LoRASettings(
+        groups=settings.groups,
+        rank=settings.rank_of(largest),
+        alpha=settings.alpha_of(largest),
+        dropout=settings.dropout,
+    )
+
+
+def paddle_config(settings: LoRASettings, base: str) -> dict[str, Any]:
+    """lora_config.json for these settings, which must have one rank and one alpha.
+
+    Args:
+        settings: from `common_settings`.
+        base: name or folder of the base model.
+    """
+    config = LoRAConfig(
+        r=settings.rank,
+        lora_alpha=number(settings.alpha),  # type: ignore[arg-type]  # annotated int, used as a number
+        lora_dropout=settings.dropout,
+        target_modules=[official_pattern(group) for group in settings.groups],
+        # PaddleMIX loads the base in this type to merge; in bfloat16 most of the addition would be lost.
+        dtype="float32",
+        base_model_name_or_path=base,
+    )
+    return {**config.to_dict(), "scaling": config.scaling}
+
+
+def paddle_index(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The index that PaddleNLP looks for, with all tensors in one shard."""
+    size = sum(array.nbytes for array in tensors.values())
+    return {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, PADDLE_SHARD)}
+
+
+def read_paddle_config(folder: Path) -> Declaration:
+    """Read lora_config.json.
+
+    Raises:
+        UserError: another method than plain LoRA, or a value that cannot be; names the key.
+    """
+    path = folder / PADDLE_CONFIG
+    document = read_json(path)
+    if (document.get("tensor_parallel_degree") or -1) > 1:
+        refuse(path, "tensor_parallel_degree", document["tensor_parallel_degree"], "merge its parts first")
+    for key, value in document.items():
+        if key not in _READ and key not in _WITHOUT_EFFECT and value:
+            refuse(path, key, value)
+    rank = positive(path, "r", document.get("r"), int)
+    alpha = positive(path, "lora_alpha", document.get("lora_alpha"), float)
+    targets = document.get("target_modules")
+    listed = [targets] if isinstance(targets, str) else targets
+    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
+        raise UserError(f"{path}: target_modules is {targets!r}; expected a list of regular expressions")
+    patterns = [compiled(path, "target_modules", text) for text in listed]
+    return Declaration(
+        path=path,
+        targets=lambda module: any(pattern.fullmatch(module) for pattern in patterns),
+        rank_of=lambda module: rank,
+        alpha_of=lambda module: alpha,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout(path, document.get("lora_dropout")),
+    )

@@ -1,0 +1,59 @@
+"""A model whose layers read their weights when they are called and forget them afterwards.
+
+For computing with a model that does not fit into memory, or with several versions of one: a pass holds one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import paddle
+from paddle import nn
+
+from vl2.model import DeepseekVL2
+from vl2.parameters import parameter_owner, set_parameter
+
+# In every checkpoint, computed with by no model.
+_UNUSED = "vision.attn_pool."
+
+
+def stream_weights(model: DeepseekVL2, value_of: Callable[[str], paddle.Tensor]) -> None:
+    """Have a model without weights read them while it computes.
+
+    Args:
+        model: from `vl2.parameters.build_model`, possibly with LoRA layers added; changed in place. Only for inference:
+            nothing would be there for a backward pass.
+        value_of: gives a parameter's value by its path, in the model's orientation; called in each forward pass again,
+            except for the few small parameters outside of layers.
+    """
+    inner = model.language.model
+    streamed = {
+        "language.model.embed_tokens": inner.embed_tokens,
+        "language.lm_head": model.language.lm_head,
+        "projector": model.projector,
+        **{f"language.model.layers.{i}": layer for i, layer in enumerate(inner.layers)},
+        **{f"vision.blocks.{i}": block for i, block in enumerate(model.vision.blocks)},
+    }
+    waiting = {path: p for path, p in model.named_parameters() if not p._is_initialized()}
+    for prefix, layer in streamed.items():
+        paths = [path for path in waiting if path.startswith(f"{prefix}.")]
+        _stream(model, layer, {path: waiting.pop(path) for path in paths}, value_of)
+    for path in waiting:
+        if not path.startswith(_UNUSED):
+            set_parameter(model, path, value_of(path))
+
+
+def _stream(
+    model: DeepseekVL2, layer: nn.Layer, empty: dict[str, paddle.Tensor], value_of: Callable[[str], paddle.Tensor]
+) -> None:
+    def read(layer, inputs):
+        for path in empty:
+            set_parameter(model, path, value_of(path))
+
+    def forget(layer, inputs, outputs):
+        for path, parameter in empty.items():
+            owner, leaf = parameter_owner(model, path)
+            owner._parameters[leaf] = parameter
+
+    layer.register_forward_pre_hook(read)
+    layer.register_forward_post_hook(forget)
