@@ -40,7 +40,7 @@ class Shard:
 
     def header(self) -> bytes:
         """What the file begins with."""
-        return safetensors_header({name: ("BF16", shape) for name, shape in self.shapes.items()}, {"format": "pt"})
+        return safetensors_header({name: ("bfloat16", shape) for name, shape in self.shapes.items()}, {"format": "pt"})
 
 
 def tensor_bytes(shape: tuple[int, ...]) -> int:

@@ -130,7 +130,7 @@ def test_a_shard_reads_back(tmp_path):
     holes, _ = read_header(tmp_path / "holes")
     assert metadata == {"format": "pt"}
     assert {name: tensor.shape for name, tensor in whole.items()} == shard.shapes
-    assert {tensor.dtype for tensor in whole.values()} == {"BF16"}
+    assert {tensor.dtype for tensor in whole.values()} == {"bfloat16"}
     assert [tensor[1:] for tensor in whole.values()] == [tensor[1:] for tensor in holes.values()]
     for name, tensor in whole.items():
         assert np.array_equal(tensor.read().ravel(), np.concatenate(list(draw(name, tensor.shape, 5)))), name

@@ -10,7 +10,7 @@ import paddle
 from paddle import nn
 
 from train.ask.model_memory import check_inference
-from train.ask.source import DTYPES, Source, find_source, stored_dtype
+from train.ask.source import Source, find_source, stored_dtype
 from train.store.hub import resolve_model
 from train.store.names import WEIGHTS_FILE
 from vl2.checkpoint.fingerprint import model_fingerprint, stored_fingerprint
@@ -18,6 +18,7 @@ from vl2.checkpoint.load import load_model, open_model
 from vl2.checkpoint.published import published
 from vl2.checkpoint.tensor_files import read_header
 from vl2.config import VL2Config
+from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.model import DeepseekVL2
 from vl2.parameters import init_model, set_parameter
@@ -52,10 +53,10 @@ def load(folder: str | Path, precision: str = "auto", base: str = "") -> Loaded:
         UserError: see `resolve_model`, `find_source` and `load_model`; an adapter of another base.
     """
     if published(folder):  # before it is fetched
-        check_inference(folder, DTYPES.get(precision, "bfloat16"))
+        check_inference(folder, DTYPE_OF_SETTING.get(precision, "bfloat16"))
     source = find_source(resolve_model(folder), base)
     tokenizer = Tokenizer.from_folder(source.base)
-    dtype = DTYPES[precision] if precision != "auto" else stored_dtype(source.base)
+    dtype = DTYPE_OF_SETTING[precision] if precision != "auto" else stored_dtype(source.base)
     check_inference(source.base, dtype)
     model = load_base(source, tokenizer, dtype)
     lora = None
@@ -77,7 +78,7 @@ def base_fingerprint(source: Source, model: DeepseekVL2) -> str:
     """Fingerprint of an adapter's base in the precision of the training, whatever the model is stored in now."""
     if source.about.get("init") == "random" or "precision" not in source.about:
         return model_fingerprint(model)
-    return stored_fingerprint(open_model(source.base), DTYPES[source.about["precision"]])
+    return stored_fingerprint(open_model(source.base), DTYPE_OF_SETTING[source.about["precision"]])
 
 
 def load_base(source: Source, tokenizer: Tokenizer, dtype: str) -> DeepseekVL2:

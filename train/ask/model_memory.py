@@ -14,9 +14,8 @@ from paddle import nn
 from train.machine.memory import check_memory, gigabytes
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
+from vl2.dtypes import item_bytes
 from vl2.parameters import build_model
-
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +42,9 @@ def inference_need(config: VL2Config, dtype: str) -> Need:
     """What loading a model takes.
 
     Args:
-        dtype: stored type of the weights, Paddle's name.
+        dtype: stored type of the weights.
     """
-    return Need(frozen=sum(_sizes(build_model(config, 0)).values()) * ITEM_BYTES[dtype], trained=0)
+    return Need(frozen=sum(_sizes(build_model(config, 0)).values()) * item_bytes(dtype), trained=0)
 
 
 def check_inference(model: str | Path, dtype: str) -> None:
@@ -53,7 +52,7 @@ def check_inference(model: str | Path, dtype: str) -> None:
 
     Args:
         model: folder, or name of a published model.
-        dtype: stored type of the weights, Paddle's name.
+        dtype: stored type of the weights.
 
     Raises:
         UserError: with the figures and what would need less.

@@ -11,9 +11,8 @@ from train.store.hub import resolve_model
 from train.store.names import ADAPTER, EXPORT_REPORT, WEIGHTS, WEIGHTS_METADATA
 from vl2.adapter.formats import PADDLE_CONFIG, PEFT_CONFIG, adapter_format, adapter_metadata
 from vl2.checkpoint.folder import checkpoint_tensors
+from vl2.dtypes import WEIGHT_DTYPES
 from vl2.errors import UserError
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +84,11 @@ def _base_of(trained: Path, about: dict[str, Any], given: str) -> Path:
 
 
 def stored_dtype(folder: Path) -> str:
-    """Paddle's name of the type that most weights of a checkpoint are stored in; bfloat16 when there are none."""
+    """The type that most weights of a checkpoint are stored in; bfloat16 when there are none."""
     try:
         stored = checkpoint_tensors(folder)
     except ValueError:
         return "bfloat16"
     kinds = [tensor.dtype for tensor in stored.values()]
-    return {"F32": "float32", "F16": "float16"}.get(max(set(kinds), key=kinds.count), "bfloat16")
+    most = max(set(kinds), key=kinds.count, default="bfloat16")
+    return most if most in WEIGHT_DTYPES else "bfloat16"

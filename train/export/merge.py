@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from train.ask.source import DTYPES, Source, stored_dtype
+from train.ask.source import Source, stored_dtype
 from train.store.names import WEIGHTS_FILE
 from vl2.checkpoint.fingerprint import stored_fingerprint
 from vl2.checkpoint.layouts import Part
 from vl2.checkpoint.load import StoredModel, hold_model, open_model
-from vl2.checkpoint.tensor_files import FILE_TYPES, StoredTensor, cast, read_header
+from vl2.checkpoint.tensor_files import StoredTensor, cast, read_header
 from vl2.config import VL2Config
+from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.lora import Delta, VL2LoRAModel, deltas
 from vl2.parameters import build_model, init_model
@@ -27,7 +28,7 @@ class Merge:
     """A base and what training made of it; values are read and computed when they are asked for."""
 
     base: StoredModel
-    dtype: str | None  # of the exported files, as safetensors names it; None: each tensor as in the base
+    dtype: str | None  # of the exported files; None: each tensor as in the base
     lora: VL2LoRAModel | None = None  # around a model without base weights
     deltas: Mapping[str, Delta] = field(default_factory=dict)  # of an adapter, by official name
     weights: Mapping[str, StoredTensor] = field(default_factory=dict)  # of a full fine-tune, by parameter path
@@ -38,9 +39,8 @@ class Merge:
 
     @property
     def dtype_name(self) -> str:
-        """Paddle's name of the type of the exported files; of several joined."""
-        found = {self.dtype_of(name) for name in self.base.tensors}
-        return "/".join(sorted(name for name, kind in FILE_TYPES.items() if kind in found))
+        """The type of the exported files; of several joined."""
+        return "/".join(sorted({self.dtype_of(name) for name in self.base.tensors}))
 
     def trained(self) -> set[str]:
         """Everything that training made: paths of the adapter's factors, or of whole parameters."""
@@ -60,14 +60,14 @@ class Merge:
                 return stored.read()
             expert, *rest = part.at
             return stored.row(expert).read()[tuple(rest)]
-        base = cast(self.base.piece(part), self.base.tensors[part.name].dtype, "F32")
+        base = cast(self.base.piece(part), self.base.tensors[part.name].dtype, "float32")
         return self.deltas[part.name].add_to(base) if part.name in self.deltas else base
 
     def rounded(self, path: str, part: Part) -> np.ndarray:
         """The bits of one exported tensor, in its parameter's orientation."""
         target = self.dtype_of(part.name)
         if self.taken(path, part):
-            return cast(self.merged(path, part), "F32", target)
+            return cast(self.merged(path, part), "float32", target)
         return cast(self.base.piece(part), self.base.tensors[part.name].dtype, target)
 
     def trained_parameter(self, path: str) -> paddle.Tensor:
@@ -89,20 +89,19 @@ def open_merge(source: Source, dtype: str | None) -> Merge:
 
     Args:
         source: a base model alone, an adapter, or a full fine-tune.
-        dtype: Paddle's name of the type to export; None as in the base.
+        dtype: the type to export; None as in the base.
 
     Raises:
         UserError: when base or training do not fit their names and shapes, or each other.
     """
-    target = FILE_TYPES[dtype] if dtype else None
     if source.about.get("init") == "random":
         tokenizer = Tokenizer.from_folder(source.base)
-        kind = "float32" if source.kind == "weights" else DTYPES[source.about["precision"]]
+        kind = "float32" if source.kind == "weights" else DTYPE_OF_SETTING[source.about["precision"]]
         model = init_model(
             VL2Config.from_folder(source.base), tokenizer.image_id, seed=source.about["seed"], dtype=kind
         )
         base = hold_model(source.base, model, kind)
-        target = target or FILE_TYPES[stored_dtype(source.base)]
+        dtype = dtype or stored_dtype(source.base)
     else:
         base = open_model(source.base)
     if source.kind == "adapter":
@@ -110,13 +109,13 @@ def open_merge(source: Source, dtype: str | None) -> Merge:
 
         assert source.trained is not None
         skeleton = build_model(base.skeleton.config, base.skeleton.image_token_id)
-        kind = DTYPES.get(source.about.get("precision", ""), stored_dtype(source.base))
+        kind = DTYPE_OF_SETTING.get(source.about.get("precision", ""), stored_dtype(source.base))
         lora = load_adapter(skeleton, source.trained, base_fingerprint=stored_fingerprint(base, kind))
-        return Merge(base=base, dtype=target, lora=lora, deltas=deltas(lora))
+        return Merge(base=base, dtype=dtype, lora=lora, deltas=deltas(lora))
     if source.kind == "weights":
         assert source.trained is not None
-        return Merge(base=base, dtype=target, weights=_read_weights(source.trained, base))
-    return Merge(base=base, dtype=target)
+        return Merge(base=base, dtype=dtype, weights=_read_weights(source.trained, base))
+    return Merge(base=base, dtype=dtype)
 
 
 def _read_weights(folder: Path, base: StoredModel) -> dict[str, StoredTensor]:
@@ -125,9 +124,9 @@ def _read_weights(folder: Path, base: StoredModel) -> dict[str, StoredTensor]:
         raise UserError(f"{folder}: no {WEIGHTS_FILE} there; expected the trained weights of a full fine-tune")
     stored = read_header(path)[0]
     wrong = [
-        f"{name} is {tensor.dtype}{list(tensor.shape)}, expected F32{base.shapes.get(name, ' of no parameter')}"
+        f"{name} is {tensor.dtype}{list(tensor.shape)}, expected float32{base.shapes.get(name, ' of no parameter')}"
         for name, tensor in stored.items()
-        if base.shapes.get(name) != list(tensor.shape) or tensor.dtype != "F32"
+        if base.shapes.get(name) != list(tensor.shape) or tensor.dtype != "float32"
     ]
     if wrong:
         raise UserError(f"{path}: weights that the base model does not have so: {'; '.join(wrong[:10])}")

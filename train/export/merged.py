@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from train.ask.source import DTYPES, Source, find_source
+from train.ask.source import Source, find_source
 from train.config.load import load_export_config
 from train.config.schema import ExportConfig
 from train.export.adapter import export_adapter
@@ -31,6 +31,7 @@ from train.store.whole_folder import write_folder
 from vl2.checkpoint.layouts import Layout
 from vl2.checkpoint.load import open_model
 from vl2.checkpoint.planned_files import Plan
+from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.tokenizer import Tokenizer
 
@@ -63,7 +64,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     source, out = _find(config), Path(config.out)
     layout: Layout = "paddle" if config.layout == "paddle" else "hf"
     check_out(out, source, overwrite=config.overwrite)
-    merge = open_merge(source, None if config.dtype == "base" else DTYPES[config.dtype])
+    merge = open_merge(source, None if config.dtype == "base" else DTYPE_OF_SETTING[config.dtype])
     plan = plan_export(merge, layout)
     check_disk(out, plan.num_bytes, "the export")
     report: dict[str, Any] = {

@@ -20,6 +20,7 @@ from train.store.hub import resolve_model
 from vl2.adapter.folder import check_base, load_factors, open_adapter
 from vl2.checkpoint.load import load_model
 from vl2.config import VL2Config
+from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.lora import GroupReport, LoRASettings, apply_lora
 from vl2.model import DeepseekVL2
@@ -27,7 +28,6 @@ from vl2.parameters import init_model, train_parameters
 from vl2.tiles import Resolution, limit_candidates
 from vl2.tokenizer import Tokenizer
 
-STORED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # In a part's folder of the checkpoint, but never computed with, or never to be trained.
 _NEVER_TRAINED = ("vision.attn_pool.", ".e_score_correction_bias")
 _PARTS = {
@@ -117,7 +117,7 @@ def build_base(config: TrainConfig, tokenizer: Tokenizer) -> DeepseekVL2:
     Raises:
         UserError: a folder without config.json, or with missing, unknown or wrongly shaped tensors.
     """
-    dtype = STORED[config.precision]
+    dtype = DTYPE_OF_SETTING[config.precision]
     folder = resolve_model(config.model.path)  # in the cache since build_data, where it was a name
     if config.model.init == "random":
         model = init_model(VL2Config.from_folder(folder), tokenizer.image_id, seed=config.seed, dtype=dtype)

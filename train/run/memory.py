@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from train.ask.model_memory import ITEM_BYTES, Need, _sizes
+from train.ask.model_memory import Need, _sizes
 from train.config.schema import TrainConfig
 from train.machine.memory import check_memory
-from train.run.build import STORED, lora_settings, trained_names
+from train.run.build import lora_settings, trained_names
 from train.store.hub import resolve_model
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
+from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
 from vl2.lora import plan_factors
 from vl2.parameters import build_model
 
@@ -30,7 +31,7 @@ def training_need(model: VL2Config, config: TrainConfig) -> Need:
     else:
         frozen = sum(sizes.values())
         learned = sum(report.parameters for report in plan_factors(skeleton, lora_settings(config)))
-    return Need(frozen=frozen * ITEM_BYTES[STORED[config.precision]], trained=learned * TRAINED_BYTES)
+    return Need(frozen=frozen * item_bytes(DTYPE_OF_SETTING[config.precision]), trained=learned * TRAINED_BYTES)
 
 
 def check_training(config: TrainConfig, num_processes: int) -> None:

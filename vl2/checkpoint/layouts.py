@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from paddle import nn
 
-from vl2.checkpoint.tensor_files import PADDLE_TYPES, StoredTensor, read_header
+from vl2.checkpoint.tensor_files import StoredTensor, read_header
+from vl2.dtypes import WEIGHT_DTYPES
 from vl2.errors import UserError
 from vl2.linear import Linear
 from vl2.moe import Router
@@ -128,7 +129,7 @@ def check_tensors(model: nn.Layer, stored: Mapping[str, StoredTensor], where: st
     """
     layout = find_layout(model, stored, where)
     expected = official_shapes(model, layout)
-    mistyped = [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in PADDLE_TYPES]
+    mistyped = [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in WEIGHT_DTYPES]
     missing = [name for name in expected if name not in stored]
     extra = [name for name in stored if name not in expected]
     misshaped = [
@@ -138,7 +139,7 @@ def check_tensors(model: nn.Layer, stored: Mapping[str, StoredTensor], where: st
     ]
     if missing or extra or misshaped or mistyped:
         lines = [f"{where}: the weights are not those of the model that config.json describes"]
-        wrong_type = f"wrong type, expected {', '.join(PADDLE_TYPES)}"
+        wrong_type = f"wrong type, expected {', '.join(WEIGHT_DTYPES)}"
         for title, names in (
             ("missing", missing),
             ("unknown", extra),

@@ -13,8 +13,9 @@ import paddle
 
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.layouts import Layout, Part, check_tensors, official_parts, official_tensors
-from vl2.checkpoint.tensor_files import FILE_TYPES, NUMPY_TYPES, MemoryTensor, StoredTensor, cast
+from vl2.checkpoint.tensor_files import MemoryTensor, StoredTensor, cast
 from vl2.config import VL2Config
+from vl2.dtypes import bits_type
 from vl2.errors import UserError
 from vl2.model import DeepseekVL2
 from vl2.parameters import build_model, set_parameter
@@ -74,7 +75,7 @@ class StoredModel:
                 tensor = self.tensors[part.name]
                 local = [position[inside] for position in (reversed(place) if part.transposed else place)]
                 bits = tensor.take(np.ravel_multi_index(tuple(local), tensor.shape))
-                found[inside] = cast(np.ascontiguousarray(bits), tensor.dtype, "F32")
+                found[inside] = cast(np.ascontiguousarray(bits), tensor.dtype, "float32")
         return found
 
     def named_parts(self) -> Iterator[tuple[str, Part]]:
@@ -125,7 +126,7 @@ def hold_model(folder: Path, model: DeepseekVL2, dtype: str) -> StoredModel:
         skeleton=build_model(model.config, model.image_token_id),
         layout="hf",
         tensors={
-            name: MemoryTensor(FILE_TYPES[dtype], piece)
+            name: MemoryTensor(dtype, piece)
             for path, pieces in parts.items()
             for name, piece in official_tensors(path, values[path].astype(dtype).numpy(), pieces)
         },
@@ -184,8 +185,8 @@ def _assemble(
         value = value.transpose([1, 0]).contiguous() if parts[0].transposed else value
         return _as_type(value, dtype)
     kinds = {stored[part.name].dtype for part in parts}
-    kind = kinds.pop() if len(kinds) == 1 else "F32"
-    whole = np.empty(shape, NUMPY_TYPES[kind])
+    kind = kinds.pop() if len(kinds) == 1 else "float32"
+    whole = np.empty(shape, bits_type(kind))
     for part in parts:
         array = stored[part.name].read() if not kinds else _tensor(stored[part.name]).astype("float32").numpy()
         whole[part.at] = array.T if part.transposed else array

@@ -16,13 +16,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from vl2.checkpoint.tensor_files import StoredTensor
+from vl2.dtypes import DTYPE_OF_NUMPY, item_bytes
 from vl2.errors import UserError
 
 # Written beside the arrays by paddle.save: structured name -> Paddle's automatic name.
 _NAME_TABLE = "StructuredToParameterName@@"
-# numpy's type codes -> safetensors' names. Paddle stores bfloat16 as its bits in uint16.
-_TYPES = {"f4": "F32", "f2": "F16", "u2": "BF16", "f8": "F64", "i8": "I64"}
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8}
 _RECONSTRUCT = (("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"))
 _NDARRAY, _DTYPE, _TUPLE = ("numpy", "ndarray"), ("numpy", "dtype"), ("builtins", "tuple")
 _ADMITTED = (*_RECONSTRUCT, _NDARRAY, _DTYPE, _TUPLE)
@@ -90,10 +88,10 @@ def locate_arrays(path: str | Path) -> dict[str, StoredTensor]:
 
 
 def _stored(path: Path, name: str, array: _Array, content: _Bytes) -> StoredTensor:
-    if array.dtype not in _TYPES:
-        raise UserError(f"{path}: {name} has numpy's type {array.dtype}; expected one of {', '.join(_TYPES)}")
-    kind = _TYPES[array.dtype]
-    if math.prod(array.shape) * _ITEM_BYTES[kind] != content.length:
+    if array.dtype not in DTYPE_OF_NUMPY:
+        raise UserError(f"{path}: {name} has numpy's type {array.dtype}; expected one of {', '.join(DTYPE_OF_NUMPY)}")
+    kind = DTYPE_OF_NUMPY[array.dtype]
+    if math.prod(array.shape) * item_bytes(kind) != content.length:
         raise UserError(f"{path}: {name} has {content.length} bytes, which do not fill {list(array.shape)} of {kind}")
     return StoredTensor(path, kind, array.shape, content.offset, content.length)
 

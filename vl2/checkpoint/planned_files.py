@@ -16,23 +16,23 @@ import numpy as np
 from vl2.checkpoint.folder import INDEX_FILE, SINGLE_FILE
 from vl2.checkpoint.layouts import Layout
 from vl2.checkpoint.tensor_files import StoredTensor, read_header
+from vl2.dtypes import item_bytes, safetensors_name
 
 MAX_SHARD_BYTES = 5 * 10**9
 # The `format` that readers of a layout want: Transformers asks for pt, PaddleNLP for np (it refuses pd).
 FORMAT_OF: dict[Layout, str] = {"hf": "pt", "paddle": "np"}
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 class Wanted(NamedTuple):
     """How a tensor shall lie in a file."""
 
-    dtype: str  # safetensors' name: F32, F16, BF16
+    dtype: str
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of its values."""
-        return int(np.prod(self.shape, dtype=np.int64)) * ITEM_BYTES[self.dtype]
+        return int(np.prod(self.shape, dtype=np.int64)) * item_bytes(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,11 @@ def _plan_file(
         for name in document:
             if name != "__metadata__":
                 want = wanted[name]
-                header[name] = {"dtype": want.dtype, "shape": list(want.shape), "data_offsets": offsets[name]}
+                header[name] = {
+                    "dtype": safetensors_name(want.dtype),
+                    "shape": list(want.shape),
+                    "data_offsets": offsets[name],
+                }
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)
     return PlannedFile(name=title, header=len(raw).to_bytes(8, "little") + raw, tensors=tuple(names))

@@ -14,31 +14,27 @@ from typing import NamedTuple
 import numpy as np
 import paddle
 
+from vl2.dtypes import DTYPE_OF_SAFETENSORS, bits_type, item_bytes, safetensors_name
 from vl2.errors import UserError
-
-# safetensors name -> numpy type that holds its bits
-NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64, "I64": np.int64}
-PADDLE_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-FILE_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class StoredTensor(NamedTuple):
     """Where a tensor lies in a file."""
 
     path: Path
-    dtype: str  # safetensors' name: F32, F16, BF16
+    dtype: str  # Paddle's name
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
     num_bytes: int
 
     def read(self) -> np.ndarray:
         """The tensor's values; bfloat16 as its bits in uint16. Read, not mapped: the memory is the caller's alone."""
-        flat = np.fromfile(self.path, NUMPY_TYPES[self.dtype], offset=self.offset, count=int(np.prod(self.shape)))
+        flat = np.fromfile(self.path, bits_type(self.dtype), offset=self.offset, count=int(np.prod(self.shape)))
         return flat.reshape(self.shape)
 
     def take(self, index: np.ndarray) -> np.ndarray:
         """The values at some flat positions; nothing else is read."""
-        return np.memmap(self.path, NUMPY_TYPES[self.dtype], "r", self.offset, self.shape).reshape(-1)[index]
+        return np.memmap(self.path, bits_type(self.dtype), "r", self.offset, self.shape).reshape(-1)[index]
 
     def row(self, index: int) -> StoredTensor:
         """The tensor at one first index, without reading it."""
@@ -49,7 +45,7 @@ class StoredTensor(NamedTuple):
 class MemoryTensor(NamedTuple):
     """A tensor that lies in no file."""
 
-    dtype: str  # safetensors' name: F32, F16, BF16
+    dtype: str  # Paddle's name
     array: np.ndarray  # bfloat16 as its bits in uint16
 
     @property
@@ -86,16 +82,20 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         metadata = header.pop("__metadata__", {})
         for name, entry in header.items():
             (start, stop), shape = entry["data_offsets"], tuple(map(int, entry["shape"]))
-            tensors[name] = StoredTensor(path, entry["dtype"], shape, 8 + length + start, stop - start)
+            dtype = DTYPE_OF_SAFETENSORS.get(entry["dtype"], "")
+            if not dtype:
+                known = ", ".join(DTYPE_OF_SAFETENSORS)
+                raise UserError(f"{path}: {name} has type {entry['dtype']}; expected one of {known}")
+            tensors[name] = StoredTensor(path, dtype, shape, 8 + length + start, stop - start)
+    except UserError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its header does not describe tensors ({error!r}); no safetensors file") from error
     for name, tensor in tensors.items():
-        if tensor.dtype not in NUMPY_TYPES:
-            raise UserError(f"{path}: {name} has type {tensor.dtype}; expected one of {', '.join(NUMPY_TYPES)}")
         end = tensor.offset + tensor.num_bytes
         if end > size:
             raise UserError(f"{path}: {size} bytes, but {name} ends at {end}; the file is truncated")
-        if tensor.num_bytes != math.prod(tensor.shape) * np.dtype(NUMPY_TYPES[tensor.dtype]).itemsize:
+        if tensor.num_bytes != math.prod(tensor.shape) * item_bytes(tensor.dtype):
             raise UserError(
                 f"{path}: {name} has {tensor.num_bytes} bytes, which do not fill {list(tensor.shape)} of {tensor.dtype}"
             )
@@ -106,14 +106,14 @@ def safetensors_header(entries: Mapping[str, tuple[str, tuple[int, ...]]], metad
     """What a safetensors file begins with: the length of its JSON and the JSON, filled up to a multiple of 8 bytes.
 
     Args:
-        entries: name -> (safetensors' type name, shape), in the order in which the numbers follow.
+        entries: name -> (type, shape), in the order in which the numbers follow.
         metadata: text entries.
     """
     header: dict = {"__metadata__": dict(metadata)}
     offset = 0
-    for name, (kind, shape) in entries.items():
-        end = offset + math.prod(shape) * np.dtype(NUMPY_TYPES[kind]).itemsize
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, end]}
+    for name, (dtype, shape) in entries.items():
+        end = offset + math.prod(shape) * item_bytes(dtype)
+        header[name] = {"dtype": safetensors_name(dtype), "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -126,10 +126,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Map
     Args:
         path: file to write.
         tensors: values; bfloat16 as bits in uint16.
-        dtypes: Paddle's type name of each tensor ("float32", "float16", "bfloat16").
+        dtypes: of each tensor.
         metadata: text entries of the header.
     """
-    entries = {name: (FILE_TYPES[dtypes[name]], array.shape) for name, array in tensors.items()}
+    entries = {name: (dtypes[name], array.shape) for name, array in tensors.items()}
     header = safetensors_header(entries, metadata or {"format": "pt"})
     with path.open("wb") as file:
         file.write(header)
@@ -139,10 +139,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Map
 
 
 def cast(bits: np.ndarray, dtype: str, target: str) -> np.ndarray:
-    """Values of one type rounded to another (to the nearest, ties to even); types by safetensors' names, as bits."""
+    """Values of one type rounded to another (to the nearest, ties to even), as bits."""
     if dtype == target:
         return bits
-    if target == "F16":  # not by Paddle, whose float16 of 1e-24 is 4e-5 on CPU
+    if target == "float16":  # not by Paddle, whose float16 of 1e-24 is 4e-5 on CPU
         with np.errstate(over="ignore"):
-            return cast(bits, dtype, "F32").astype(np.float16)
-    return paddle.to_tensor(bits, place=paddle.CPUPlace()).astype(PADDLE_TYPES[target]).numpy()
+            return cast(bits, dtype, "float32").astype(np.float16)
+    return paddle.to_tensor(bits, place=paddle.CPUPlace()).astype(target).numpy()

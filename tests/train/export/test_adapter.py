@@ -100,7 +100,7 @@ def test_names_and_shapes_are_those_peft_gives_the_official_modules(base, peft):
     stored, metadata = read_header(peft / PEFT_FILE)
     assert {name: tensor.shape for name, tensor in stored.items()} == expected
     assert any(".experts.3.gate_proj." in name for name in expected) and metadata["format"] == "pt"
-    assert {tensor.dtype for tensor in stored.values()} == {"F32"}
+    assert {tensor.dtype for tensor in stored.values()} == {"float32"}
     assert any(".kv_b_proj." in name for name in expected) == ("nano_tiny" not in str(base))
 
 

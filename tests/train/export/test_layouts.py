@@ -111,7 +111,7 @@ def test_pdparams_of_paddlemix_become_safetensors(tmp_path, make_base):
     report = export(ExportConfig(model=str(old), out=str(tmp_path / "hf")))
     assert report["verified"]["rounding_mean_logit_change"] == 0.0
     found = checkpoint_tensors(tmp_path / "hf")
-    assert {name: tensor.dtype for name, tensor in found.items()} == dict.fromkeys(expected, "BF16")
+    assert {name: tensor.dtype for name, tensor in found.items()} == dict.fromkeys(expected, "bfloat16")
     assert all(np.array_equal(found[name].read(), values) for name, values in expected.items())
     assert not list((tmp_path / "hf").glob("*.pdparams"))
 
@@ -130,7 +130,7 @@ def test_another_type_is_rounded_and_said_in_the_config(tmp_path, make_base):
     index = json.loads((tmp_path / "fp32" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.num_bytes for t in tensors.values())
     assert {name: t.path.name for name, t in tensors.items()} == {n: t.path.name for n, t in base_tensors.items()}
-    assert {t.dtype for t in tensors.values()} == {"F32"}
+    assert {t.dtype for t in tensors.values()} == {"float32"}
     # bfloat16 -> float32 -> bfloat16 loses nothing
     export(ExportConfig(model=str(tmp_path / "fp32"), out=str(tmp_path / "back"), dtype="bf16"))
     back = checkpoint_tensors(tmp_path / "back")
@@ -149,7 +149,7 @@ def test_each_tensor_keeps_its_own_type(tmp_path, make_base):
     report = export(ExportConfig(model=str(base), out=str(tmp_path / "out"), layout="paddle"))
     assert report["dtype"] == "bfloat16/float32"
     found = checkpoint_tensors(tmp_path / "out")[bias]
-    assert found.dtype == "F32" and np.array_equal(found.read(), arrays[bias])
+    assert found.dtype == "float32" and np.array_equal(found.read(), arrays[bias])
 
 
 def test_full_fine_tune_from_random_weights_is_exported(tmp_path, make_base):
@@ -188,7 +188,7 @@ def test_trained_weights_of_another_shape_are_refused(tmp_path, make_base):
         run / "trained.safetensors", {"image_newline": np.ones([3], np.float32)}, {"image_newline": "float32"}
     )
     (run / "metadata.json").write_text(json.dumps({"base": str(base), "max_tiles": 9}))
-    with pytest.raises(ValueError, match=r"image_newline is F32\[3\], expected F32\[64\]"):
+    with pytest.raises(ValueError, match=r"image_newline is float32\[3\], expected float32\[64\]"):
         export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
 
 

@@ -76,7 +76,7 @@ def test_run_stays_close_to_float32(exact, half_run, tmp_path, precision):
     kinds = {
         stored.dtype for stored in read_header(tmp_path / "half" / "adapter" / "peft_model.safetensors")[0].values()
     }
-    assert kinds == {"F32"}
+    assert kinds == {"float32"}
     scaler = scaler_state(tmp_path / "half", 3)
     assert scaler is None if precision == "bf16" else scaler["scale"] == [2.0**15] and scaler["incr_count"] == 3
 

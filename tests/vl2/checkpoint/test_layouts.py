@@ -122,5 +122,7 @@ def test_tensors_of_other_types_are_refused(tmp_path):
     header["image_newline"].update(dtype="I64", shape=[16])  # as many bytes
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[end:])
-    with pytest.raises(ValueError, match=r"wrong type, expected F32, F16, BF16 \(1\): image_newline is I64"):
+    with pytest.raises(
+        ValueError, match=r"wrong type, expected float32, float16, bfloat16 \(1\): image_newline is int64"
+    ):
         open_model(tmp_path)

@@ -49,7 +49,7 @@ def test_load_save_returns_every_tensor_bit_for_bit(folder, tmp_path_factory, mo
         for path, parts in official_parts(model)
         for name, piece in official_tensors(path, values[path].astype("bfloat16").numpy(), parts)
     }
-    plan = plan_new({name: Wanted("BF16", piece.shape) for name, piece in tensors.items()}, "hf")
+    plan = plan_new({name: Wanted("bfloat16", piece.shape) for name, piece in tensors.items()}, "hf")
     sizes = []
     for file in plan.files:
         file.write(out, tensors.__getitem__, sizes.append)
@@ -59,7 +59,7 @@ def test_load_save_returns_every_tensor_bit_for_bit(folder, tmp_path_factory, mo
     before, after = checkpoint_tensors(folder), checkpoint_tensors(out)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
-        assert after[name].dtype == "BF16"
+        assert after[name].dtype == "bfloat16"
         assert np.array_equal(tensor.read(), after[name].read()), name
     assert (len(list(out.glob("*.safetensors"))) > 1) == (shard_bytes == 200_000)
 
@@ -173,8 +173,8 @@ def entry(**changes):
     ("change", "message"),
     [
         (entry(dtype="F8_E4M3"), r"image_newline has type F8_E4M3; expected one of F32, F16, BF16"),
-        (entry(dtype="F32"), r"image_newline has 128 bytes, which do not fill \[64\] of F32"),
-        (entry(shape=[65]), r"image_newline has 128 bytes, which do not fill \[65\] of BF16"),
+        (entry(dtype="F32"), r"image_newline has 128 bytes, which do not fill \[64\] of float32"),
+        (entry(shape=[65]), r"image_newline has 128 bytes, which do not fill \[65\] of bfloat16"),
         (entry(shape="x"), r"its header does not describe tensors \(ValueError"),
         (entry(data_offsets=[0]), r"its header does not describe tensors \(ValueError"),
         (lambda header: [1, 2], r"its header does not describe tensors \(TypeError"),

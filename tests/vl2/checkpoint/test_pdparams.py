@@ -72,7 +72,7 @@ def test_arrays_are_located_without_being_read(state, tmp_path, monkeypatch):
     monkeypatch.setattr(np, "fromfile", lambda *a, **k: pytest.fail("it was read"))
     located = locate_arrays(tmp_path / "x")
     tensor = located["layers.0.weight_bf16"]
-    assert (tensor.dtype, tensor.shape, tensor.num_bytes) == ("BF16", (300, 200), 120_000)
+    assert (tensor.dtype, tensor.shape, tensor.num_bytes) == ("bfloat16", (300, 200), 120_000)
     content = (tmp_path / "x").read_bytes()[tensor.offset :][: tensor.num_bytes]
     assert content == state["layers.0.weight_bf16"].numpy().tobytes()
 
@@ -162,5 +162,5 @@ def test_truncated_file(state, tmp_path):
 def test_shape_that_its_bytes_do_not_fill(tmp_path):
     content = pickle.dumps({"a": np.zeros([77, 3], np.float32)}, protocol=4).replace(b"KMK\x03", b"KNK\x03")
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a has 924 bytes, which do not fill \[78, 3\] of F32"):
+    with pytest.raises(ValueError, match=r"a has 924 bytes, which do not fill \[78, 3\] of float32"):
         read_pdparams(tmp_path / "x")
