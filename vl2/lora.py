@@ -1,73 +1,26 @@
-"""LoRA on a DeepSeek-VL2: which modules a group means, the low-rank layers, and the float32 merge.
+"""LoRA on a DeepSeek-VL2: the model with low-rank additions, and the float32 merge.
 
 Built on paddlenlp.peft, extended where it falls short: a frozen bfloat16 base with float32 factors, stacked experts, a
-rank per group, and names that must match. Shapes: Paddle's [in, out], so A is [in, r] and B is [r, out].
+rank per group, and names that must match.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import paddle
 from paddle import nn
 from paddlenlp.peft import LoRAConfig, LoRAModel
-from paddlenlp.peft.lora.lora_layers import LoRALinear as PaddleNLPLoRALinear
 
 from vl2.errors import UserError
-from vl2.linear import Linear, linear
-from vl2.moe import Experts, GroupedLora
-
-_LAYER = r"language\.model\.layers\.\d+"
-# What each group means, as full matches of module paths. The router is in none: it is no Linear and stays frozen.
-GROUPS: dict[str, str] = {
-    "attention": rf"{_LAYER}\.self_attn\.(q_proj|q_a_proj|q_b_proj|k_proj|v_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)",
-    "experts": rf"{_LAYER}\.mlp\.experts",
-    "shared_experts": rf"{_LAYER}\.mlp\.shared_experts\.(gate_proj|up_proj|down_proj)",
-    "dense_mlp": rf"{_LAYER}\.mlp\.(gate_proj|up_proj|down_proj)",
-    "vision": r"vision\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))",
-    "projector": r"projector\.layers\.(0|2)",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRASettings:
-    """What is tuned, and how."""
-
-    groups: tuple[str, ...]  # names of GROUPS
-    rank: int = 8  # inner width of the low-rank product
-    alpha: float = 16.0  # the product is scaled by alpha / rank of its group
-    dropout: float = 0.0  # probability, on the input of A, in training
-    ranks: Mapping[str, int] = field(default_factory=dict)  # rank of single groups, instead of `rank`
-    alphas: Mapping[str, float] = field(default_factory=dict)  # alpha of single groups, instead of `alpha`
-
-    def __post_init__(self):
-        for name in (*self.groups, *self.ranks, *self.alphas):
-            if name not in GROUPS:
-                raise UserError(f"lora.groups: {name!r} is not a group; the groups are {', '.join(GROUPS)}")
-        if not self.groups:
-            raise UserError("lora.groups is empty: name at least one group, or set lora.rank=0 for full fine-tuning")
-        if repeated := {name for name in self.groups if self.groups.count(name) > 1}:
-            raise UserError(f"lora.groups names {', '.join(sorted(repeated))} twice")
-        for key, table in (("ranks", self.ranks), ("alphas", self.alphas)):
-            if unused := set(table) - set(self.groups):
-                raise UserError(f"lora.{key} sets {', '.join(sorted(unused))}, which lora.groups does not tune")
-        for name in self.groups:
-            if self.rank_of(name) < 1:
-                raise UserError(f"lora rank of {name} is {self.rank_of(name)}; expected a positive integer")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"lora.dropout is {self.dropout}; expected a probability in [0, 1)")
-
-    def rank_of(self, group: str) -> int:
-        """Rank of one group."""
-        return self.ranks.get(group, self.rank)
-
-    def alpha_of(self, group: str) -> float:
-        """Alpha of one group."""
-        return self.alphas.get(group, self.alpha)
+from vl2.linear import Linear
+from vl2.lora_layers import MERGE, ExpertsLoRA, LoRALinear, refused
+from vl2.lora_settings import GROUPS, LoRASettings
+from vl2.moe import Experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,83 +31,6 @@ class GroupReport:
     rank: int
     modules: int  # modules that got factors; a layer's stacked experts count as one
     parameters: int  # trainable numbers
-
-
-class LoRALinear(PaddleNLPLoRALinear):
-    """A Linear plus a low-rank addition in float32, computed in the input's dtype.
-
-    PaddleNLP's own multiplies tensors of different dtypes when the base is bfloat16, and its constructor would allocate
-    and fill a second base weight: this one takes over the Linear it replaces.
-    """
-
-    def __init__(self, base: Linear, *, rank: int, alpha: float, dropout: float):
-        nn.Layer.__init__(self)
-        self.weight, self.bias, self.name = base.weight, base.bias, None
-        self.in_features, self.out_features = base.weight.shape
-        self.r, self.lora_alpha, self.scaling = rank, alpha, alpha / rank
-        self.lora_dropout = nn.Dropout(dropout)
-        self.lora_A = self.create_parameter([self.in_features, rank], dtype="float32")
-        self.lora_B = self.create_parameter([rank, self.out_features], dtype="float32")
-        self.merged, self.disable_lora = False, False
-        self.pissa = self.use_mora = self.lora_use_mixer = self._use_quick_lora = False
-
-    def forward(self, x):
-        """[..., in] -> [..., out]."""
-        out = linear(x, self.weight, self.bias)
-        if self.disable_lora:
-            return out
-        low = linear(self.lora_dropout(x), self.lora_A)
-        return out + linear(low, self.lora_B) * self.scaling
-
-    def effective_weight(self, dtype):
-        """The matrix [in, out] that `forward` multiplies with (dropout aside), in `dtype`."""
-        weight = self.weight.astype(dtype)
-        if self.disable_lora:
-            return weight
-        return weight + (paddle.matmul(self.lora_A, self.lora_B) * self.scaling).astype(dtype)
-
-    def merge(self):
-        """Refused: PaddleNLP merges in the weight's dtype, which loses most of the addition in bfloat16."""
-        raise NotImplementedError("merge with vl2.lora.deltas, which add in float32")
-
-    unmerge = merge
-
-
-class ExpertsLoRA(nn.Layer):
-    """Low-rank additions to all experts of a layer; gate and up have their own A and B, as in PEFT adapters."""
-
-    def __init__(self, base: Experts, *, rank: int, alpha: float, dropout: float):
-        super().__init__()
-        num_experts, size, inner = base.gate_up.shape[0], base.gate_up.shape[1], base.down.shape[1]
-        self.r, self.lora_alpha, self.scaling = rank, alpha, alpha / rank
-        self.dropout = nn.Dropout(dropout)
-        self.gate_A = self.create_parameter([num_experts, size, rank], dtype="float32")
-        self.gate_B = self.create_parameter([num_experts, rank, inner], dtype="float32")
-        self.up_A = self.create_parameter([num_experts, size, rank], dtype="float32")
-        self.up_B = self.create_parameter([num_experts, rank, inner], dtype="float32")
-        self.down_A = self.create_parameter([num_experts, inner, rank], dtype="float32")
-        self.down_B = self.create_parameter([num_experts, rank, size], dtype="float32")
-        self.disable_lora = False
-
-    def gate_up(self, x_RD) -> GroupedLora | None:
-        """Addition to the stacked gate and up projections, as one product of rank 2r.
-
-        a = [gate_A | up_A]  [E, D, 2r]        b = [gate_B   0  ]  [E, 2r, 2I], times the scaling
-                                                   [  0    up_B ]
-        """
-        if self.disable_lora:
-            return None
-        zeros = paddle.zeros_like(self.gate_B)
-        gate = paddle.concat([self.gate_B, zeros], axis=-1)
-        up = paddle.concat([zeros, self.up_B], axis=-1)
-        a = paddle.concat([self.gate_A, self.up_A], axis=-1)
-        return GroupedLora(self.dropout(x_RD), a, paddle.concat([gate, up], axis=1) * self.scaling)
-
-    def down(self, inner_RI) -> GroupedLora | None:
-        """Addition to the stacked down projections: a [E, I, r], b [E, r, D] times the scaling."""
-        if self.disable_lora:
-            return None
-        return GroupedLora(self.dropout(inner_RI), self.down_A, self.down_B * self.scaling)
 
 
 class VL2LoRAModel(LoRAModel):
@@ -174,8 +50,7 @@ class VL2LoRAModel(LoRAModel):
     def __init__(self, model: nn.Layer, settings: LoRASettings, *, seed: int = 0):
         nn.Layer.__init__(self)
         self.settings = settings
-        self.quantized = self.is_pipelinemodel = False
-        self.lora_split_mapping: dict[str, bool] = {}
+        self.quantized = False  # PaddleNLP's Trainer asks
         self.lora_config = LoRAConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # annotated int, used as a number
@@ -217,11 +92,19 @@ class VL2LoRAModel(LoRAModel):
         """Compute with the factors again."""
         self._set_disabled(False)
 
-    def merge(self):
-        """Refused, see `LoRALinear.merge`."""
-        raise NotImplementedError("merge with vl2.lora.deltas, which add in float32")
+    # PaddleNLP's takes names that start at the wrapped model: what `state_dict` gives would set nothing, unsaid.
+    set_state_dict = nn.Layer.set_state_dict
 
-    unmerge = merge
+    # The rest of PaddleNLP's own that would do wrong here.
+    merge = unmerge = refused(MERGE)
+    restore_original_model = refused("PaddleNLP knows no stacked experts; disable_lora() computes as the base does")
+    get_lora_model = refused("PaddleNLP knows no stacked experts; use vl2.lora.apply_lora")
+    from_pretrained = classmethod(
+        refused("PaddleNLP accepts a half-missing adapter; use vl2.adapter.folder.load_adapter")
+    )
+    save_pretrained = refused("PaddleNLP writes a pickle and one rank; use vl2.adapter.folder.save_adapter")
+    save_to_aistudio = refused("write a folder with vl2.adapter.folder.save_adapter and upload that")
+    add_lora_split_mapping = refused("no tensor of it is split over devices")
 
     def _set_disabled(self, disabled: bool) -> None:
         for _, layer in _lora_layers(self.model):

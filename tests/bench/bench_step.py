@@ -14,7 +14,8 @@ import paddle
 
 from vl2.config import VL2Config
 from vl2.generate import generate
-from vl2.lora import LoRASettings, apply_lora
+from vl2.lora import apply_lora
+from vl2.lora_settings import LoRASettings
 from vl2.parameters import init_model
 
 LATENT = {"use_mla": True, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vl2.checkpoint.load import load_model
-from vl2.lora import GROUPS, LoRASettings, apply_lora
+from vl2.lora import apply_lora
+from vl2.lora_settings import GROUPS, LoRASettings
 from vl2.model import DeepseekVL2
 from vl2.parameters import train_parameters
 

@@ -5,7 +5,7 @@ import pytest
 
 from tests.precision.audit import trace_loss
 from vl2.linear import linear
-from vl2.lora import LoRALinear
+from vl2.lora_layers import LoRALinear
 from vl2.norm import RMSNorm
 
 

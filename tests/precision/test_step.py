@@ -17,7 +17,8 @@ from tests.precision.emulation import MixedOperands, half_precision_on_cpu
 from train.run.optim import build_optimizer, scale_loss
 from vl2.generate import generate
 from vl2.linear import linear
-from vl2.lora import GROUPS, LoRALinear
+from vl2.lora_layers import LoRALinear
+from vl2.lora_settings import GROUPS
 from vl2.moe import Router
 
 PARTS = {"vision": r"vision\.", "projector": r"projector\.|image_newline|view_sep", "language": r"language\."}

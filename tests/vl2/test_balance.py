@@ -11,7 +11,8 @@ import pytest
 from vl2.balance import LoadBalance
 from vl2.checkpoint.layouts import official_parts, official_tensors
 from vl2.checkpoint.load import load_model
-from vl2.lora import LoRASettings, apply_lora
+from vl2.lora import apply_lora
+from vl2.lora_settings import LoRASettings
 from vl2.model import DeepseekVL2
 from vl2.parameters import train_parameters
 

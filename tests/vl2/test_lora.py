@@ -7,18 +7,17 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from paddlenlp.peft import LoRAModel
+from paddlenlp.peft.lora.lora_layers import LoRALinear as PaddleNLPLoRALinear
 
 from vl2.adapter.folder import load_adapter, open_adapter, save_adapter
 from vl2.adapter.formats import OWN_FILE
 from vl2.checkpoint.layouts import official_parts
 from vl2.checkpoint.tensor_files import read_header, write_safetensors
 from vl2.config import VL2Config
-from vl2.lora import (
-    GROUPS,
-    LoRASettings,
-    apply_lora,
-    deltas,
-)
+from vl2.lora import VL2LoRAModel, apply_lora, deltas
+from vl2.lora_layers import LoRALinear
+from vl2.lora_settings import GROUPS, LoRASettings
 from vl2.parameters import init_model, train_parameters
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -195,10 +194,57 @@ def test_merge_adds_in_float32_on_a_bfloat16_base(config):
     merged = deltas(lora_model)[name].add_to(base)
     assert merged.dtype == np.float32
     assert np.abs(merged - base - delta).max() < 1e-6 * np.abs(base).max()
-    with pytest.raises(NotImplementedError, match=r"vl2\.lora\.deltas"):
-        layer.merge()
-    with pytest.raises(NotImplementedError, match=r"vl2\.lora\.deltas"):
-        lora_model.merge()
+
+
+def public_methods(parent) -> set[str]:
+    return {name for name in vars(parent) if not name.startswith("_") and callable(getattr(parent, name))}
+
+
+def test_what_paddlenlp_would_do_wrong_is_refused(config):
+    """Of its methods those that know only its own layers changed nothing, or the wrong thing, without a word.
+
+    Every public one stands in one of two lists, so that a new one of a later version is looked at: it is ours, or it
+    does right as inherited, which the next test shows.
+    """
+    as_inherited = {"get_trainable_state_dict", "print_trainable_parameters"}
+    assert public_methods(LoRAModel) - vars(VL2LoRAModel).keys() == as_inherited
+    assert public_methods(PaddleNLPLoRALinear) - vars(LoRALinear).keys() == {"get_delta_weight", "extra_repr"}
+    lora_model = apply_lora(new_model(config), LoRASettings(groups=("attention", "experts")))
+    before = {name: p.numpy() for name, p in lora_model.model.named_parameters()}
+    layer = lora_model.model.language.model.layers[0].self_attn.q_proj
+    for method, instead in (
+        (layer.merge, r"vl2\.lora\.deltas"),
+        (layer.unmerge, r"vl2\.lora\.deltas"),
+        (layer.pissa_init, "PiSSA would change the frozen base"),
+        (layer.rope_init, "MoRA is not trained here"),
+        (lora_model.merge, r"vl2\.lora\.deltas"),
+        (lora_model.unmerge, r"vl2\.lora\.deltas"),
+        (lora_model.restore_original_model, r"disable_lora\(\) computes as the base does"),
+        (lora_model.get_lora_model, r"use vl2\.lora\.apply_lora"),
+        (VL2LoRAModel.from_pretrained, r"use vl2\.adapter\.folder\.load_adapter"),
+        (lora_model.save_pretrained, r"use vl2\.adapter\.folder\.save_adapter"),
+        (lora_model.save_to_aistudio, r"vl2\.adapter\.folder\.save_adapter"),
+        (lora_model.add_lora_split_mapping, "no tensor of it is split"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"^not for a DeepSeek-VL2: .*{instead}"):
+            method("x", y=1)
+    assert all(np.array_equal(p.numpy(), before[name]) for name, p in lora_model.model.named_parameters())
+
+
+def test_what_is_inherited_does_right(config):
+    """What state_dict gives, set_state_dict takes: PaddleNLP's looked for other names, set none and said nothing."""
+    lora_model = apply_lora(new_model(config), LoRASettings(groups=("attention", "experts"), rank=2, alpha=6.0))
+    randomise(lora_model)
+    assert lora_model.get_trainable_state_dict().keys() == lora_model.factors().keys()
+    other = apply_lora(new_model(config), LoRASettings(groups=("attention", "experts"), rank=2, alpha=6.0), seed=9)
+    assert other.set_state_dict(lora_model.state_dict()) == ([], [])
+    for name, p in lora_model.factors().items():
+        assert np.array_equal(p.numpy(), other.factors()[name].numpy()), name
+    layer = lora_model.model.language.model.layers[0].self_attn.q_proj
+    delta = 3.0 * layer.lora_A.numpy() @ layer.lora_B.numpy()
+    assert np.abs(layer.get_delta_weight().numpy() - delta).max() < 1e-6 * np.abs(delta).max()
+    assert layer.extra_repr() == "in_features=64, out_features=64, rank=2"
+    lora_model.print_trainable_parameters()
 
 
 def test_bfloat16_base_computes_and_learns(config, batch):

@@ -10,7 +10,8 @@ import pytest
 from vl2.cache import KVCache
 from vl2.checkpoint.load import load_model
 from vl2.generate import generate, prefill
-from vl2.lora import LoRASettings, apply_lora
+from vl2.lora import apply_lora
+from vl2.lora_settings import LoRASettings
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 

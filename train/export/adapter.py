@@ -39,7 +39,7 @@ from vl2.adapter.slots import Slot, slots
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.config import VL2Config
 from vl2.errors import UserError
-from vl2.lora import LoRASettings
+from vl2.lora_settings import LoRASettings
 from vl2.parameters import build_model
 
 # One float32 rounding of B where it takes in another scaling; none where the scaling stays.

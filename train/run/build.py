@@ -22,7 +22,8 @@ from vl2.checkpoint.load import load_model
 from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
-from vl2.lora import GroupReport, LoRASettings, apply_lora
+from vl2.lora import GroupReport, apply_lora
+from vl2.lora_settings import LoRASettings
 from vl2.model import DeepseekVL2
 from vl2.parameters import init_model, train_parameters
 from vl2.tiles import Resolution, limit_candidates

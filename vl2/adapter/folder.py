@@ -31,7 +31,8 @@ from vl2.adapter.peft_format import PEFT_NAMES, read_peft_config
 from vl2.adapter.slots import difference, factor_shapes, slots
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.errors import UserError
-from vl2.lora import LoRASettings, VL2LoRAModel, apply_lora
+from vl2.lora import VL2LoRAModel, apply_lora
+from vl2.lora_settings import LoRASettings
 
 
 def save_adapter(lora_model: VL2LoRAModel, folder: str | Path, metadata: Mapping[str, Any]) -> None:

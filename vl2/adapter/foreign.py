@@ -17,7 +17,7 @@ from paddle import nn
 from vl2.adapter.slots import UNTUNED, UNUSED, Slot, difference, factor_shapes, slots
 from vl2.checkpoint.tensor_files import StoredTensor
 from vl2.errors import UserError
-from vl2.lora import GROUPS, LoRASettings
+from vl2.lora_settings import GROUPS, LoRASettings
 
 
 class Piece(NamedTuple):

@@ -18,7 +18,7 @@ from vl2.adapter.foreign import Declaration, Names, dropout, positive, refuse
 from vl2.adapter.formats import PADDLE_CONFIG, PADDLE_SHARD, read_json
 from vl2.adapter.peft_format import compiled, number, official_pattern
 from vl2.errors import UserError
-from vl2.lora import LoRASettings
+from vl2.lora_settings import LoRASettings
 
 PADDLE_NAMES = Names(lambda module, letter: f"{module}.lora_{letter}", transposed=False)
 

@@ -16,7 +16,7 @@ from typing import Any
 from vl2.adapter.foreign import Declaration, Names, dropout, positive, refuse
 from vl2.adapter.formats import PEFT_CONFIG, read_json
 from vl2.errors import UserError
-from vl2.lora import GROUPS, LoRASettings
+from vl2.lora_settings import GROUPS, LoRASettings
 
 PEFT_NAMES = Names(lambda module, letter: f"base_model.model.{module}.lora_{letter}.weight", transposed=True)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from paddle import nn
 
-from vl2.lora import GROUPS, LoRASettings
+from vl2.lora_settings import GROUPS, LoRASettings
 from vl2.moe import Experts
 
 # Linears of the official model that nothing computes with: an adapter trained elsewhere may hold factors for them.

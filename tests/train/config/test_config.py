@@ -302,7 +302,7 @@ def test_every_key_says_what_it_is():
 def test_names_are_those_of_the_rooms_below():
     """The schema spells them out because it must load without Paddle."""
     from data.shapes.write import TASKS
-    from vl2.lora import GROUPS
+    from vl2.lora_settings import GROUPS
 
     assert tuple(GROUPS) == LORA_GROUPS
     (task,) = [spec for spec in list_keys(TrainConfig) if spec.name == "data.shapes.task"]

@@ -24,7 +24,8 @@ from vl2.adapter.formats import PADDLE_SHARD, PEFT_CONFIG, PEFT_FILE
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.load import load_model
 from vl2.checkpoint.tensor_files import read_header
-from vl2.lora import GROUPS, LoRASettings, apply_lora
+from vl2.lora import apply_lora
+from vl2.lora_settings import GROUPS, LoRASettings
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 MIXED = LoRASettings(

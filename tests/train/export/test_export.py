@@ -20,7 +20,8 @@ from vl2.adapter.folder import save_adapter
 from vl2.checkpoint.fingerprint import model_fingerprint
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.load import load_model
-from vl2.lora import LoRASettings, apply_lora
+from vl2.lora import apply_lora
+from vl2.lora_settings import LoRASettings
 from vl2.prompt import Message
 from vl2.tokenizer import Tokenizer
 

@@ -14,7 +14,8 @@ from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.layouts import official_parts
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.config import VL2Config
-from vl2.lora import LoRASettings, apply_lora
+from vl2.lora import apply_lora
+from vl2.lora_settings import LoRASettings
 from vl2.parameters import build_model
 from vl2.tokenizer import Tokenizer
 

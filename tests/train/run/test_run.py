@@ -110,7 +110,8 @@ def test_loss_curve_is_the_golden_one(whole):
 
 def test_every_trainable_weight_moved(whole, model_folder):
     """And every frozen one did not: the adapter is all that a run writes, on the base as it was."""
-    from vl2.lora import LoRASettings, apply_lora
+    from vl2.lora import apply_lora
+    from vl2.lora_settings import LoRASettings
 
     settings = LoRASettings(groups=("attention", "experts", "shared_experts", "dense_mlp"), rank=8, dropout=0.2)
     start = apply_lora(load_model(model_folder), settings, seed=42).factors()

@@ -1,0 +1,56 @@
+"""What LoRA tunes and how: the groups, the modules each of them means, ranks and scaling. Needs no Paddle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vl2.errors import UserError
+
+_LAYER = r"language\.model\.layers\.\d+"
+# What each group means, as full matches of module paths. The router is in none: it is no Linear and stays frozen.
+GROUPS: dict[str, str] = {
+    "attention": rf"{_LAYER}\.self_attn\.(q_proj|q_a_proj|q_b_proj|k_proj|v_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)",
+    "experts": rf"{_LAYER}\.mlp\.experts",
+    "shared_experts": rf"{_LAYER}\.mlp\.shared_experts\.(gate_proj|up_proj|down_proj)",
+    "dense_mlp": rf"{_LAYER}\.mlp\.(gate_proj|up_proj|down_proj)",
+    "vision": r"vision\.blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))",
+    "projector": r"projector\.layers\.(0|2)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRASettings:
+    """What is tuned, and how."""
+
+    groups: tuple[str, ...]  # names of GROUPS
+    rank: int = 8  # inner width of the low-rank product
+    alpha: float = 16.0  # the product is scaled by alpha / rank of its group
+    dropout: float = 0.0  # probability, on the input of A, in training
+    ranks: Mapping[str, int] = field(default_factory=dict)  # rank of single groups, instead of `rank`
+    alphas: Mapping[str, float] = field(default_factory=dict)  # alpha of single groups, instead of `alpha`
+
+    def __post_init__(self):
+        for name in (*self.groups, *self.ranks, *self.alphas):
+            if name not in GROUPS:
+                raise UserError(f"lora.groups: {name!r} is not a group; the groups are {', '.join(GROUPS)}")
+        if not self.groups:
+            raise UserError("lora.groups is empty: name at least one group, or set lora.rank=0 for full fine-tuning")
+        if repeated := {name for name in self.groups if self.groups.count(name) > 1}:
+            raise UserError(f"lora.groups names {', '.join(sorted(repeated))} twice")
+        for key, table in (("ranks", self.ranks), ("alphas", self.alphas)):
+            if unused := set(table) - set(self.groups):
+                raise UserError(f"lora.{key} sets {', '.join(sorted(unused))}, which lora.groups does not tune")
+        for name in self.groups:
+            if self.rank_of(name) < 1:
+                raise UserError(f"lora rank of {name} is {self.rank_of(name)}; expected a positive integer")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"lora.dropout is {self.dropout}; expected a probability in [0, 1)")
+
+    def rank_of(self, group: str) -> int:
+        """Rank of one group."""
+        return self.ranks.get(group, self.rank)
+
+    def alpha_of(self, group: str) -> float:
+        """Alpha of one group."""
+        return self.alphas.get(group, self.alpha)
