@@ -153,12 +153,6 @@ class PackDataset(paddle.io.Dataset):
         return np.concatenate(tiles), whole
 
 
-def collate(packs: list[Batch]) -> Batch:
-    """Pass on the one pack of a micro-batch."""
-    (pack,) = packs
-    return pack
-
-
 def _plain_tiles(grid: Grid) -> np.ndarray:
     return np.full((num_tiles(grid), 3, TILE_SIZE, TILE_SIZE), PAD_COLOUR[0], dtype=np.uint8)
 

@@ -5,12 +5,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import paddle
 import pytest
 from PIL import Image
 
 from data.dataset import Dataset, open_dataset
-from data.packs import PackDataset, collate
+from data.packs import PackDataset
 from data.plan import make_plan
 from data.record import RecordError
 from vl2.prompt import IGNORE, render
@@ -124,19 +123,6 @@ def test_ranks_read_the_same_packs_in_another_order(opened):
     assert order == alone.plan.order(2).tolist()
     assert sorted(order) == list(range(len(alone)))
     assert np.array_equal(pair[1]["input_ids"], alone[order[1]]["input_ids"])
-
-
-def test_packs_cross_the_data_loader(opened):
-    """Worker processes hand over dictionaries of arrays, with and without images."""
-    packs = build(opened, max_tokens=1070)
-    loader = paddle.io.DataLoader(packs, batch_size=1, shuffle=False, collate_fn=collate, num_workers=2)
-    batches = list(loader)
-    assert len(batches) == len(packs)
-    for index, batch in enumerate(batches):
-        expected = packs[index]
-        assert set(batch) == set(expected)
-        for key, array in expected.items():
-            assert np.array_equal(batch[key].numpy(), array), key
 
 
 def damage(opened: Dataset) -> Path:

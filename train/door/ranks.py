@@ -1,13 +1,16 @@
-"""paddle.distributed.launch with three corrections; run as `python -m train.door.ranks cpu|gpu <its arguments>`.
+"""paddle.distributed.launch with four corrections; run as `python -m train.door.ranks cpu|gpu <its arguments>`.
 
-1. SIGTERM and SIGINT go on to every process once, and then it waits: a process finishes its step, saves and exits, and
-   its exit code is ours.  Paddle's launcher signals three times, kills after 30 seconds and exits with 15.
+1. SIGTERM, SIGINT and SIGHUP go on to every process once, and then it waits: a process finishes its step, saves and
+   exits, and its exit code is ours.  Paddle's launcher signals three times, kills after 30 seconds and exits with 15.
 2. A failed run shows the failing process's words once, and nothing of the launcher's.
 3. `cpu` holds on a machine with GPUs too: the processes talk through gloo.
+4. Processes whose launcher was killed are asked to stop: they save and end.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from train.door.cli import import_paddle_quietly
+from train.run.stop import stop_with_parent, write_or_detach
 
 GRACE = 10.0  # seconds for the others to end when one process failed
 TAIL = 3000  # characters shown of a failed process's log
@@ -24,6 +28,9 @@ TAIL = 3000  # characters shown of a failed process's log
 def pass_on(controller: Any, number: int, frame: FrameType | None) -> None:
     """Signal handler of the launcher: hands the signal to its processes; `watch` waits for them."""
     controller.stopping = True
+    if number == signal.SIGHUP:  # the terminal may be gone, where `watch` will still write
+        for descriptor in (1, 2):
+            write_or_detach(descriptor, "\n")
     processes = processes_of(controller)
     for process in processes:
         if process.poll() is None:
@@ -39,6 +46,8 @@ def processes_of(controller: Any) -> list[subprocess.Popen[bytes]]:
 
 def watch(controller: Any) -> bool:
     """Shows rank 0's words until every process has ended; one that fails by itself takes the others with it."""
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, controller.signal_handler)
     processes, code = processes_of(controller), 0
     while any(process.poll() is None for process in processes):
         controller.pod.logs()
@@ -84,7 +93,19 @@ def main() -> None:
     from paddle.distributed.launch.context.device import Device, DeviceType
     from paddle.distributed.launch.controllers.controller import ControllerBase
     from paddle.distributed.launch.main import launch
+    from paddle.distributed.launch.utils.process_context import ProcessContext
 
+    launcher, start = os.getpid(), ProcessContext._start
+
+    def begin() -> None:  # in the new process, before it becomes Python again
+        os.setsid()  # as without us: a Ctrl-C reaches the launcher alone
+        stop_with_parent(launcher)
+
+    def start_rank(process: Any) -> None:
+        process._preexec_fn = begin
+        start(process)
+
+    ProcessContext._start = start_rank
     if sys.argv.pop(1) == "cpu":
 
         def no_accelerator() -> Any:

@@ -1,48 +1,73 @@
-"""Stopping on SIGTERM and SIGINT: the first asks the run to finish its step and save, the second ends it at once."""
+"""Being asked to stop: the run finishes its step, saves and exits with a code that says why."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from data.processes import end_with_parent
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+WORKER_KILLED = 1  # exit code
 
 
 class StopRequest:
-    """Context in which the two signals are taken as a request; `signum` tells which came, 0 for none.
+    """Context in which the signals are taken as a request.
 
-    A run that stopped exits with 128 + signum, the shell's convention: 143 after SIGTERM, 130 after SIGINT. So a caller
-    tells "stopped and saved" from "finished" (0) and from an error (1, 2).
+    `code` is 0 while nobody asked, then the exit code the run ends with once it has saved: 128 + the signal's number,
+    the shell's convention (143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP), or WORKER_KILLED. So a caller tells
+    "stopped and saved" from "finished" (0) and from a mistake in the input (2). A second SIGTERM or SIGINT ends the
+    process at once.
     """
 
     def __init__(self):
-        self.signum = 0
+        self.code = 0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        # nohup means that a hangup is ignored: that stays.
+        taken = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in taken}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def worker_killed(self, what: str) -> None:
+        """Ask because a process that builds packs is gone."""
+        self.code = self.code or WORKER_KILLED
+        print(f"\n{what}: finishing this step, then saving", file=sys.stderr, flush=True)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.signum:
+        if self.code and number == signal.SIGHUP:
+            return  # a terminal that closes may send two: the kernel one and the shell one
+        if self.code > 128:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        self.signum = number
-        # os.write: print may be interrupted in the middle of itself.
-        text = f"\n{signal.Signals(number).name}: finishing this step, then saving; once more ends it at once\n"
-        os.write(2, text.encode())
+        self.code = 128 + number
+        again = "" if number == signal.SIGHUP else "; once more ends it at once"
+        write_or_detach(2, f"\n{signal.Signals(number).name}: finishing this step, then saving{again}\n")
+        if number == signal.SIGHUP:
+            write_or_detach(1, "\n")
 
 
-def ignore_in_worker(_: int) -> None:
-    """For data loader workers: a Ctrl-C reaches the whole process group, but the main process decides.
+def write_or_detach(descriptor: int, text: str) -> None:
+    """Write at once, as print may be interrupted in the middle of itself; a terminal that is gone becomes /dev/null.
 
-    Workers end when the loader closes, or when they see that their parent is gone.
+    After a hangup every write to the terminal fails, and the first word about the saved checkpoint would end the run.
     """
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    try:
+        os.write(descriptor, text.encode())
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, descriptor)
+        os.close(null)
+
+
+def stop_with_parent(parent: int) -> None:
+    """Be asked to stop when the parent ends: a rank whose launcher is gone would train on unattended."""
+    end_with_parent(parent, signal.SIGTERM)

@@ -18,16 +18,15 @@ import paddle.distributed as dist
 from paddlenlp.trainer import PrinterCallback, Trainer, TrainingArguments
 from paddlenlp.utils.batch_sampler import DistributedBatchSampler
 
-from data.packs import PackDataset, collate
+from data.packs import PackDataset
 from data.plan import Plan
 from train.config.schema import TrainConfig
 from train.run.gradients import ReachCheck, fill_zeros, gather_rows, sum_over_ranks
 from train.run.optim import build_optimizer, lr_factor, scale_loss
-from train.run.pack_loader import PackErrors, PackLoader
+from train.run.pack_loader import PackLoader
 from train.run.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
-from train.run.stop import StopRequest, ignore_in_worker
+from train.run.stop import StopRequest
 from vl2.balance import LoadBalance
-from vl2.errors import UserError
 from vl2.prompt import IGNORE
 
 MAX_SKIPPED_STEPS = 20  # fp16: so many overflows in a row are no longer the loss scale's
@@ -110,17 +109,14 @@ class VL2Trainer(Trainer):
 
         Position p of the dataset is rank p mod ranks'; with this sampler Trainer skips to any step, building no pack.
         """
-        packs = PackErrors(self.train_dataset)
         sampler = DistributedBatchSampler(
-            packs, batch_size=1, num_replicas=dist.get_world_size(), rank=dist.get_rank(), shuffle=False
+            self.train_dataset, batch_size=1, num_replicas=dist.get_world_size(), rank=dist.get_rank(), shuffle=False
         )
         self.loader = PackLoader(
-            packs,
+            self.train_dataset,
             batch_sampler=sampler,
-            collate_fn=collate,
             num_workers=self.config.data.workers,
-            worker_init_fn=ignore_in_worker,
-            places=[paddle.CPUPlace()],
+            on_worker_killed=self.stop.worker_killed,
         )
         return self.loader
 
@@ -136,9 +132,7 @@ class VL2Trainer(Trainer):
 
     def training_step(self, model, inputs, step_control=0):
         """Forward and backward of one pack; the last one of a step also finishes the gradients."""
-        batch = {name: tensor.numpy() for name, tensor in inputs.items()}
-        if "error" in batch:
-            raise UserError(batch["error"].tobytes().decode())
+        batch = dict(inputs)
         pack, supervised = int(batch.pop("pack")), int(batch.pop("supervised_in_step"))
         paddle.seed(pack_seed(self.config.seed, self.state.global_step, pack))
         self.model.train()
@@ -162,7 +156,7 @@ class VL2Trainer(Trainer):
 
     def _finish_gradients(self) -> None:
         """Loss of the step, reach check, zeros where nothing arrived, sum over ranks. Collective."""
-        asked = 1.0 if self.stop.signum else 0.0
+        asked = float(self.stop.code > 0)
         own = [[done.pack, float(done.loss), float(done.aux_loss), asked] for done in self._done]
         rows = gather_rows(np.array(own, dtype="float64"))
         rows = rows[np.argsort(rows[:, 0])]  # in the plan's order, so that ranks do not change the sum

@@ -39,7 +39,7 @@ from train.run.memory import check_training
 from train.run.metrics import MetricsLog
 from train.run.report import end_text, start_report, start_text
 from train.run.state import History, load_trained, read_state, save_state, save_trained, trained_folder
-from train.run.stop import StopRequest
+from train.run.stop import WORKER_KILLED, StopRequest
 from train.run.trainer import VL2Trainer, peak_memory_gb
 from train.store.checkpoints import checkpoint_path, find_checkpoint, prune
 from train.store.names import CURVE, METRICS
@@ -55,7 +55,7 @@ Evaluate = Callable[[nn.Layer, Data, TrainConfig, str], Mapping[str, float]]
 
 
 def main(arguments: list[str]) -> int:
-    """Entry script: 0 finished, 1 diverged, 2 a mistake in the input, 128 + signal stopped and saved."""
+    """Entry script: 0 finished, 1 diverged or a data worker killed, 2 a mistake in the input, 128 + signal stopped."""
     config = load_config(arguments)
     notice = rehearsal_notice(config, arguments) if config.rehearsal else ""
     try:
@@ -156,8 +156,8 @@ def train(config: TrainConfig, *, evaluate: Evaluate | None = ask_held_out, noti
     if first_step == data.plan.num_steps and checkpoint is not None:
         _say(f"already at step {first_step} of {first_step}; raise max_steps or epochs to train further")
         load_trained(model, trained_folder(checkpoint, model))
-    elif signum := _fit(config, data, model, who, about, checkpoint, first_step, history):
-        return 128 + signum
+    elif code := _fit(config, data, model, who, about, checkpoint, first_step, history):
+        return code
 
     # 4. Keep the result, ask again, sum up.
     final = trained_folder(run_dir, model)
@@ -219,7 +219,7 @@ def _fit(
     first_step: int,
     history: History,
 ) -> int:
-    """The optimizer steps. Returns the signal that stopped them, 0 when they came to their end."""
+    """The optimizer steps. Returns the exit code of what stopped them, 0 when they came to their end."""
     run_dir, first = Path(config.run_dir), dist.get_rank() == 0
     root = run_dir / "checkpoints"
 
@@ -280,16 +280,19 @@ def _fit(
             if log is not None:
                 log.close()
         # Once more, for a signal that came after the last step had agreed.
-        signum = int(gather_rows(np.array([[stop.signum]], dtype="float64")).max())
-    if signum:
+        code = int(gather_rows(np.array([[stop.code]], dtype="float64")).max())
+    if code:
         step = trainer.state.global_step
         if first:
             write_marker(run_dir, status="stopped", step=step)
-        _say(
-            f"\nstopped by {signal.Signals(signum).name} after step {step} of {data.plan.num_steps}; saved "
-            f"{checkpoint_path(root, step)}. The same command with resume=auto goes on"
-        )
-    return signum
+        saved = f"after step {step} of {data.plan.num_steps}; saved {checkpoint_path(root, step)}"
+        goes_on = "The same command with resume=auto goes on"
+        if code == WORKER_KILLED:
+            cause = f"a data worker was killed (out of memory?; data.workers={config.data.workers}, fewer take less)"
+            _say(f"error: stopped {saved}: {cause}. {goes_on}", sys.stderr)
+        else:
+            _say(f"\nstopped by {signal.Signals(code - 128).name} {saved}. {goes_on}")
+    return code
 
 
 def _evaluate_once(

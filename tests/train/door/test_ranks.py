@@ -7,12 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[3]
 WAITS = """
 import os, signal, sys, time
 rank, folder = int(os.environ["PADDLE_TRAINER_ID"]), sys.argv[1]
 got = []
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda number, frame: got.append(number))
 open(f"{folder}/ready{rank}", "w").close()
 while not got:
@@ -52,7 +54,7 @@ def start(folder, script, *arguments):
 
 def wait_for(paths, processes):
     end = time.monotonic() + 90
-    while not all(path.exists() for path in paths):
+    while not all(path.exists() and (path.stat().st_size or "ready" in path.name) for path in paths):
         assert time.monotonic() < end and all(process.poll() is None for process in processes), (
             processes[0].communicate()[0].decode()
         )
@@ -68,6 +70,20 @@ def test_signal_reaches_each_process_once(tmp_path):
     assert launcher.returncode == 143, said
     for rank in (0, 1):
         assert (tmp_path / f"end{rank}").read_text() == f"[{signal.SIGTERM:d}] of 2, gloo, prompt=a b, （--x"
+
+
+@pytest.mark.parametrize(("number", "arrives"), [(signal.SIGKILL, signal.SIGTERM), (signal.SIGHUP, signal.SIGHUP)])
+def test_the_launcher_is_killed_or_its_terminal_closes(tmp_path, number, arrives):
+    """Ranks whose launcher was gone trained on, each on a GPU that nobody knew to be taken."""
+    launcher = start(tmp_path, WAITS, "--nproc_per_node", "2", "--log_level", "WARNING")
+    wait_for([tmp_path / "ready0", tmp_path / "ready1"], [launcher])
+    if number == signal.SIGHUP:
+        launcher.stdout.close()  # what the launcher says from here on cannot be written
+    launcher.send_signal(number)
+    ended = [tmp_path / "end0", tmp_path / "end1"]
+    wait_for(ended, [])
+    assert [path.read_text().partition(" of ")[0] for path in ended] == [f"[{arrives:d}]"] * 2
+    assert launcher.wait(timeout=60) == (143 if number == signal.SIGHUP else -number)
 
 
 def test_two_machines(tmp_path):
