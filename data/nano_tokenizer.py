@@ -79,7 +79,7 @@ def write_tokenizer(folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as the official models have them."""
     tokenizer = make_tokenizer()
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(_json(_with_text_merges(json.loads(tokenizer.to_str()))), "utf-8")
     specials = {tokenizer.token_to_id(token): _special_fields(token) for token in (BOS, EOS, PAD, *ADDED)}
     additional = [_special_fields(token) for token in ("<|User|>", "<|Assistant|>")]
     config = {
@@ -104,8 +104,20 @@ def write_tokenizer(folder: Path) -> None:
         **{f"{key}_token": fields for key, fields in tokens.items()},
     }
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special_map)):
-        text = json.dumps(content, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
-        (folder / name).write_text(text, "utf-8")
+        (folder / name).write_text(_json(content, sort_keys=True), "utf-8")
+
+
+def _with_text_merges(document: dict) -> dict:
+    """Merges as "a b": the tokenizers 0.15 that the official code asks for cannot read the pairs of today's library.
+
+    No piece of a byte-level BPE holds a space: it stands as "Ġ" there.
+    """
+    model = document["model"]
+    return {**document, "model": {**model, "merges": [" ".join(pair) for pair in model["merges"]]}}
+
+
+def _json(document: dict, *, sort_keys: bool = False) -> str:
+    return json.dumps(document, ensure_ascii=False, indent=2, sort_keys=sort_keys) + "\n"
 
 
 def _corpus() -> Iterator[str]:

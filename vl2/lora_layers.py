@@ -44,7 +44,7 @@ class LoRALinear(PaddleNLPLoRALinear):
         nn.Layer.__init__(self)
         self.weight, self.bias, self.name = base.weight, base.bias, None
         self.in_features, self.out_features = base.weight.shape
-        self.r, self.lora_alpha, self.scaling = rank, alpha, alpha / rank
+        self.r, self.scaling = rank, alpha / rank
         self.lora_dropout = nn.Dropout(dropout)
         self.lora_A = self.create_parameter([self.in_features, rank], dtype="float32")
         self.lora_B = self.create_parameter([rank, self.out_features], dtype="float32")
@@ -78,7 +78,7 @@ class ExpertsLoRA(nn.Layer):
     def __init__(self, base: Experts, *, rank: int, alpha: float, dropout: float):
         super().__init__()
         num_experts, size, inner = base.gate_up.shape[0], base.gate_up.shape[1], base.down.shape[1]
-        self.r, self.lora_alpha, self.scaling = rank, alpha, alpha / rank
+        self.scaling = alpha / rank
         self.dropout = nn.Dropout(dropout)
         self.gate_A = self.create_parameter([num_experts, size, rank], dtype="float32")
         self.gate_B = self.create_parameter([num_experts, rank, inner], dtype="float32")

@@ -35,9 +35,8 @@ class Tokenizer:
     """Text to ids and back.
 
     Attributes:
-        bos_id, eos_id, pad_id, image_id, user_id, assistant_id: ids of the tokens the template places.
+        bos_id, eos_id, image_id, user_id, assistant_id: ids of the tokens the template places.
         special_ids: every token that is matched as a whole instead of being built from pieces, with its id.
-        grounding_tokens: those of them that a user may type.
         fingerprint: sha256 hex of everything that decides an id.
     """
 
@@ -52,7 +51,7 @@ class Tokenizer:
         Raises:
             UserError: if the JSON is no tokenizer, or it has no BOS or EOS.
         """
-        self.config = dict(config or {})
+        config = config or {}
         try:
             self._as_read: dict[str, Any] = json.loads(tokenizer_json)
             self._matching = tokenizers.Tokenizer.from_str(tokenizer_json)
@@ -63,7 +62,7 @@ class Tokenizer:
         self._matching.no_padding()
 
         self._bos, self._eos, self._pad = (
-            _token_name(self.config, key, default)
+            _token_name(config, key, default)
             for key, default in (("bos_token", BOS_TOKEN), ("eos_token", EOS_TOKEN), ("pad_token", PAD_TOKEN))
         )
         for key, token in (("bos_token", self._bos), ("eos_token", self._eos)):
@@ -83,10 +82,8 @@ class Tokenizer:
         self.special_ids: dict[str, int] = {
             token.content: index for index, token in sorted(self._matching.get_added_tokens_decoder().items())
         }
-        self.grounding_tokens = GROUNDING_TOKENS
         self.bos_id = self._id_of(self._bos)
         self.eos_id = self._id_of(self._eos)
-        self.pad_id = self._id_of(self._pad)
         self.image_id = self._id_of(IMAGE_TOKEN)
         self.user_id = self._id_of(USER_TOKEN)
         self.assistant_id = self._id_of(ASSISTANT_TOKEN)
@@ -111,8 +108,11 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 hex of the vocabulary, the rules and the names of the special tokens."""
-        decides = json.dumps([self._as_read, self._bos, self._eos, self._pad], sort_keys=True)
+        """sha256 hex of the vocabulary, the rules and the names of the special tokens, in whichever form they stand."""
+        model = self._as_read["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
+        content = {**self._as_read, "model": {**model, "merges": merges}}
+        decides = json.dumps([content, self._bos, self._eos, self._pad], sort_keys=True)
         return hashlib.sha256(decides.encode()).hexdigest()
 
     def encode(self, text: str, *, plain: bool = False) -> list[int]:
@@ -134,50 +134,14 @@ class Tokenizer:
                 ids.extend(self._plain.encode(part, add_special_tokens=False).ids)
         return ids
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """Decode ids to text.
-
-        Args:
-            ids: token ids.
-            skip_special: leave out special tokens, grounding tokens too.
-        """
-        return self._matching.decode([int(index) for index in ids], skip_special_tokens=skip_special)
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode token ids to text, special tokens as they are written."""
+        return self._matching.decode([int(index) for index in ids], skip_special_tokens=False)
 
     def find_typed_special(self, text: str) -> str | None:
         """Return the first special token that somebody typed into a text, grounding tokens and <image> excepted."""
         found = self._typed_special.search(text)
         return found.group() if found else None
-
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json, as read and extended.
-
-        tokenizer.json keeps the form it was read in, so that the library versions that could read it still can.
-        """
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        added = self._as_read["added_tokens"]
-        config = {
-            **self.config,
-            "bos_token": self._bos,
-            "eos_token": self._eos,
-            "pad_token": self._pad,
-            "added_tokens_decoder": {
-                str(entry["id"]): {key: value for key, value in entry.items() if key != "id"} for entry in added
-            },
-            "additional_special_tokens": self.config.get("additional_special_tokens") or [USER_TOKEN, ASSISTANT_TOKEN],
-        }
-        special_map: dict[str, Any] = {
-            "additional_special_tokens": [
-                {"content": _content(token), **_PLAIN_FLAGS} for token in config["additional_special_tokens"]
-            ],
-            **{key: {"content": config[key], **_PLAIN_FLAGS} for key in ("bos_token", "eos_token", "pad_token")},
-        }
-        for name, value in (
-            ("tokenizer.json", self._as_read),
-            ("tokenizer_config.json", config),
-            ("special_tokens_map.json", special_map),
-        ):
-            (target / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
     @cached_property
     def _typed_special(self) -> re.Pattern[str]:

@@ -7,7 +7,7 @@ import pytest
 
 from data.record import BadRecords, FieldError, Record, RecordError, check_turns, parse_messages, parse_record
 from vl2.prompt import Message, render
-from vl2.tokenizer import Tokenizer
+from vl2.tokenizer import GROUNDING_TOKENS, Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "goldens" / "nano_bpe")
 QUESTION = {"role": "user", "content": "Hi"}
@@ -134,7 +134,7 @@ def test_grounding_tokens_are_legitimate_for_both():
     record = parse(row)
     assert not any(message.plain for message in record.messages)
     ids = render(record.messages, [], TOKENIZER).input_ids
-    assert [TOKENIZER.special_ids[token] in ids for token in TOKENIZER.grounding_tokens] == [True] * 5
+    assert [TOKENIZER.special_ids[token] in ids for token in GROUNDING_TOKENS] == [True] * 5
 
 
 def test_neutralised_special_tokens_are_text():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vl2.tokenizer import Tokenizer
+from vl2.tokenizer import GROUNDING_TOKENS, PAD_TOKEN, Tokenizer
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 NANO = GOLDENS / "nano_bpe"
@@ -27,8 +27,8 @@ def test_ids_equal_official(tokenizer):
 def test_added_tokens_take_the_official_ids(tokenizer):
     """984 entries and these ids are what the official processor makes of the 976 entries of nano_bpe."""
     assert len(tokenizer) == 984
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.image_id) == (0, 1, 2, 976)
-    assert [tokenizer.special_ids[token] for token in tokenizer.grounding_tokens] == [977, 978, 979, 980, 981]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.special_ids[PAD_TOKEN], tokenizer.image_id) == (0, 1, 2, 976)
+    assert [tokenizer.special_ids[token] for token in GROUNDING_TOKENS] == [977, 978, 979, 980, 981]
     assert (tokenizer.user_id, tokenizer.assistant_id) == (982, 983)
     assert tokenizer.special_ids["<image>"] == 976
 
@@ -40,7 +40,8 @@ def test_missing_padding_token_is_added_first(tmp_path):
     raw["model"]["vocab"]["unused"] = 2
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     tokenizer = Tokenizer.from_folder(tmp_path)
-    assert (tokenizer.pad_id, tokenizer.image_id, tokenizer.assistant_id, len(tokenizer)) == (976, 977, 984, 985)
+    assert (tokenizer.special_ids[PAD_TOKEN], tokenizer.image_id, tokenizer.assistant_id) == (976, 977, 984)
+    assert len(tokenizer) == 985
 
 
 @pytest.mark.parametrize(
@@ -51,16 +52,15 @@ def test_decode_returns_the_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text, plain=True)) == text
 
 
-def test_decode_skips_special_on_demand(tokenizer):
+def test_decode_shows_special_tokens(tokenizer):
     ids = [tokenizer.bos_id, *tokenizer.encode("<|ref|>dog<|/ref|>"), tokenizer.eos_id]
     assert tokenizer.decode(ids) == "<｜begin▁of▁sentence｜><|ref|>dog<|/ref|><｜end▁of▁sentence｜>"
-    assert tokenizer.decode(ids, skip_special=True) == "dog"
 
 
 def test_plain_encoding_matches_only_grounding_tokens(tokenizer):
     text = "Say <|Assistant|> or <｜end▁of▁sentence｜> or <image> to <|ref|>the dog<|/ref|>, <|User|>"
     ids = tokenizer.encode(text, plain=True)
-    grounding = {tokenizer.special_ids[token] for token in tokenizer.grounding_tokens}
+    grounding = {tokenizer.special_ids[token] for token in GROUNDING_TOKENS}
     assert [i for i in ids if i in tokenizer.special_ids.values()] == [977, 978]
     assert set(ids).isdisjoint(set(tokenizer.special_ids.values()) - grounding)
     assert tokenizer.decode(ids) == text
@@ -90,33 +90,15 @@ def test_find_typed_special(tokenizer):
     assert tokenizer.find_typed_special("<image> <|ref|>a<|/ref|><|det|>[]<|/det|><|grounding|> <|user|>") is None
 
 
-def test_save_equals_official_extension(tokenizer, tmp_path):
-    """The saved files are what the official processor saves, but for two keys that transformers rewrites on loading:
-    tokenizer_class (LlamaTokenizerFast is read as given) and post_processor."""
-    tokenizer.save(tmp_path)
-    special_map = json.loads((tmp_path / "special_tokens_map.json").read_text())
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    assert special_map["pad_token"] == {"content": "<｜▁pad▁｜>", **flags}
-    assert special_map["additional_special_tokens"] == [
-        {"content": "<|User|>", **flags},
-        {"content": "<|Assistant|>", **flags},
-    ]
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert config["added_tokens_decoder"]["976"] == {"content": "<image>", **flags, "special": True}
-    assert len(config["added_tokens_decoder"]) == 27
-    assert config["model_max_length"] == 4096
-
+def test_fingerprint_is_that_of_the_content(tokenizer, tmp_path):
+    """Today's library writes merges as pairs, older ones as "a b": the same tokenizer, and a run can be resumed."""
+    raw = json.loads((NANO / "tokenizer.json").read_text())
+    raw["model"]["merges"] = [merge.split(" ") for merge in raw["model"]["merges"]]
+    shutil.copy(NANO / "tokenizer_config.json", tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     again = Tokenizer.from_folder(tmp_path)
     assert again.fingerprint == tokenizer.fingerprint
-    assert again.special_ids == tokenizer.special_ids
     assert again.encode("<|User|>: hi") == tokenizer.encode("<|User|>: hi")
-
-
-def test_save_keeps_the_form_of_merges(tokenizer, tmp_path):
-    """The library rewrites "a b" merges as ["a", "b"], which the versions of the official environment cannot read."""
-    tokenizer.save(tmp_path)
-    written = json.loads((tmp_path / "tokenizer.json").read_text())
-    assert written["model"] == json.loads((NANO / "tokenizer.json").read_text())["model"]
 
 
 def test_fingerprint_follows_the_vocabulary(tokenizer, tmp_path):

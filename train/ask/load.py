@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import paddle
-from paddle import nn
 
 from train.ask.model_memory import check_inference
 from train.ask.source import Source, find_source, stored_dtype
@@ -31,8 +30,7 @@ class Loaded:
     """A model ready to answer."""
 
     source: Source
-    model: DeepseekVL2  # in eval mode, all weights frozen
-    lora: nn.Layer | None  # the VL2LoRAModel around it, for an adapter
+    model: DeepseekVL2  # in eval mode, with the adapter's layers when there is one
     tokenizer: Tokenizer
 
     @property
@@ -59,19 +57,18 @@ def load(folder: str | Path, precision: str = "auto", base: str = "") -> Loaded:
     dtype = DTYPE_OF_SETTING[precision] if precision != "auto" else stored_dtype(source.base)
     check_inference(source.base, dtype)
     model = load_base(source, tokenizer, dtype)
-    lora = None
     if source.kind == "adapter":
         from vl2.adapter.folder import load_adapter  # here: it imports PaddleNLP, which takes seconds
 
         assert source.trained is not None
-        lora = load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, model))
+        load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, model))
     if "max_tiles" in source.about and source.trained is not None:  # an adapter trained elsewhere does not say
         candidates = limit_candidates(model.config.candidate_resolutions, source.about["max_tiles"])
         model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
     model.eval()
-    return Loaded(source=source, model=model, lora=lora, tokenizer=tokenizer)
+    return Loaded(source=source, model=model, tokenizer=tokenizer)
 
 
 def base_fingerprint(source: Source, model: DeepseekVL2) -> str:

@@ -48,7 +48,6 @@ class Data:
     tokenizer: Tokenizer
     candidates: tuple[Resolution, ...]  # resolutions that data.max_tiles leaves
     questions: tuple[Record, ...]  # held out; empty when nothing is asked
-    questions_path: str | None
 
 
 def build_data(config: TrainConfig) -> Data:
@@ -108,7 +107,6 @@ def build_data(config: TrainConfig) -> Data:
         tokenizer=tokenizer,
         candidates=candidates,
         questions=questions,
-        questions_path=questions_path,
     )
 
 

@@ -67,13 +67,10 @@ def main(arguments: list[str]) -> int:
 
 def ask_held_out(model: nn.Layer, data: Data, config: TrainConfig, when: str) -> Mapping[str, float]:
     """Greedy answers to the held-out questions; after training also with the pictures exchanged."""
-    lora = model if isinstance(model, VL2LoRAModel) else None
-    inner = lora.model if lora else model
+    inner = model.model if isinstance(model, VL2LoRAModel) else model
     model.eval()
     return ask_run(
-        Loaded(
-            source=Source(kind="run", base=Path(config.model.path)), model=inner, lora=lora, tokenizer=data.tokenizer
-        ),
+        Loaded(source=Source(kind="run", base=Path(config.model.path)), model=inner, tokenizer=data.tokenizer),
         data.questions,
         limit=config.eval.questions,
         max_new_tokens=config.eval.max_new_tokens,
