@@ -62,8 +62,8 @@ def load(folder: str | Path, precision: str = "auto", base: str = "") -> Loaded:
 
         assert source.trained is not None
         load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, model))
-    if "max_tiles" in source.about and source.trained is not None:  # an adapter trained elsewhere does not say
-        candidates = limit_candidates(model.config.candidate_resolutions, source.about["max_tiles"])
+    if source.max_tiles is not None:  # an adapter trained elsewhere does not say
+        candidates = limit_candidates(model.config.candidate_resolutions, source.max_tiles)
         model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
@@ -73,16 +73,16 @@ def load(folder: str | Path, precision: str = "auto", base: str = "") -> Loaded:
 
 def base_fingerprint(source: Source, model: DeepseekVL2) -> str:
     """Fingerprint of an adapter's base in the precision of the training, whatever the model is stored in now."""
-    if source.about.get("init") == "random" or "precision" not in source.about:
+    if source.random_seed is not None or source.precision is None:
         return model_fingerprint(model)
-    return stored_fingerprint(open_model(source.base), DTYPE_OF_SETTING[source.about["precision"]])
+    return stored_fingerprint(open_model(source.base), DTYPE_OF_SETTING[source.precision])
 
 
 def load_base(source: Source, tokenizer: Tokenizer, dtype: str) -> DeepseekVL2:
     """The base of a source; with a full fine-tune's weights in place, all frozen."""
-    if source.about.get("init") == "random":
+    if source.random_seed is not None:
         config = VL2Config.from_folder(source.base)
-        model = init_model(config, tokenizer.image_id, seed=source.about["seed"], dtype=dtype)
+        model = init_model(config, tokenizer.image_id, seed=source.random_seed, dtype=dtype)
     else:
         model = load_model(source.base, dtype=dtype)
     if source.kind == "weights":

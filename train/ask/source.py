@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from train.store.facts import from_document, read_fact
 from train.store.hub import resolve_model
 from train.store.names import ADAPTER, EXPORT_REPORT, WEIGHTS, WEIGHTS_METADATA
+from train.store.provenance import ExportReport, Provenance
 from vl2.adapter.formats import PADDLE_CONFIG, PEFT_CONFIG, adapter_format, adapter_metadata
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.dtypes import WEIGHT_DTYPES
@@ -19,15 +21,39 @@ from vl2.errors import UserError
 class Source:
     """What a `model=` folder turned out to hold."""
 
-    kind: str  # base (also an export), adapter, or weights (a full fine-tune)
+    kind: Literal["base", "adapter", "weights"]  # base (also an export), adapter, or weights (a full fine-tune)
     base: Path  # folder of the base model
     trained: Path | None = None  # folder of the adapter or of the trained weights
-    about: dict[str, Any] = field(default_factory=dict)  # metadata of the run that made it
+    base_name: str = ""  # as the trained weights name it; empty where they do not
+    provenance: Provenance | None = None  # of what was trained; None: nothing was, or not here
+    export: ExportReport | None = None  # of a base that was exported here
 
     @property
     def rehearsal(self) -> bool:
         """Whether this comes from a rehearsal on nano."""
-        return bool(self.about.get("rehearsal"))
+        made = self.provenance or self.export
+        return made is not None and made.rehearsal
+
+    @property
+    def recipe(self) -> str:
+        """Of the run that this comes from; empty where there was none."""
+        made = self.provenance or self.export
+        return made.recipe if made else ""
+
+    @property
+    def max_tiles(self) -> int | None:
+        """Most local tiles of an image in training; None: not known, or nothing was trained."""
+        return self.provenance.max_tiles if self.provenance else None
+
+    @property
+    def precision(self) -> str | None:
+        """Of the base in training, as the setting names it; None: not known, or nothing was trained."""
+        return self.provenance.precision if self.provenance else None
+
+    @property
+    def random_seed(self) -> int | None:
+        """Seed of a base whose weights were drawn and lie in no file; None: they lie in its folder."""
+        return self.provenance.seed if self.provenance and self.provenance.init == "random" else None
 
 
 def find_source(folder: str | Path, base: str = "") -> Source:
@@ -44,18 +70,20 @@ def find_source(folder: str | Path, base: str = "") -> Source:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a base model, a run, an adapter or an export")
     for trained in (folder, folder / ADAPTER, folder / WEIGHTS):
+        provenance: Provenance | None
         if adapter_format(trained):
-            about = adapter_metadata(trained)
-            return Source(kind="adapter", base=_base_of(trained, about, base), trained=trained, about=about)
+            provenance, name = adapter_provenance(trained)
+            place = _base_of(trained, provenance, name, base)
+            return Source(kind="adapter", base=place, trained=trained, base_name=name, provenance=provenance)
         if (trained / WEIGHTS_METADATA).is_file():
-            about = json.loads((trained / WEIGHTS_METADATA).read_text(encoding="utf-8"))
-            return Source(kind="weights", base=_base_of(trained, about, base), trained=trained, about=about)
+            provenance = read_fact(Provenance, trained / WEIGHTS_METADATA)
+            place, name = _base_of(trained, provenance, provenance.base, base), provenance.base
+            return Source(kind="weights", base=place, trained=trained, base_name=name, provenance=provenance)
     if base:
         raise UserError(f"base={base}: {folder} holds neither an adapter nor trained weights that would need a base")
     if (folder / "config.json").is_file():
         report = folder / EXPORT_REPORT
-        about = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
-        return Source(kind="base", base=folder, about=about)
+        return Source(kind="base", base=folder, export=read_fact(ExportReport, report) if report.is_file() else None)
     hint = ""
     if (folder / "checkpoints").is_dir():
         hint = "; the run is not finished: give one of its checkpoints, or finish it with resume=auto"
@@ -65,19 +93,33 @@ def find_source(folder: str | Path, base: str = "") -> Source:
     )
 
 
-def _base_of(trained: Path, about: dict[str, Any], given: str) -> Path:
+def adapter_provenance(folder: Path) -> tuple[Provenance | None, str]:
+    """Where an adapter comes from: what a run here wrote into it, or None; and the base model that it names.
+
+    Raises:
+        UserError: an entry of ours that cannot be read.
+    """
+    metadata = adapter_metadata(folder)
+    if metadata.keys() <= {"base"}:  # made elsewhere
+        return None, str(metadata.get("base") or "")
+    provenance = from_document(Provenance, metadata, f"{folder}: the metadata of the adapter")
+    return provenance, provenance.base
+
+
+def _base_of(trained: Path, provenance: Provenance | None, name: str, given: str) -> Path:
+    """Folder of the base model: the one given; or where the run had it; or what its name means here and now."""
     if given:
         return resolve_model(given)
-    name = about.get("base")
     if not name:
         raise UserError(f"{trained}: this adapter does not name its base model; give base=FOLDER")
     problem = "no config.json"
-    try:
-        base = resolve_model(name)
-        if (base / "config.json").is_file():
-            return base
-    except ValueError as error:
-        problem = str(error)
+    for place in filter(None, (provenance.base_path if provenance else "", name)):
+        try:
+            base = Path(place) if os.path.isabs(place) and Path(place).is_dir() else resolve_model(place)
+            if (base / "config.json").is_file():
+                return base
+        except UserError as error:
+            problem = str(error)
     raise UserError(
         f"{trained}: was trained on the base model {name}, which is not there now ({problem}); give base=FOLDER"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from paddle import nn
 from train.ask.source import find_source
 from train.config.schema import ExportConfig
 from train.export.folder import check_out
+from train.store.facts import to_document, write_fact
 from train.store.names import EXPORT_REPORT
+from train.store.provenance import ExportReport
 from train.store.versions import versions
 from train.store.whole_folder import write_folder
 from vl2.adapter.folder import open_adapter
@@ -46,14 +49,14 @@ from vl2.parameters import build_model
 _ROUNDING = 2.0**-23
 
 
-def export_adapter(config: ExportConfig) -> dict[str, Any]:
+def export_adapter(config: ExportConfig) -> ExportReport:
     """Write and verify the adapter of a run, or of an adapter's folder of any format.
 
     Args:
         config: with `adapter` set.
 
     Returns:
-        What export.json holds.
+        What export.json says.
 
     Raises:
         UserError: `run` holds no adapter, keys that do not go together, `out` holds something, or the folder reads
@@ -73,22 +76,27 @@ def export_adapter(config: ExportConfig) -> dict[str, Any]:
     peft = config.adapter == PEFT
     written = adapter.settings if peft else common_settings(adapter.settings)
     tensors = foreign_tensors(adapter, found, PEFT_NAMES if peft else PADDLE_NAMES, written)
-    report: dict[str, Any] = {
-        "run": str(config.run),
-        "base": str(source.base),
-        "kind": "adapter",
-        "adapter": config.adapter,
-        "dtype": "float32",
-        "rehearsal": source.rehearsal,
-        "recipe": source.about.get("recipe", ""),
-        "versions": versions(),
-    }
+    report = ExportReport(
+        run=config.run,
+        base=str(source.base),
+        kind="adapter",
+        adapter="peft" if peft else "paddle",
+        layout=None,
+        dtype="float32",
+        rehearsal=source.rehearsal,
+        recipe=source.recipe,
+        versions=versions(),
+        verified={},
+        cost=None,
+    )
 
     def write(folder: Path) -> None:
-        base = str(source.about.get("base") or source.base)
-        (write_peft if peft else write_paddle)(folder, tensors, written, base, source.about)
-        report["verified"] = verify(folder, skeleton, adapter, tensors)
-        (folder / EXPORT_REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        nonlocal report
+        base = source.base_name or str(source.base)
+        about = to_document(source.provenance) if source.provenance else {}
+        (write_peft if peft else write_paddle)(folder, tensors, written, base, about)
+        report = replace(report, verified=verify(folder, skeleton, adapter, tensors))
+        write_fact(folder / EXPORT_REPORT, report)
         (folder / "README.md").write_text(card(report), encoding="utf-8")
 
     write_folder(out, write)
@@ -115,7 +123,7 @@ def write_paddle(
 def _write_weights(
     path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str], about: Mapping[str, Any]
 ) -> None:
-    entry = {ENTRY: json.dumps(dict(about), sort_keys=True)}
+    entry = {ENTRY: json.dumps(dict(about), sort_keys=True)} if about else {}
     write_safetensors(path, tensors, dict.fromkeys(tensors, "float32"), {**header, **entry})
 
 
@@ -170,15 +178,15 @@ def _change(slot: Slot, ours: Adapter, theirs: Adapter) -> float:
     return float((np.abs(after - before) / np.where(before == 0, 1.0, np.abs(before))).max())
 
 
-def card(report: Mapping[str, Any]) -> str:
+def card(report: ExportReport) -> str:
     """README.md of an exported adapter."""
-    reader = "peft.PeftModel" if report["adapter"] == PEFT else "paddlenlp.peft.LoRAModel"
+    reader = "peft.PeftModel" if report.adapter == PEFT else "paddlenlp.peft.LoRAModel"
     lines = [
         "# An adapter of DeepSeek-VL2",
         "",
-        "**From a rehearsal on nano: not for use.**\n" if report["rehearsal"] else "",
-        f"- recipe: {report['recipe']}",
-        f"- base model: {report['base']}",
+        "**From a rehearsal on nano: not for use.**\n" if report.rehearsal else "",
+        f"- recipe: {report.recipe}",
+        f"- base model: {report.base}",
         f"- read by: {reader}.from_pretrained(model, FOLDER), with the official model",
         "",
         "    bash launch.sh infer model=FOLDER image=... prompt=...",

@@ -13,6 +13,7 @@ import numpy as np
 from train.ask.source import Source
 from train.export.merge import Merge
 from train.store.names import EXPORT_REPORT
+from train.store.provenance import ExportReport
 from train.store.whole_folder import MANIFEST
 from vl2.checkpoint.folder import INDEX_FILE
 from vl2.checkpoint.layouts import Layout, official_parts
@@ -94,8 +95,8 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def _candidates(source: Source, config: VL2Config) -> list[list[int]]:
     found = config.candidate_resolutions
-    if "max_tiles" in source.about:
-        found = limit_candidates(found, source.about["max_tiles"])
+    if source.max_tiles is not None:
+        found = limit_candidates(found, source.max_tiles)
     return [list(c) for c in found]
 
 
@@ -107,21 +108,21 @@ def _write_json(target: Path, document: Mapping[str, Any], original: Path) -> No
         target.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_card(report: Mapping[str, Any]) -> str:
+def model_card(report: ExportReport) -> str:
     """README.md of an export: what it is and what was verified."""
-    layout = {"hf": "official layout", "paddle": "PaddleMIX's layout"}[report["layout"]]
+    layout = "PaddleMIX's layout" if report.layout == "paddle" else "official layout"
     lines = [
         "# A fine-tuned DeepSeek-VL2",
         "",
-        "**From a rehearsal on nano: not for use.**\n" if report["rehearsal"] else "",
-        f"- recipe: {report['recipe']}",
-        f"- base model: {report['base']}",
-        f"- weights: {report['dtype']}, {layout}; the licence is the base model's",
+        "**From a rehearsal on nano: not for use.**\n" if report.rehearsal else "",
+        f"- recipe: {report.recipe}",
+        f"- base model: {report.base}",
+        f"- weights: {report.dtype}, {layout}; the licence is the base model's",
         "",
         "Verified when it was written:",
         *(
             f"- {key}: {value:.3g}" if isinstance(value, float) else f"- {key}: {value}"
-            for key, value in report["verified"].items()
+            for key, value in report.verified.items()
         ),
         "",
         "    bash launch.sh infer model=FOLDER image=... prompt=...",

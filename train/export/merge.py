@@ -94,12 +94,11 @@ def open_merge(source: Source, dtype: str | None) -> Merge:
     Raises:
         UserError: when base or training do not fit their names and shapes, or each other.
     """
-    if source.about.get("init") == "random":
+    if source.random_seed is not None:
         tokenizer = Tokenizer.from_folder(source.base)
-        kind = "float32" if source.kind == "weights" else DTYPE_OF_SETTING[source.about["precision"]]
-        model = init_model(
-            VL2Config.from_folder(source.base), tokenizer.image_id, seed=source.about["seed"], dtype=kind
-        )
+        assert source.precision is not None
+        kind = "float32" if source.kind == "weights" else DTYPE_OF_SETTING[source.precision]
+        model = init_model(VL2Config.from_folder(source.base), tokenizer.image_id, seed=source.random_seed, dtype=kind)
         base = hold_model(source.base, model, kind)
         dtype = dtype or stored_dtype(source.base)
     else:
@@ -109,7 +108,7 @@ def open_merge(source: Source, dtype: str | None) -> Merge:
 
         assert source.trained is not None
         skeleton = build_model(base.skeleton.config, base.skeleton.image_token_id)
-        kind = DTYPE_OF_SETTING.get(source.about.get("precision", ""), stored_dtype(source.base))
+        kind = DTYPE_OF_SETTING[source.precision] if source.precision else stored_dtype(source.base)
         lora = load_adapter(skeleton, source.trained, base_fingerprint=stored_fingerprint(base, kind))
         return Merge(base=base, dtype=dtype, lora=lora, deltas=deltas(lora))
     if source.kind == "weights":

@@ -6,10 +6,10 @@ Written tensor by tensor and verified layer by layer: neither base nor export is
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from train.export.merge import Merge, open_merge
 from train.export.verify import make_probe, verify_logits, verify_tensors
 from train.machine.devices import use_device
 from train.machine.disk import check_disk
+from train.store.facts import write_fact
 from train.store.hub import resolve_model
 from train.store.names import EXPORT_REPORT
+from train.store.provenance import ExportReport
 from train.store.versions import versions
 from train.store.whole_folder import write_folder
 from vl2.checkpoint.layouts import Layout
@@ -42,18 +44,18 @@ def main(arguments: list[str]) -> int:
     use_device(config.device)
     report = export(config)
     print(f"exported to {config.out}")
-    for key, value in {**report["verified"], **report.get("cost", {})}.items():
+    for key, value in {**report.verified, **(report.cost or {})}.items():
         print(f"  {key:32} {value:.3g}" if isinstance(value, float) else f"  {key:32} {value}")
-    if report["rehearsal"]:
+    if report.rehearsal:
         print("note: this export comes from a rehearsal on nano")
     return 0
 
 
-def export(config: ExportConfig) -> dict[str, Any]:
+def export(config: ExportConfig) -> ExportReport:
     """Write and verify one export.
 
     Returns:
-        What export.json holds: where it comes from, what was verified, and what it cost.
+        What export.json says: where it comes from, what was verified, and what it cost.
 
     Raises:
         UserError: `out` holds something, `run` holds nothing trained, there is no room on the disk, or the export is
@@ -67,31 +69,36 @@ def export(config: ExportConfig) -> dict[str, Any]:
     merge = open_merge(source, None if config.dtype == "base" else DTYPE_OF_SETTING[config.dtype])
     plan = plan_export(merge, layout)
     check_disk(out, plan.num_bytes, "the export")
-    report: dict[str, Any] = {
-        "run": config.run or config.model,
-        "base": str(source.base),
-        "kind": source.kind,
-        "dtype": merge.dtype_name,
-        "layout": layout,
-        "rehearsal": source.rehearsal,
-        "recipe": source.about.get("recipe", ""),
-        "versions": versions(),
-    }
+    report = ExportReport(
+        run=config.run or config.model,
+        base=str(source.base),
+        kind=source.kind,
+        adapter=None,
+        layout=layout,
+        dtype=merge.dtype_name,
+        rehearsal=source.rehearsal,
+        recipe=source.recipe,
+        versions=versions(),
+        verified={},
+        cost=None,
+    )
 
     def write(folder: Path) -> None:
+        nonlocal report
         started = time.perf_counter()
         with _bar("merge and write", plan.num_bytes) as bar:
             write_weights(folder, merge, plan, layout, bar.update)
         write_companions(folder, source, merge)
         written = time.perf_counter()
-        report["verified"] = verify(folder, merge, plan)
-        report["cost"] = {
+        verified = verify(folder, merge, plan)
+        cost = {
             "gigabytes": plan.num_bytes / 1e9,
             "write_seconds": written - started,
             "verify_seconds": time.perf_counter() - written,
             "peak_memory_gigabytes": _peak_memory() / 1e9,
         }
-        (folder / EXPORT_REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        report = replace(report, verified=verified, cost=cost)
+        write_fact(folder / EXPORT_REPORT, report)
         if source.trained is not None:
             (folder / "README.md").write_text(model_card(report), encoding="utf-8")
 

@@ -21,7 +21,9 @@ import paddle
 from paddle import nn
 
 from train.run.optim import optimizer_state, set_optimizer_state
+from train.store.facts import to_document, write_fact
 from train.store.names import ADAPTER, OPTIMIZER_FILE, STATE_FILE, WEIGHTS, WEIGHTS_FILE, WEIGHTS_METADATA
+from train.store.provenance import Provenance
 from train.store.versions import versions
 from vl2.adapter.folder import load_factors, open_adapter, save_adapter
 from vl2.checkpoint.tensor_files import read_header, write_safetensors
@@ -55,20 +57,19 @@ def trained_folder(parent: Path, model: nn.Layer) -> Path:
     return parent / (ADAPTER if isinstance(model, VL2LoRAModel) else WEIGHTS)
 
 
-def save_trained(model: nn.Layer, folder: Path, about: Mapping[str, Any]) -> None:
+def save_trained(model: nn.Layer, folder: Path, provenance: Provenance) -> None:
     """Write the trained weights into an existing folder.
 
     Args:
         model: a VL2LoRAModel, or a DeepseekVL2 with trainable parameters.
-        about: metadata of the run, found again beside the weights.
+        provenance: lies beside the weights.
     """
     if isinstance(model, VL2LoRAModel):
-        save_adapter(model, folder, about)
+        save_adapter(model, folder, to_document(provenance))
         return
     values = {name: p.numpy() for name, p in trainable_parameters(model).items()}
     write_safetensors(folder / WEIGHTS_FILE, values, dict.fromkeys(values, "float32"))
-    text = json.dumps(dict(about), indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / WEIGHTS_METADATA).write_text(text + "\n", encoding="utf-8")
+    write_fact(folder / WEIGHTS_METADATA, provenance)
 
 
 def load_trained(model: nn.Layer, folder: Path) -> None:
@@ -105,7 +106,7 @@ def save_state(
     step: int,
     identity: Mapping[str, Any],
     history: History,
-    about: Mapping[str, Any],
+    provenance: Provenance,
     config_yaml: str,
     scaler: Mapping[str, Any] | None = None,
 ) -> None:
@@ -114,11 +115,11 @@ def save_state(
     Args:
         step: optimizer steps made.
         identity: see train.run.identity.
-        about: metadata for the weights.
+        provenance: of the weights.
         scaler: state of the fp16 loss scaler.
     """
     trained_folder(folder, model).mkdir()
-    save_trained(model, trained_folder(folder, model), about)
+    save_trained(model, trained_folder(folder, model), provenance)
     state = optimizer_state(optimizer, trainable_parameters(model))
     write_safetensors(folder / OPTIMIZER_FILE, state, dict.fromkeys(state, "float32"))
     document = {

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from train.run.stop import WORKER_KILLED, StopRequest
 from train.run.trainer import VL2Trainer, peak_memory_gb
 from train.store.checkpoints import checkpoint_path, find_checkpoint, prune
 from train.store.names import CURVE, METRICS
+from train.store.provenance import Provenance, absolute_folder
 from train.store.run_dir import check_run_dir, clear_run_dir, read_marker, write_marker
 from train.store.versions import versions
 from train.store.whole_folder import write_folder
@@ -67,10 +68,12 @@ def main(arguments: list[str]) -> int:
 
 def ask_held_out(model: nn.Layer, data: Data, config: TrainConfig, when: str) -> Mapping[str, float]:
     """Greedy answers to the held-out questions; after training also with the pictures exchanged."""
-    inner = model.model if isinstance(model, VL2LoRAModel) else model
+    lora = isinstance(model, VL2LoRAModel)
+    inner = model.model if lora else model
     model.eval()
+    source = Source(kind="adapter" if lora else "weights", base=Path(config.model.path))
     return ask_run(
-        Loaded(source=Source(kind="run", base=Path(config.model.path)), model=inner, tokenizer=data.tokenizer),
+        Loaded(source=source, model=inner, tokenizer=data.tokenizer),
         data.questions,
         limit=config.eval.questions,
         max_new_tokens=config.eval.max_new_tokens,
@@ -137,29 +140,31 @@ def train(config: TrainConfig, *, evaluate: Evaluate | None = ask_held_out, noti
         _say(f"skipped: {error}", sys.stderr)
 
     # 3. Train.
-    about = {
-        "recipe": config.recipe,
-        "rehearsal": config.rehearsal,
-        "base": config.model.path,
-        "init": config.model.init,
-        "seed": config.seed,
-        "base_fingerprint": fingerprint,
-        "max_tiles": config.data.max_tiles,
-        "precision": config.precision,
-        "versions": versions(),
-    }
+    provenance = Provenance(
+        recipe=config.recipe,
+        rehearsal=config.rehearsal,
+        base=config.model.path,
+        base_path=absolute_folder(config.model.path),
+        base_fingerprint=fingerprint,
+        init=config.model.init,  # type: ignore[arg-type]  # checked by the schema
+        seed=config.seed,
+        max_tiles=config.data.max_tiles,
+        precision=config.precision,  # type: ignore[arg-type]
+        step=None,
+        versions=versions(),
+    )
     before = _evaluate_once("before", evaluate, model, data, config)
     barrier()
     if first_step == data.plan.num_steps and checkpoint is not None:
         _say(f"already at step {first_step} of {first_step}; raise max_steps or epochs to train further")
         load_trained(model, trained_folder(checkpoint, model))
-    elif code := _fit(config, data, model, who, about, checkpoint, first_step, history):
+    elif code := _fit(config, data, model, who, provenance, checkpoint, first_step, history):
         return code
 
     # 4. Keep the result, ask again, sum up.
     final = trained_folder(run_dir, model)
     if first:
-        write_folder(final, lambda folder: save_trained(model, folder, about))
+        write_folder(final, lambda folder: save_trained(model, folder, provenance))
     model.eval()
     after = _evaluate_once("after", evaluate, model, data, config)
     if first:
@@ -211,7 +216,7 @@ def _fit(
     data: Data,
     model: nn.Layer,
     who: Mapping[str, Any],
-    about: Mapping[str, Any],
+    provenance: Provenance,
     checkpoint: Path | None,
     first_step: int,
     history: History,
@@ -232,7 +237,7 @@ def _fit(
                     step=step,
                     identity=who,
                     history=history,
-                    about={**about, "step": step},
+                    provenance=replace(provenance, step=step),
                     config_yaml=to_yaml(config),
                     scaler=trainer.scaler.state_dict() if trainer.do_grad_scaling else None,
                 )

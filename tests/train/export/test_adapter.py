@@ -11,6 +11,7 @@ import paddle
 import pytest
 from paddle import nn
 
+from tests.train.provenance import provenance
 from train.ask.infer import infer
 from train.ask.load import Loaded, load
 from train.ask.source import find_source
@@ -52,8 +53,7 @@ def make_run(folder: Path, base: Path, settings: LoRASettings, **about) -> Path:
         if name.endswith("_B"):
             factor.set_value(rng.normal(0, 0.02, factor.shape).astype("float32"))
     (folder / "adapter").mkdir(parents=True)
-    metadata = {"base": str(base), "max_tiles": 4, "rehearsal": True, "recipe": "sft_tiny", **about}
-    save_adapter(lora, folder / "adapter", metadata)
+    save_adapter(lora, folder / "adapter", provenance(base, **about))
     return folder
 
 
@@ -147,7 +147,7 @@ def test_peft_configuration_has_no_key_that_0_10_does_not_know(peft):
 def test_peft_there_and_back_gives_the_same_bits(run, peft):
     assert np.array_equal(logits(run), logits(peft))
     ours, theirs = load(run), load(peft)
-    assert theirs.source.about == ours.source.about and theirs.candidates == ours.candidates
+    assert theirs.source.provenance == ours.source.provenance and theirs.candidates == ours.candidates
     expected, found = factors_of(ours), factors_of(theirs)
     assert expected and all(np.array_equal(p.numpy(), found[name].numpy()) for name, p in expected.items())
 
@@ -155,7 +155,7 @@ def test_peft_there_and_back_gives_the_same_bits(run, peft):
 def test_paddle_there_and_back_gives_the_same_bits(base, tmp_path):
     run = make_run(tmp_path / "run", base, SAME)
     report = export(ExportConfig(run=str(run), out=str(tmp_path / "paddle"), adapter="paddle"))
-    assert report["verified"]["largest_change"] == 0 and report["verified"]["tensors"] == 2 * sum(
+    assert report.verified["largest_change"] == 0 and report.verified["tensors"] == 2 * sum(
         not re.search(r"lm_head|attn_pool", module) for module in linears(base)
     )
     assert np.array_equal(logits(run), logits(tmp_path / "paddle"))
@@ -164,7 +164,7 @@ def test_paddle_there_and_back_gives_the_same_bits(base, tmp_path):
 def test_paddle_has_one_rank_and_scaling_for_all(run, tmp_path):
     """Filled up with zeros, the other scaling inside B: one float32 rounding of B, and sums over more columns."""
     report = export(ExportConfig(run=str(run), out=str(tmp_path / "paddle"), adapter="paddle"))
-    assert 0 < report["verified"]["largest_change"] < 2**-23
+    assert 0 < report.verified["largest_change"] < 2**-23
     before, after = logits(run), logits(tmp_path / "paddle")
     assert np.abs(after - before).max() < 1e-5 * np.abs(before).max()
     assert np.abs(after - logits(find_source(run).base)).max() > 0.01 * np.abs(before).max()
@@ -257,7 +257,8 @@ def changed(folder: Path, target: Path, **config) -> Path:
 def test_an_adapter_without_a_word_of_ours(tiny_peft, model_folder, tmp_path):
     """The base from its configuration, or from base=; all resolutions of the base are in force."""
     foreign = changed(tiny_peft, tmp_path / "a")
-    assert find_source(foreign).about == {"base": str(model_folder)}
+    found = find_source(foreign)
+    assert (found.provenance, found.base_name, found.base) == (None, str(model_folder), model_folder)
     loaded = load(foreign)
     assert loaded.candidates == load(model_folder).candidates and not loaded.source.rehearsal
     answer = infer(loaded, InferConfig(prompt="What?", max_new_tokens=6))["ids"]
@@ -289,8 +290,10 @@ def test_base_is_for_adapters_and_must_be_the_right_one(tiny, tiny_peft, model_f
     shutil.copy(model_folder / "tokenizer.json", other)
     with pytest.raises(ValueError, match=r"do not fit \(it names .* as its base\)\n  missing"):
         load(changed(tiny_peft, tmp_path / "foreign"), base=str(other))
+    theirs = provenance(other)["base_fingerprint"]
+    mistaken = make_run(tmp_path / "mistaken", model_folder, MIXED, base_fingerprint=theirs)
     with pytest.raises(ValueError, match=r"does not fit the model and its LoRA groups\n  missing"):
-        load(tiny, base=str(other))
+        load(mistaken, base=str(other))
 
 
 def keys(settings: LoRASettings) -> list[str]:

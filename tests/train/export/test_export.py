@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.train.provenance import provenance
 from train.ask.evaluate import Question, check_predictions, exact_match, permuted, questions_of, write_predictions
 from train.ask.infer import conversation, infer
 from train.ask.load import load
@@ -49,8 +50,7 @@ def run(base, tmp_path_factory) -> Path:
     for name, factor in lora.factors().items():
         if name.endswith("_B"):
             factor.set_value(rng.normal(0, 0.02, factor.shape).astype("float32"))
-    about = {"base": str(base), "max_tiles": 4, "rehearsal": True, "recipe": "sft_tiny"}
-    save_adapter(lora, folder / "adapter", about)
+    save_adapter(lora, folder / "adapter", provenance(base))
     return folder
 
 
@@ -96,13 +96,13 @@ def test_export_report_and_files(run, exported, base):
 
 def test_export_in_the_base_dtype_leaves_untouched_tensors_bit_for_bit(run, base, tmp_path):
     report = export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
-    assert report["dtype"] == "bfloat16"
+    assert report.dtype == "bfloat16"
     before, after = checkpoint_tensors(base), checkpoint_tensors(tmp_path / "out")
     same = {name for name in before if np.array_equal(before[name].read(), after[name].read())}
     changed = before.keys() - same
     assert changed and all(any(part in name for part in ("self_attn", "mlp")) for name in changed)
     assert not any(name.startswith(("vision", "projector")) or "gate.weight" in name for name in changed)
-    assert 0 < report["verified"]["rounding_mean_logit_change"] < 0.05
+    assert 0 < report.verified["rounding_mean_logit_change"] < 0.05
 
 
 def test_export_is_refused_and_leaves_nothing_when_a_tensor_reads_back_wrong(run, tmp_path, monkeypatch):

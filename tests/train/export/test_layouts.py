@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 import train.export.merged
 import train.export.verify
+from tests.train.provenance import provenance
 from train.ask.load import load
 from train.config.load import load_export_config
 from train.config.schema import ExportConfig
@@ -64,12 +65,12 @@ def test_hf_to_hf_and_through_paddle_and_back_is_byte_identical(kind, shards, tm
     base = make_base(kind, tmp_path / "base", shards=shards)
     report = export(ExportConfig(model=str(base), out=str(tmp_path / "hf")))
     assert contents(tmp_path / "hf") == contents(base) and len(contents(base)) >= 7
-    assert report["verified"]["tensors"] == len(checkpoint_tensors(base)) and report["verified"]["tensors_changed"] == 0
-    assert report["verified"]["rounding_mean_logit_change"] == 0.0
-    assert report["verified"]["rounding_next_token_agreement"] == 1.0
+    assert report.verified["tensors"] == len(checkpoint_tensors(base)) and report.verified["tensors_changed"] == 0
+    assert report.verified["rounding_mean_logit_change"] == 0.0
+    assert report.verified["rounding_next_token_agreement"] == 1.0
 
     report = export(ExportConfig(model=str(base), out=str(tmp_path / "paddle"), layout="paddle"))
-    assert report["layout"] == "paddle" and report["verified"]["rounding_mean_logit_change"] == 0.0
+    assert report.layout == "paddle" and report.verified["rounding_mean_logit_change"] == 0.0
     export(ExportConfig(model=str(tmp_path / "paddle"), out=str(tmp_path / "back")))
     assert contents(tmp_path / "back") == contents(base)
     check_paddle_layout(base, tmp_path / "paddle")
@@ -109,7 +110,7 @@ def test_pdparams_of_paddlemix_become_safetensors(tmp_path, make_base):
     paddle.save({n: paddle.to_tensor(t.read()) for n, t in tensors.items()}, str(old / "model_state.pdparams"))
     (old / "model.safetensors").unlink()
     report = export(ExportConfig(model=str(old), out=str(tmp_path / "hf")))
-    assert report["verified"]["rounding_mean_logit_change"] == 0.0
+    assert report.verified["rounding_mean_logit_change"] == 0.0
     found = checkpoint_tensors(tmp_path / "hf")
     assert {name: tensor.dtype for name, tensor in found.items()} == dict.fromkeys(expected, "bfloat16")
     assert all(np.array_equal(found[name].read(), values) for name, values in expected.items())
@@ -122,7 +123,7 @@ def test_another_type_is_rounded_and_said_in_the_config(tmp_path, make_base):
     config["torch_dtype"] = config["language_config"]["torch_dtype"] = "bfloat16"
     (base / "config.json").write_text(json.dumps(config))
     report = export(ExportConfig(model=str(base), out=str(tmp_path / "fp16"), dtype="fp16"))
-    assert report["dtype"] == "float16" and 0 < report["verified"]["rounding_kl"] < 1e-6
+    assert report.dtype == "float16" and 0 < report.verified["rounding_kl"] < 1e-6
     after = json.loads((tmp_path / "fp16" / "config.json").read_text())
     assert after["torch_dtype"] == after["language_config"]["torch_dtype"] == "float16"
     export(ExportConfig(model=str(base), out=str(tmp_path / "fp32"), dtype="fp32"))
@@ -147,7 +148,7 @@ def test_each_tensor_keeps_its_own_type(tmp_path, make_base):
     dtypes = {name: "float32" if name == bias else "bfloat16" for name in arrays}
     write_safetensors(base / "model.safetensors", arrays, dtypes)
     report = export(ExportConfig(model=str(base), out=str(tmp_path / "out"), layout="paddle"))
-    assert report["dtype"] == "bfloat16/float32"
+    assert report.dtype == "bfloat16/float32"
     found = checkpoint_tensors(tmp_path / "out")[bias]
     assert found.dtype == "float32" and np.array_equal(found.read(), arrays[bias])
 
@@ -166,12 +167,12 @@ def test_full_fine_tune_from_random_weights_is_exported(tmp_path, make_base):
         if name.startswith("language.") and "correction" not in name
     }
     write_safetensors(run / "trained.safetensors", trained, dict.fromkeys(trained, "float32"))
-    about = {"base": str(base), "init": "random", "seed": 5, "max_tiles": 9, "precision": "fp32", "recipe": "r"}
+    about = provenance(base, init="random", seed=5, max_tiles=9, precision="fp32", base_fingerprint="")
     (run / "metadata.json").write_text(json.dumps(about))
     report = export(ExportConfig(run=str(run.parent), out=str(tmp_path / "out"), layout="paddle", dtype="fp32"))
-    assert report["verified"]["trained_used"] == len(trained)
-    assert report["verified"]["tensors_changed"] > len(trained)  # experts are stacked
-    assert report["verified"]["rounding_mean_logit_change"] == 0.0
+    assert report.verified["trained_used"] == len(trained)
+    assert report.verified["tensors_changed"] > len(trained)  # experts are stacked
+    assert report.verified["rounding_mean_logit_change"] == 0.0
     found = {name: p.numpy() for name, p in load(tmp_path / "out", "fp32").model.named_parameters()}
     for name, value in trained.items():
         assert np.array_equal(found[name], value), name
@@ -187,7 +188,7 @@ def test_trained_weights_of_another_shape_are_refused(tmp_path, make_base):
     write_safetensors(
         run / "trained.safetensors", {"image_newline": np.ones([3], np.float32)}, {"image_newline": "float32"}
     )
-    (run / "metadata.json").write_text(json.dumps({"base": str(base), "max_tiles": 9}))
+    (run / "metadata.json").write_text(json.dumps(provenance(base)))
     with pytest.raises(ValueError, match=r"image_newline is float32\[3\], expected float32\[64\]"):
         export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
 
