@@ -10,14 +10,17 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
 
 from data.images import ImageError, decode, read_size
+from data.processes import end_with_parent
 from data.record import BadRecords, Record, RecordError
 from data.size_table import Size, SizeTable, record_key
+from vl2.errors import UserError
 from vl2.prompt import IGNORE, render
 from vl2.tiles import Resolution, tile_grid
 from vl2.tokenizer import Tokenizer
@@ -126,10 +129,15 @@ def _run(job: _Job, workers: int) -> Iterator[Size | RecordError]:
     chunks = [range(first, min(first + _CHUNK, len(job.records))) for first in range(0, len(job.records), _CHUNK)]
     # An executor, not a Pool: it reports a killed child, where a Pool waits for ever.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,)) as executor:
+    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job, os.getpid())) as executor:
         try:
             for chunk in executor.map(_work, chunks):
                 yield from chunk
+        except BrokenProcessPool:
+            raise UserError(
+                f"a process that measures the data was killed (out of memory?): {workers} were at work; give "
+                f"data.workers={max(1, workers // 2)}, which takes less memory. What was measured is kept"
+            ) from None
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
@@ -137,8 +145,9 @@ def _run(job: _Job, workers: int) -> Iterator[Size | RecordError]:
 _job: _Job | None = None
 
 
-def _start_worker(job: _Job) -> None:
+def _start_worker(job: _Job, parent: int) -> None:
     global _job
+    end_with_parent(parent)
     _job = job
 
 

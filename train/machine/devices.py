@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.machine.environment import detect_build, installed, nvidia_smi, paddle_wheel
+from train.machine.environment import detect_build, driver_report, installed, paddle_wheel
 from vl2.errors import UserError
+
+_BUS_ID = re.compile(r"\b[0-9A-F]{8}:[0-9A-F]{2}:[0-9A-F]{2}\.[0-9A-F]\b")  # nvidia-smi's table has one a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +38,12 @@ class Machine:
 
 def find_machine(
     environ: Mapping[str, str] = os.environ,
-    smi: Callable[..., str | None] = nvidia_smi,
+    report: Callable[[], str | None] = driver_report,
     device_files: str = "/dev/nvidia[0-9]*",
 ) -> Machine:
     """Looks at device files, nvidia-smi and the installed packages; the arguments are for tests."""
-    driver = smi()
-    listed = sum(line.startswith("GPU ") for line in (smi("-L") or "").splitlines())
+    driver = report()
+    listed = len(_BUS_ID.findall(driver or ""))
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     return Machine(
         gpus=max(len(glob.glob(device_files)), listed),

@@ -6,6 +6,7 @@ Standard library only.  Progress goes to stderr; stdout holds one line, the inte
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import re
@@ -15,6 +16,7 @@ import sys
 import venv
 from importlib import metadata
 from pathlib import Path
+from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements.lock"
@@ -47,6 +49,12 @@ def nvidia_smi(*arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+@functools.cache
+def driver_report() -> str | None:
+    """The table that nvidia-smi prints, None without a working driver; asked once a process, as it may take seconds."""
+    return nvidia_smi()
+
+
 def paddle_build(driver: str | None, capabilities: str | None = None) -> str:
     """The folder of Paddle's wheel index for this machine: `cpu`, or the newest CUDA build that its driver runs.
 
@@ -73,7 +81,11 @@ def paddle_build(driver: str | None, capabilities: str | None = None) -> str:
 
 def detect_build() -> str:
     """`paddle_build` of this machine."""
-    return paddle_build(nvidia_smi(), nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader"))
+    report = driver_report()
+    build = paddle_build(report)
+    if build in ("cu129", "cu130"):  # those leave out old cards
+        build = paddle_build(report, nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader"))
+    return build
 
 
 def paddle_wheel(build: str) -> list[str]:
@@ -117,10 +129,10 @@ def ensure(folder: Path) -> Path:
     again, and compared first, so that nothing else happens while the lock stays the same.
     """
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
-    with open(LOCK, "rb") as lock:
+    with open_lock() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two launches at once the second waits here and finds the stamp
         build = detect_build()
-        wanted = f"{hashlib.sha256(lock.read()).hexdigest()} {build}\n"
+        wanted = f"{hashlib.sha256(LOCK.read_bytes()).hexdigest()} {build}\n"
         found = stamp.read_text() if stamp.is_file() else ""
         sound = starts(python)
         if found == wanted and sound:
@@ -132,6 +144,14 @@ def ensure(folder: Path) -> Path:
         install(python, build)
         stamp.write_text(wanted)
     return python
+
+
+def open_lock() -> BinaryIO:
+    """The lock file, to be locked: open for writing where we may, as NFS asks for it."""
+    try:
+        return open(LOCK, "r+b")
+    except OSError:  # read-only
+        return open(LOCK, "rb")
 
 
 def create(folder: Path) -> None:

@@ -1,18 +1,30 @@
 """What counts as a GPU, and when a GPU that cannot be used is an error."""
 
+import os
+
 import pytest
 
+from train.door.launch import prepare
 from train.machine.devices import Machine, choose_device, find_machine, gpu_fault, physical_cores
+from train.machine.environment import detect_build, driver_report
 
-SMI = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4 |"
-LISTED = "GPU 0: NVIDIA A100 (UUID: GPU-1)\n  MIG 1g.5gb Device 0: (UUID: MIG-1)\nGPU 1: NVIDIA A100 (UUID: GPU-2)\n"
+# Two GPUs, the first of them cut into instances, and a process.
+SMI = """\
+| NVIDIA-SMI 550.54.15              Driver Version: 550.54.15      CUDA Version: 12.4     |
+| GPU  Name                 Persistence-M | Bus-Id          Disp.A | Volatile Uncorr. ECC |
+|   0  NVIDIA A100-SXM4-40GB          On  |   00000000:07:00.0 Off |                   On |
+| N/A   29C    P0             43W /  400W |      87MiB /  40960MiB |     N/A      Default |
+|   1  NVIDIA A100-SXM4-40GB          On  |   00000000:BD:00.0 Off |                    0 |
+|  0    7   0   0  |              37MiB /  4864MiB    | 14      0 |  1   0    0    0    0 |
+|    1   N/A  N/A      1234      C   python                                         430MiB |
+"""
 
 
-def smi(*arguments):
-    return LISTED if arguments == ("-L",) else SMI
+def smi():
+    return SMI
 
 
-def no_smi(*arguments):
+def no_smi():
     return None
 
 
@@ -68,7 +80,23 @@ def test_hidden_gpu():
         choose_device("gpu", machine)
 
 
-def test_physical_cores():
-    import os
+def test_nvidia_smi_is_asked_once(tmp_path, monkeypatch):
+    """It takes up to seconds, and a start called it ten times."""
+    asked = tmp_path / "asked"
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho \"asked: $@\" >> {asked}\necho '{SMI}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    driver_report.cache_clear()
+    try:
+        prepare("train", ["conf=sft_tiny", "device=cpu", "run_dir=nowhere"])
+        assert find_machine().gpus == 2
+        assert detect_build() == "cu126"
+    finally:
+        driver_report.cache_clear()
+    assert asked.read_text() == "asked: \n"
 
+
+def test_physical_cores():
     assert 1 <= physical_cores() <= len(os.sched_getaffinity(0))

@@ -34,6 +34,24 @@ def test_no_driver_and_old_driver():
         environment.paddle_build(smi("11.4"))
 
 
+def test_cards_are_asked_for_where_they_decide(monkeypatch):
+    """Each call of nvidia-smi may take seconds, and only builds for CUDA 12.9 and later leave cards out."""
+    asked = []
+    monkeypatch.setattr(environment, "nvidia_smi", lambda *arguments: asked.append(arguments) or "7.0\n")
+    monkeypatch.setattr(environment, "driver_report", lambda: smi("12.4"))
+    assert (environment.detect_build(), asked) == ("cu126", [])
+    monkeypatch.setattr(environment, "driver_report", lambda: smi("13.0"))
+    assert (environment.detect_build(), len(asked)) == ("cu126", 1)
+
+
+def test_the_lock_is_open_for_writing(log):
+    """NFS refuses to lock a file that is open for reading only; the file itself stays as it is."""
+    before = environment.LOCK.read_bytes()
+    with environment.open_lock() as lock:
+        assert lock.writable()
+    assert environment.LOCK.read_bytes() == before
+
+
 def test_lock_pins_what_the_repository_needs():
     pins, direct = environment.read_lock()
     assert len(pins) > 100

@@ -1,0 +1,96 @@
+"""Child processes end with their parent, also when it was killed or had ended before they looked."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import data.measure
+from data.measure import measure
+from vl2.errors import UserError
+from vl2.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+MEASURES = """
+import os, sys, time
+from pathlib import Path
+import data.measure
+
+def one(self, index):
+    Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(60)
+
+data.measure._Job.one, data.measure._MIN_PARALLEL, data.measure._CHUNK = one, 2, 1
+job = data.measure._Job(range(4), None, (), "header")
+list(data.measure._run(job, 2))
+"""
+ORPHAN = """
+import os, signal, sys, time
+from data.processes import end_with_parent
+parent = os.getpid()
+if os.fork():
+    os._exit(0)
+while os.getppid() == parent:
+    time.sleep(0.01)
+end_with_parent(parent, signal.SIGTERM)
+open(sys.argv[1], "w").close()
+"""
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", script, *arguments], env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def is_running(process: int) -> bool:
+    """Whether a process is there and no zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_until(condition, what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def test_measuring_processes_end_with_a_killed_run(tmp_path):
+    """They stayed, and measured on for whoever had gone."""
+    parent = start(MEASURES, str(tmp_path))
+    try:
+        wait_until(lambda: len(list(tmp_path.iterdir())) == 2, "two processes measure")
+    finally:
+        parent.kill()
+        parent.wait()
+    children = [int(path.name) for path in tmp_path.iterdir()]
+    wait_until(lambda: not any(is_running(child) for child in children), "a measuring process is still there")
+
+
+def test_a_parent_that_ended_before_is_noticed(tmp_path):
+    """The kernel sends nothing for a parent that ended before it was asked to."""
+    mark = tmp_path / "went on"
+    script = start(ORPHAN, str(mark))
+    assert script.wait(timeout=60) == 0
+    time.sleep(0.5)
+    assert not mark.exists()
+
+
+def test_a_killed_measuring_process_is_said(tmp_path, monkeypatch):
+    """It was the traceback of a BrokenProcessPool."""
+
+    def one(self, index):
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(data.measure._Job, "one", one)
+    monkeypatch.setattr(data.measure, "_CHUNK", 1)
+    monkeypatch.setattr(data.measure, "_num_workers", lambda job, workers: 2)
+    monkeypatch.setattr(data.measure, "record_key", lambda *_, **__: None)
+    with pytest.raises(UserError, match=r"killed \(out of memory\?\): 2 were at work; give data\.workers=1, which"):
+        measure([None] * 6, Tokenizer.from_folder(ROOT / "vl2" / "nano"), ())
