@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from vl2.tokenizer import ASSISTANT_TOKEN, USER_TOKEN, Tokenizer
 
 SpecialTokens = Literal["error", "neutralise"]
 OnBadRecord = Literal["error", "skip"]
+
+_MAX_SHOWN = 100  # characters of what was found, in an error
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -90,7 +93,8 @@ def parse_record(
     """Check a row with `messages` and `images` and make it a Record.
 
     Args:
-        row: the decoded JSON; keys other than `messages` and `images` are ignored.
+        row: the decoded JSON; keys other than `messages` and `images` are ignored,
+            but a picture under `image` is an error.
         source, row_number: where it comes from.
         folder: relative image paths start here.
         tokenizer: knows the special tokens a text must not hold.
@@ -106,7 +110,7 @@ def parse_record(
     if not isinstance(row, dict):
         raise error("row", f"expected a JSON object with messages and images, found {_kind(row)}")
     if "messages" not in row:
-        raise error("messages", f"expected a list of messages, found no such key among {sorted(row)}")
+        raise error("messages", f"expected a list of messages, found no such key among {_shortened(sorted(row))}")
     try:
         messages = parse_messages(row["messages"], tokenizer=tokenizer, special_tokens=special_tokens)
         check_turns(messages)
@@ -118,12 +122,18 @@ def parse_record(
         names = []
     if not isinstance(names, list):
         raise error("images", f"expected a list of paths, found {_kind(names)}")
+    if row.get("image") and not names:
+        raise error(
+            "image", f"this key is not read; expected `images`, a list of paths, one for each {IMAGE_PLACEHOLDER}"
+        )
     for i, name in enumerate(names):
-        if not isinstance(name, str) or not name:
-            raise error(f"images[{i}]", f"expected the path of an image file, found {_kind(name)}")
+        if problem_of_name := _not_a_path(name):
+            raise error(f"images[{i}]", f"expected the path of an image file, found {problem_of_name}")
     num_placeholders = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages)
     if num_placeholders != len(names):
-        hint = "; the key is `images`, not `image`" if "image" in row and "images" not in row else ""
+        hint = (
+            "" if num_placeholders else f"; write {IMAGE_PLACEHOLDER} into the user's message where the picture stands"
+        )
         raise error(
             "images",
             f"expected one path for each {IMAGE_PLACEHOLDER} in the user messages, found {len(names)} "
@@ -131,6 +141,34 @@ def parse_record(
         )
     images = tuple(Path(os.path.abspath(folder / os.path.expanduser(name))) for name in names)
     return Record(messages=messages, images=images, source=source, row=row_number)
+
+
+def _not_a_path(name: Any) -> str:
+    """What stands where the path of an image should; empty for what may be one."""
+    if not isinstance(name, str) or not name:
+        return _kind(name)
+    if name.startswith("data:"):
+        return f"a data URI ({name[:30]!r}...); write the picture to a file and name that"
+    if re.match("[a-z][a-z0-9+.-]*://", name, re.IGNORECASE):
+        return f"an address ({_shortened(name)}); fetch the picture to a file and name that"
+    if "\0" in name or not _is_unicode(name):
+        return f"{_shortened(name)}, which no file can be called"
+    return ""
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text holds no half of a surrogate pair, which JSON can spell but which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shortened(value: Any) -> str:
+    """A value as it is written in code, in one line of bounded length."""
+    written = repr(value)
+    return written if len(written) <= _MAX_SHOWN else f"{written[:_MAX_SHOWN]}... ({len(written)} characters)"
 
 
 class FieldError(UserError):
@@ -168,7 +206,7 @@ def _parse_message(entry: Any, where: str, tokenizer: Tokenizer, special_tokens:
         raise FieldError(where, f"expected an object with role and content, found {_kind(entry)}")
     role = entry.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise FieldError(f"{where}.role", f"expected system, user or assistant, found {role!r}")
+        raise FieldError(f"{where}.role", f"expected system, user or assistant, found {_shortened(role)}")
     content = entry.get("content")
     if not isinstance(content, str):
         raise FieldError(
@@ -226,7 +264,7 @@ def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "nothing (null)"}
     if value in ("", []) and isinstance(value, (str, list)):
         return "an empty " + ("string" if isinstance(value, str) else "list")
-    return names.get(type(value), f"the number {value}")
+    return names.get(type(value)) or f"the number {_shortened(value)}"
 
 
 def _plural(count: int, word: str) -> str:

@@ -22,7 +22,7 @@ from vl2.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of the way sizes are computed: raise it when vl2.prompt.render changes
+_VERSION = 2  # raise it when sizes change, or when more is found wrong: what passed before is looked at again then
 
 
 @dataclass(frozen=True, kw_only=True)

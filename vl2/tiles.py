@@ -6,7 +6,6 @@ Knows pixels and counts only: no tokenizer, no model. The same functions serve m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -92,19 +91,6 @@ def num_image_tokens(grid: Grid) -> int:
 def num_tiles(grid: Grid) -> int:
     """Count the tiles the vision tower sees for one image, the global view included."""
     return 1 + grid[0] * grid[1]
-
-
-def load_image(path: str | PathLike[str]) -> Image.Image:
-    """Decode an image file to RGB as the official code does: the first frame, no EXIF rotation, alpha dropped.
-
-    Raises:
-        OSError: if the file is missing, truncated or not an image.
-
-    Source: `load_pil_images`, deepseek_vl2/utils/io.py. The published models never saw the EXIF orientation
-    applied, and boxes refer to the pixels as stored: a file whose stored pixels lie on their side stays so.
-    """
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def cut_tiles(image: Image.Image, grid: Grid) -> np.ndarray:

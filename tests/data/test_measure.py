@@ -187,18 +187,18 @@ def test_missing_image(tmp_path, monkeypatch, workers):
 def test_truncated_image(tmp_path):
     image = picture(tmp_path / "a.jpg")
     image.write_bytes(image.read_bytes()[:-50])
-    with pytest.raises(RecordError, match=r"^a\.jsonl, row 4, images\[0\]: truncated image, its end marker is missing"):
+    with pytest.raises(RecordError, match=r"^a\.jsonl, row 4, images\[0\]: truncated image, its end is missing"):
         measure([record(4, "x", image)], TOKENIZER, CANDIDATES)
 
 
 def test_verify_decode_finds_damage_that_headers_hide(tmp_path):
-    image = picture(tmp_path / "a.png")
-    content = bytearray(image.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    image.write_bytes(content)
+    image = picture(tmp_path / "a.jpg")
+    content = image.read_bytes()
+    tables = content.index(b"\xff\xdb"), content.index(b"\xff\xda")  # without them no pixel can be computed
+    image.write_bytes(content[: tables[0]] + content[content.index(b"\xff\xc0") : tables[1]] + content[tables[1] :])
     table = tmp_path / "sizes.npz"
     assert measure([record(4, "x", image)], TOKENIZER, CANDIDATES, cache=table)[0].tiles == 3
-    with pytest.raises(RecordError, match=r"^a\.jsonl, row 4, images\[0\]: cannot decode the image"):
+    with pytest.raises(RecordError, match=r"^a\.jsonl, row 4, images\[0\]: cannot read the image"):
         measure([record(4, "x", image)], TOKENIZER, CANDIDATES, cache=table, verify="decode")
 
 

@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from data.dataset import Dataset, open_dataset
+from data.images import decode
 from data.packs import PackDataset
 from data.plan import make_plan
 from data.record import RecordError
 from vl2.prompt import IGNORE, render
-from vl2.tiles import cut_tiles, load_image
+from vl2.tiles import cut_tiles
 from vl2.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "goldens" / "nano_bpe")
@@ -78,7 +79,7 @@ def test_pack_is_its_samples_one_after_the_other(opened):
             assert batch["labels"][end - 1] == IGNORE  # nothing is predicted across samples
             images += [(path, grid) for path, grid in zip(record.images, size.grids)]
         if images:
-            expected = np.concatenate([cut_tiles(load_image(path), grid) for path, grid in images])
+            expected = np.concatenate([cut_tiles(decode(path), grid) for path, grid in images])
             assert np.array_equal(batch["tiles"], expected) and len(expected) == spec.tiles
             assert batch["grids"].tolist() == [list(grid) for _, grid in images]
     assert sorted(seen) == list(range(5))
@@ -137,14 +138,14 @@ def damage(opened: Dataset) -> Path:
 def test_image_that_breaks_after_the_plan_is_an_error(opened):
     damage(opened)
     packs = build(opened)
-    with pytest.raises(RecordError, match=r"train\.jsonl, row 2, images\[0\]: cannot decode the image .*0\.png"):
+    with pytest.raises(RecordError, match=r"train\.jsonl, row 2, images\[0\]: cannot read the image .*0\.png"):
         [packs[i] for i in range(len(packs))]
 
 
 def test_image_that_is_gone_after_the_plan_is_an_error(opened):
     opened.records[1].images[0].unlink()
     packs = build(opened)
-    with pytest.raises(RecordError, match=r"train\.jsonl, row 2, images\[0\]: cannot decode the image"):
+    with pytest.raises(RecordError, match=r"train\.jsonl, row 2, images\[0\]: expected an image file, found none"):
         [packs[i] for i in range(len(packs))]
 
 

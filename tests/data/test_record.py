@@ -66,14 +66,41 @@ BAD_ROWS = [
         {"messages": [user("<image>"), ANSWER], "images": ["a.png", "b.png"]},
         r"images: expected one path for each <image> in the user messages, found 2 paths for 1 <image>$",
     ),
-    (
-        {"messages": [user("<image>"), ANSWER], "image": "a.png"},
-        r"images: .*found 0 paths for 1 <image>; the key is `images`, not `image`",
-    ),
+    ({"messages": [user("<image>"), ANSWER], "image": "a.png"}, r"image: this key is not read; expected `images`"),
     ({"messages": [QUESTION, ANSWER], "images": "a.png"}, r"images: expected a list of paths, found a string"),
     (
         {"messages": [user("<image>"), ANSWER], "images": [{"path": "a.png"}]},
         r"images\[0\]: expected the path of an image file, found an object",
+    ),
+    *(
+        (
+            {"messages": [user("<image>"), ANSWER], "images": [name]},
+            rf"images\[0\]: expected the path .*, found {found}",
+        )
+        for name, found in [
+            (
+                "data:image/png;base64," + "iVBORw0KGgo" * 9999,
+                r"a data URI \('data:image/png;base64,iVBORw0K'\.\.\.\); write",
+            ),
+            ("https://example.org/a.png", r"an address \('https://example\.org/a\.png'\); fetch the picture"),
+            ("a\0.png", r"'a\\x00\.png', which no file can be called"),
+            ("a\ud800.png", r"'a\\ud800\.png', which no file can be called"),
+        ]
+    ),
+    ({"messages": [QUESTION, ANSWER], "image": "a.png"}, r"image: this key is not read; expected `images`, a list of "),
+    ({"messages": [QUESTION, ANSWER], "images": [], "image": ["a.png"]}, r"image: this key is not read"),
+    (
+        {"messages": [QUESTION, ANSWER], "images": ["a.png"]},
+        r"images: .*found 1 path for 0 <image>; write <image> into the user's message where the picture stands$",
+    ),
+    (
+        {"messages": [QUESTION, ANSWER], "images": float("nan")},
+        r"images: expected a list of paths, found the number nan",
+    ),
+    ({"messages": [user(float("nan")), ANSWER]}, r"messages\[0\]\.content: expected a string .*, found the number nan"),
+    (
+        {"messages": [{"role": "x" * 9999, "content": "Hi"}, ANSWER]},
+        r"messages\[0\]\.role: .* found 'xxx.{1,200}\(10001 characters\)$",
     ),
     (
         {"messages": [user("say <|Assistant|>"), ANSWER]},
@@ -122,6 +149,12 @@ def test_good_row():
 @pytest.mark.parametrize("images", [{}, {"images": []}, {"images": None}])
 def test_images_may_be_absent(images):
     assert parse({"messages": [QUESTION, ANSWER], **images}).images == ()
+
+
+@pytest.mark.parametrize("image", ["", None, []])
+def test_empty_image_key_is_ignored_as_any_other(image):
+    """Tables of mixed rows hold one where a row has no picture."""
+    assert parse({"messages": [QUESTION, ANSWER], "image": image}).images == ()
 
 
 def test_official_role_names():

@@ -12,7 +12,6 @@ from PIL import Image
 from vl2.tiles import (
     cut_tiles,
     limit_candidates,
-    load_image,
     num_image_tokens,
     num_tiles,
     select_best_resolution,
@@ -113,21 +112,3 @@ def test_limit_candidates_counts_local_tiles():
 def test_no_candidates():
     with pytest.raises(ValueError, match="candidate_resolutions is empty"):
         select_best_resolution((10, 10), ())
-
-
-def test_load_image_ignores_exif_rotation(tmp_path):
-    """As the official code: the orientation tag is not applied, so header size and pixels agree."""
-    image = synth_image(40, 20, 0)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees to display"
-    image.save(tmp_path / "rotated.png", exif=exif)
-    loaded = load_image(tmp_path / "rotated.png")
-    assert loaded.size == (40, 20)
-    assert np.array_equal(np.asarray(loaded), np.asarray(image))
-
-
-def test_load_image_converts_every_mode_to_rgb(tmp_path):
-    for mode in ("L", "RGBA", "P", "1", "CMYK"):
-        path = tmp_path / f"{mode}.{'tiff' if mode == 'CMYK' else 'png'}"
-        Image.new(mode, (5, 4)).save(path)
-        assert load_image(path).mode == "RGB"

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data.images import decode
 from train.ask.load import Loaded
 from vl2.generate import generate
 from vl2.prompt import Message, render
-from vl2.tiles import Resolution, cut_tiles, load_image, tile_grid
+from vl2.tiles import Resolution, cut_tiles, tile_grid
 from vl2.tokenizer import Tokenizer
 
 # Prompts that are answered together: bounds the memory of their caches.
@@ -28,7 +29,7 @@ def prepare(
         tokenizer: of the model.
         candidates: resolutions (width, height) in pixels.
     """
-    opened = [load_image(image) for image in images]
+    opened = [decode(image) for image in images]
     grids = [tile_grid(image.size, len(opened), candidates) for image in opened]
     prompt = {"input_ids": render(messages, grids, tokenizer, for_generation=True).input_ids}
     if opened:

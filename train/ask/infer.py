@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.images import ImageError, read_size
 from data.record import FieldError, parse_messages
 from train.ask.answer import prepare
 from train.ask.load import Loaded, load
@@ -25,9 +26,7 @@ def main(arguments: list[str]) -> int:
     """Entry script."""
     config = load_infer_config(arguments)
     use_device(config.device)
-    for image in config.image:
-        if not Path(image).is_file():
-            raise UserError(f"image={image}: no such file")
+    check_images(config.image)
     started = time.perf_counter()
     loaded = load(config.model, config.precision, config.base)
     loading = time.perf_counter() - started
@@ -64,6 +63,19 @@ def infer(loaded: Loaded, config: InferConfig) -> dict[str, Any]:
         "prepare_seconds": round(prepared - started, 3),
         "generate_seconds": round(time.perf_counter() - prepared, 3),
     }
+
+
+def check_images(paths: Sequence[str]) -> None:
+    """Find an image that cannot be used before the model is loaded, which takes longer.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    for path in paths:
+        try:
+            read_size(path)
+        except ImageError as error:
+            raise UserError(f"image: {error}") from error
 
 
 def conversation(config: InferConfig, tokenizer: Tokenizer) -> tuple[Message, ...]:
