@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.places import ROOT
+
 TOP = ("vl2", "data", "train")
 MODULES = sorted(path for top in TOP for path in (ROOT / top).rglob("*.py"))
 

@@ -1,8 +1,7 @@
 """What must not be in the tree."""
 
-from pathlib import Path
+from tests.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 # Spelled in two pieces, so that this file is not its own finding.
 FOREIGN = [start + end for start, end in (("/work", "/"), ("/farm", "/"), ("/root", "/"), ("/tmp", "/w/"))]
 

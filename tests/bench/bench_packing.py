@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
 from data.measure import measure
 from data.plan import make_plan
 from data.record import Record
 from tests.data.test_plan import CANDIDATES, mixed_sizes
+from tests.places import NANO_BPE
 from vl2.prompt import Message
 from vl2.tokenizer import Tokenizer
 
 MAX_TOKENS = 4096
-NANO_BPE = Path(__file__).parents[1] / "goldens" / "nano_bpe"
 
 
 def main() -> None:

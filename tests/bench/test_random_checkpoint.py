@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import paddle
@@ -10,20 +9,18 @@ import pytest
 
 from tests.bench import random_checkpoint
 from tests.bench.random_files import tensor_shapes
+from tests.places import GOLDENS, NANO_BPE
 from train.config.load import load_random_config
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.load import load_model
 from vl2.config import VL2Config
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-BPE = GOLDENS / "nano_bpe"
 
 
 @pytest.mark.parametrize("kind", ["nano_tiny", "nano_small", "nano_base"])
 def test_written_model_loads_and_computes(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(random_checkpoint, "SHARD_BYTES", 300_000)
     out = tmp_path / "parent" / "out"
-    random_checkpoint.main([f"model={GOLDENS / kind}", f"tokenizer={BPE}", f"out={out}", "seed=1"])
+    random_checkpoint.main([f"model={GOLDENS / kind}", f"tokenizer={NANO_BPE}", f"out={out}", "seed=1"])
     config = VL2Config.from_folder(out)
     stored = checkpoint_tensors(out)
     assert {name: tensor.shape for name, tensor in stored.items()} == tensor_shapes(config)
@@ -85,7 +82,7 @@ def test_tokenizer_with_more_entries_than_the_embedding_is_refused(tmp_path):
     small["language_config"]["vocab_size"] = 100
     (tmp_path / "config.json").write_text(json.dumps(small))
     with pytest.raises(ValueError, match=r"the tokenizer has 984 entries, but language_config\.vocab_size is 100"):
-        random_checkpoint.main([f"model={tmp_path}", f"tokenizer={BPE}", f"out={tmp_path / 'x'}"])
+        random_checkpoint.main([f"model={tmp_path}", f"tokenizer={NANO_BPE}", f"out={tmp_path / 'x'}"])
 
 
 def test_configuration():

@@ -2,17 +2,16 @@
 
 import hashlib
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.bench.random_files import draw, plan_shards, tensor_bytes, tensor_shapes, write_shard
+from tests.places import GOLDENS
 from vl2.checkpoint.published import PUBLISHED, SHARD_BYTES, published
 from vl2.checkpoint.tensor_files import read_header
 from vl2.config import VL2Config
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 # Of the published checkpoints: tensors, bytes in bfloat16, and the sha256 of the sorted lines "name BF16 [shape]".
 CONTENTS = {
     "deepseek-vl2-tiny": (

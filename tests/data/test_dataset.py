@@ -9,9 +9,10 @@ from PIL import Image
 
 from data.dataset import default_cache, open_dataset
 from data.record import RecordError
+from tests.places import NANO_BPE
 from vl2.tokenizer import Tokenizer
 
-TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "goldens" / "nano_bpe")
+TOKENIZER = Tokenizer.from_folder(NANO_BPE)
 CANDIDATES = ((384, 384), (768, 384))
 
 

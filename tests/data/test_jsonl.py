@@ -7,9 +7,10 @@ import pytest
 
 from data.jsonl import read_records
 from data.record import BadRecords
+from tests.places import NANO_BPE
 from vl2.tokenizer import Tokenizer
 
-TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "goldens" / "nano_bpe")
+TOKENIZER = Tokenizer.from_folder(NANO_BPE)
 
 
 def row(question: str, answer: str = "ok") -> str:

@@ -11,11 +11,12 @@ import data.measure
 from data.measure import measure
 from data.record import BadRecords, Record, RecordError
 from data.size_table import Size, SizeTable, record_key
+from tests.places import NANO_BPE
 from vl2.prompt import Message, render
 from vl2.tiles import limit_candidates, num_image_tokens
 from vl2.tokenizer import Tokenizer
 
-TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "goldens" / "nano_bpe")
+TOKENIZER = Tokenizer.from_folder(NANO_BPE)
 CANDIDATES = ((384, 384), (384, 768), (768, 384), (768, 768), (384, 1152), (1152, 384))
 
 

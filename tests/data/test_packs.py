@@ -13,11 +13,12 @@ from data.images import decode
 from data.packs import PackDataset
 from data.plan import make_plan
 from data.record import RecordError
+from tests.places import NANO_BPE
 from vl2.prompt import IGNORE, render
 from vl2.tiles import cut_tiles
 from vl2.tokenizer import Tokenizer
 
-TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "goldens" / "nano_bpe")
+TOKENIZER = Tokenizer.from_folder(NANO_BPE)
 CANDIDATES = ((384, 384), (768, 384))
 
 

@@ -11,10 +11,10 @@ import pytest
 
 import data.measure
 from data.measure import measure
+from tests.places import ROOT
 from vl2.errors import UserError
 from vl2.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
 MEASURES = """
 import os, sys, time
 from pathlib import Path

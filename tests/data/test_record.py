@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from data.record import BadRecords, FieldError, Record, RecordError, check_turns, parse_messages, parse_record
+from tests.places import NANO_BPE
 from vl2.prompt import Message, render
 from vl2.tokenizer import GROUNDING_TOKENS, Tokenizer
 
-TOKENIZER = Tokenizer.from_folder(Path(__file__).parents[1] / "goldens" / "nano_bpe")
+TOKENIZER = Tokenizer.from_folder(NANO_BPE)
 QUESTION = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
 

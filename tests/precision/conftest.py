@@ -1,24 +1,23 @@
 """Nano models of the goldens in any precision, one pack of two conversations, and a place to report figures."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.places import GOLDENS
 from vl2.checkpoint.load import load_model
 from vl2.lora import apply_lora
 from vl2.lora_settings import GROUPS, LoRASettings
 from vl2.model import DeepseekVL2
 from vl2.parameters import train_parameters
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 FIGURES: list[str] = []
 
 
 @pytest.fixture(scope="session")
-def nano(tmp_path_factory) -> Callable[..., DeepseekVL2]:
+def nano(golden_folder) -> Callable[..., DeepseekVL2]:
     """nano("nano_small", "bfloat16"): stored and computed in that type as on a GPU, adapters in every LoRA group.
 
     With full=True all that may train is float32 and trains, without adapters.
@@ -27,11 +26,7 @@ def nano(tmp_path_factory) -> Callable[..., DeepseekVL2]:
 
     def build(family: str, dtype: str, *, full: bool = False) -> DeepseekVL2:
         if family not in folders:
-            folders[family] = tmp_path_factory.mktemp(family)
-            for source in (GOLDENS / family, GOLDENS / "nano_bpe"):
-                for file in source.iterdir():
-                    if file.suffix != ".npz":
-                        shutil.copy(file, folders[family])
+            folders[family] = golden_folder(family)
         model = load_model(folders[family], dtype=dtype)
         if full:
             skipped = ("attn_pool", "e_score_correction_bias")

@@ -3,29 +3,12 @@
 import json
 import multiprocessing
 import random
-import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 WORDS = ("red", "blue", "circle", "square", "two", "three", "left", "big")
-
-
-@pytest.fixture(scope="session")
-def golden_folder(tmp_path_factory):
-    """golden_folder("nano_tiny"): a model of the goldens with its tokenizer; 0.5 M random weights, true structure."""
-
-    def make(kind: str) -> Path:
-        folder = tmp_path_factory.mktemp(kind)
-        for source in (GOLDENS / kind, GOLDENS / "nano_bpe"):
-            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-                if (source / name).is_file():
-                    shutil.copy(source / name, folder)
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="session")

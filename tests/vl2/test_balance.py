@@ -1,13 +1,12 @@
 """The load-balance loss: its value and gradients against the official code's, and what must not change it."""
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 
+from tests.golden_cases import batch_of, golden
 from vl2.balance import LoadBalance
 from vl2.checkpoint.layouts import official_parts, official_tensors
 from vl2.checkpoint.load import load_model
@@ -16,7 +15,6 @@ from vl2.lora_settings import LoRASettings
 from vl2.model import DeepseekVL2
 from vl2.parameters import train_parameters
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 ALPHA = 0.001  # of the goldens
 
 
@@ -30,35 +28,11 @@ def test_the_example_by_hand():
     assert float(both.of_layer(scores, scores.argmax(axis=1, keepdim=True))) == pytest.approx(float(loss) + 2.0)
 
 
-def load(family: str, folder: Path) -> DeepseekVL2:
-    for source in (GOLDENS / family, GOLDENS / "nano_bpe"):
-        for file in source.iterdir():
-            if file.suffix != ".npz":
-                shutil.copy(file, folder / file.name)
+def load(folder: Path) -> DeepseekVL2:
     model = load_model(folder)
     train_parameters(model, [name for name, _ in model.named_parameters() if "attn_pool" not in name])
     model.train()
     return model
-
-
-def golden(family: str, case: str) -> dict:
-    scalars = json.loads((GOLDENS / family / "golden.json").read_text())["cases"][case]
-    with np.load(GOLDENS / family / f"{case}.npz") as arrays:
-        found = {**scalars, **{name: arrays[name] for name in arrays.files}}
-    more = GOLDENS / family / f"{case}_aux.npz"
-    if more.exists():
-        with np.load(more) as arrays:
-            found |= {name: arrays[name] for name in arrays.files}
-    return found
-
-
-def batch_of(case: str, expected: dict) -> dict:
-    tokens = expected["input_ids"]
-    batch = {"input_ids": tokens, "position_ids": np.arange(len(tokens)), "seq_lens": np.array([len(tokens)])}
-    if case != "text":
-        batch["tiles"] = np.load(GOLDENS / "images" / f"{case}.npz")["images_u8"]
-        batch["grids"] = expected["images_spatial_crop"]
-    return {**batch, "labels": np.append(expected["labels"][1:], -100)}
 
 
 def with_balance(model, batch) -> tuple[paddle.Tensor, int, LoadBalance]:
@@ -85,8 +59,8 @@ def family(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def model(family, tmp_path_factory) -> DeepseekVL2:
-    return load(family, tmp_path_factory.mktemp(family))
+def model(family, golden_folder) -> DeepseekVL2:
+    return load(golden_folder(family))
 
 
 @pytest.mark.parametrize("case", ["text", "crop2x1", "three", "multiturn"])
@@ -125,9 +99,9 @@ def test_gradients_equal_official(model, family, case, recompute):
     assert checked == len(theirs)
 
 
-def test_sigmoid_router_by_the_formula(tmp_path):
+def test_sigmoid_router_by_the_formula(golden_folder):
     """arXiv 2412.19437 equations 17 to 20 in numpy: scores divided by their sum, choices without the bias."""
-    model, expected = load("nano_base", tmp_path), golden("nano_base", "text")
+    model, expected = load(golden_folder("nano_base")), golden("nano_base", "text")
     gates = [layer.mlp.gate for layer in model.language.model.layers if hasattr(layer.mlp, "gate")]
     seen = []
     for gate in gates:
@@ -186,9 +160,9 @@ def test_packed_equals_separate_and_what_is_not_learned_does_not_count(model, fa
 
 
 @pytest.mark.parametrize("recompute", [0, 1])
-def test_frozen_gate_passes_it_on_to_adapters(family, tmp_path, recompute):
+def test_frozen_gate_passes_it_on_to_adapters(family, golden_folder, recompute):
     """LoRA freezes the router; the loss reaches the factors through the hidden states, the same under recompute."""
-    model = load(family, tmp_path)
+    model = load(golden_folder(family))
     lora = apply_lora(model, LoRASettings(groups=("attention", "dense_mlp"), rank=4))
     draw = np.random.default_rng(0)
     for factor in lora.factors().values():

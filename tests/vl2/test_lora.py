@@ -10,6 +10,7 @@ import pytest
 from paddlenlp.peft import LoRAModel
 from paddlenlp.peft.lora.lora_layers import LoRALinear as PaddleNLPLoRALinear
 
+from tests.places import GOLDENS
 from vl2.adapter.folder import load_adapter, open_adapter, save_adapter
 from vl2.adapter.formats import OWN_FILE
 from vl2.checkpoint.layouts import official_parts
@@ -20,7 +21,6 @@ from vl2.lora_layers import LoRALinear
 from vl2.lora_settings import GROUPS, LoRASettings
 from vl2.parameters import init_model, train_parameters
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 IMAGE_ID = 1000
 ALL = LoRASettings(groups=tuple(GROUPS), rank=4, alpha=12.0)
 

@@ -1,8 +1,5 @@
 """Latent attention beyond the goldens: adapters on kv_b_proj are alive in training and in the folded decode."""
 
-import shutil
-from pathlib import Path
-
 import numpy as np
 import paddle
 import pytest
@@ -13,18 +10,11 @@ from vl2.generate import generate, prefill
 from vl2.lora import apply_lora
 from vl2.lora_settings import LoRASettings
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
-
 
 @pytest.fixture(scope="module", params=["nano_small", "nano_base"])
-def lora(request, tmp_path_factory):
+def lora(request, golden_folder):
     """A model with latent attention and an adapter on attention whose B is not zero."""
-    folder = tmp_path_factory.mktemp(request.param)
-    for source in (GOLDENS / request.param, GOLDENS / "nano_bpe"):
-        for file in source.iterdir():
-            if file.suffix != ".npz":
-                shutil.copy(file, folder / file.name)
-    model = apply_lora(load_model(folder), LoRASettings(groups=("attention",), rank=4, alpha=8.0))
+    model = apply_lora(load_model(golden_folder(request.param)), LoRASettings(groups=("attention",), rank=4, alpha=8.0))
     rng = np.random.default_rng(0)
     for name, factor in model.factors().items():
         if name.endswith("_B"):

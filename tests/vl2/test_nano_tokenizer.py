@@ -1,16 +1,16 @@
 """nano's tokenizer: made by its recipe, complete, and kind to the words nano must learn."""
 
 import json
-from pathlib import Path
 
 import pytest
 import tokenizers
 
 from data.nano_tokenizer import ADDED, BOS, EOS, NUM_LEARNED, PAD, read_words, write_tokenizer
 from data.shapes.scene import COLOURS, FORMS, LAYOUTS
+from tests.places import ROOT
 from vl2.tokenizer import Tokenizer
 
-NANO = Path(__file__).parents[2] / "vl2" / "nano"
+NANO = ROOT / "vl2" / "nano"
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 EMBEDDING_ROWS = 1024
 

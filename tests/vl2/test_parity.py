@@ -4,14 +4,14 @@ Tolerance 2e-5 of a tensor's largest value: float32 sums of some hundred terms i
 layer (measured here: below 2e-6); a wrong GELU form or position shows at 1e-3. Gradients: 1e-4 relative in the 2-norm.
 """
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 
+from tests.golden_cases import batch_of, golden
+from tests.places import FAMILIES, GOLDENS
 from vl2.cache import KVCache
 from vl2.checkpoint.layouts import official_parts, official_tensors
 from vl2.checkpoint.load import load_model
@@ -19,46 +19,22 @@ from vl2.generate import generate, prefill
 from vl2.model import DeepseekVL2
 from vl2.parameters import train_parameters
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = ("text", "crop2x1", "three", "multiturn")
 
 
-@pytest.fixture(scope="module", params=["nano_tiny", "nano_small", "nano_base"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(family, tmp_path_factory) -> Path:
-    """A whole checkpoint folder: config and weights of the goldens with their tokenizer."""
-    target = tmp_path_factory.mktemp(family)
-    for source in (GOLDENS / family, GOLDENS / "nano_bpe"):
-        for file in source.iterdir():
-            if file.suffix != ".npz":
-                shutil.copy(file, target / file.name)
-    return target
+def folder(family, golden_folder) -> Path:
+    return golden_folder(family)
 
 
 @pytest.fixture(scope="module")
 def model(folder) -> DeepseekVL2:
     return load_model(folder)
-
-
-def golden(family: str, case: str) -> dict:
-    scalars = json.loads((GOLDENS / family / "golden.json").read_text())["cases"][case]
-    with np.load(GOLDENS / family / f"{case}.npz") as arrays:
-        return {**scalars, **{name: arrays[name] for name in arrays.files}}
-
-
-def batch_of(case: str, expected: dict, ids: str = "input_ids") -> dict:
-    tokens = expected[ids]
-    batch = {"input_ids": tokens, "position_ids": np.arange(len(tokens)), "seq_lens": np.array([len(tokens)])}
-    if case != "text":
-        batch["tiles"] = np.load(GOLDENS / "images" / f"{case}.npz")["images_u8"]
-        batch["grids"] = expected["images_spatial_crop"]
-    if ids == "input_ids":
-        batch["labels"] = np.append(expected["labels"][1:], -100)
-    return batch
 
 
 def assert_close(ours, theirs, tolerance=2e-5):

@@ -1,16 +1,15 @@
 """The chat template against the official processor on 14 conversations, and its refusals."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.places import GOLDENS, NANO_BPE
 from vl2.prompt import IGNORE, Message, render
 from vl2.tiles import num_image_tokens, num_tiles, tile_grid
 from vl2.tokenizer import Tokenizer
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 CONVERSATIONS = json.loads((GOLDENS / "processor" / "conversations.json").read_text())
 CANDIDATES = [(w, h) for w, h in json.loads((GOLDENS / "processor" / "images.json").read_text())["candidates"]]
 ROLES = {"<|User|>": "user", "<|Assistant|>": "assistant"}
@@ -18,7 +17,7 @@ ROLES = {"<|User|>": "user", "<|Assistant|>": "assistant"}
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_folder(GOLDENS / "nano_bpe")
+    return Tokenizer.from_folder(NANO_BPE)
 
 
 def expand(runs: list) -> list[int]:

@@ -2,13 +2,13 @@
 
 import json
 import zlib
-from pathlib import Path
 
 import numpy as np
 import PIL
 import pytest
 from PIL import Image
 
+from tests.places import GOLDENS
 from vl2.tiles import (
     cut_tiles,
     limit_candidates,
@@ -18,8 +18,7 @@ from vl2.tiles import (
     tile_grid,
 )
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "processor"
-GOLDEN = json.loads((GOLDENS / "images.json").read_text())
+GOLDEN = json.loads((GOLDENS / "processor" / "images.json").read_text())
 CANDIDATES = tuple((w, h) for w, h in GOLDEN["candidates"])
 # Pillow 13 resizes some tall pictures vertically first and rounds a few pixels differently by one level.
 EXACT_PIXELS = int(PIL.__version__.split(".")[0]) >= 13
@@ -49,7 +48,7 @@ def test_picture_equals_official(golden):
         assert zlib.crc32(tiles) == golden["crc32_u8"]
 
     levels = 0 if EXACT_PIXELS else 1
-    with np.load(GOLDENS / "pixels.npz") as pixels:
+    with np.load(GOLDENS / "processor" / "pixels.npz") as pixels:
         key = f"{w}x{h}"
         signed = tiles.astype(np.int16)
         assert np.abs(signed[:, :, 191] - pixels[f"{key}_row191_u8"]).max() <= levels

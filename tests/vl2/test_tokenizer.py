@@ -2,19 +2,16 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
+from tests.places import GOLDENS, NANO_BPE
 from vl2.tokenizer import GROUNDING_TOKENS, PAD_TOKEN, Tokenizer
-
-GOLDENS = Path(__file__).parents[1] / "goldens"
-NANO = GOLDENS / "nano_bpe"
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_folder(NANO)
+    return Tokenizer.from_folder(NANO_BPE)
 
 
 def test_ids_equal_official(tokenizer):
@@ -34,7 +31,7 @@ def test_added_tokens_take_the_official_ids(tokenizer):
 
 
 def test_missing_padding_token_is_added_first(tmp_path):
-    raw = json.loads((NANO / "tokenizer.json").read_text())
+    raw = json.loads((NANO_BPE / "tokenizer.json").read_text())
     raw["added_tokens"] = [entry for entry in raw["added_tokens"] if "pad" not in entry["content"]]
     del raw["model"]["vocab"]["<｜▁pad▁｜>"]
     raw["model"]["vocab"]["unused"] = 2
@@ -73,7 +70,7 @@ def test_plain_encoding_of_harmless_text_changes_nothing(tokenizer):
 
 def test_added_tokens_that_are_not_flagged_special(tmp_path):
     """The published vocabulary has some; they are matched as a whole all the same, so they are neutralised too."""
-    raw = json.loads((NANO / "tokenizer.json").read_text())
+    raw = json.loads((NANO_BPE / "tokenizer.json").read_text())
     raw["added_tokens"].append({**raw["added_tokens"][-1], "id": 976, "content": "<｜fim▁hole｜>", "special": False})
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     tokenizer = Tokenizer.from_folder(tmp_path)
@@ -92,9 +89,9 @@ def test_find_typed_special(tokenizer):
 
 def test_fingerprint_is_that_of_the_content(tokenizer, tmp_path):
     """Today's library writes merges as pairs, older ones as "a b": the same tokenizer, and a run can be resumed."""
-    raw = json.loads((NANO / "tokenizer.json").read_text())
+    raw = json.loads((NANO_BPE / "tokenizer.json").read_text())
     raw["model"]["merges"] = [merge.split(" ") for merge in raw["model"]["merges"]]
-    shutil.copy(NANO / "tokenizer_config.json", tmp_path)
+    shutil.copy(NANO_BPE / "tokenizer_config.json", tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     again = Tokenizer.from_folder(tmp_path)
     assert again.fingerprint == tokenizer.fingerprint
@@ -102,11 +99,11 @@ def test_fingerprint_is_that_of_the_content(tokenizer, tmp_path):
 
 
 def test_fingerprint_follows_the_vocabulary(tokenizer, tmp_path):
-    raw = (NANO / "tokenizer.json").read_text()
-    shutil.copy(NANO / "tokenizer_config.json", tmp_path)
+    raw = (NANO_BPE / "tokenizer.json").read_text()
+    shutil.copy(NANO_BPE / "tokenizer_config.json", tmp_path)
     (tmp_path / "tokenizer.json").write_text(raw.replace("\\\\p{N}{1,3}", "\\\\p{N}{1,2}"))
     assert Tokenizer.from_folder(tmp_path).fingerprint != tokenizer.fingerprint
-    assert Tokenizer.from_folder(NANO).fingerprint == tokenizer.fingerprint
+    assert Tokenizer.from_folder(NANO_BPE).fingerprint == tokenizer.fingerprint
 
 
 def test_folder_without_tokenizer(tmp_path):
@@ -121,7 +118,7 @@ def test_broken_tokenizer(tmp_path):
 
 
 def test_tokenizer_without_bos(tmp_path):
-    shutil.copy(NANO / "tokenizer.json", tmp_path)
+    shutil.copy(NANO_BPE / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     with pytest.raises(ValueError, match=r"expected the bos_token '<s>' in the vocabulary"):
         Tokenizer.from_folder(tmp_path)

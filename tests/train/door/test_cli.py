@@ -3,14 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.places import ROOT
 from train.door.cli import run_cli
 from train.door.launch import child_environment
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_mistake_of_the_user_and_no_noise(tmp_path):

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.places import ROOT
 from train.config.load import load_config
 from train.door import launch
 from train.machine.devices import Machine
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def door(*arguments, cwd=ROOT, path="", **environ):

@@ -5,11 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.places import ROOT
+
 WAITS = """
 import os, signal, sys, time
 rank, folder = int(os.environ["PADDLE_TRAINER_ID"]), sys.argv[1]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-ROOT = Path(__file__).resolve().parents[3]
+from tests.places import ROOT
+
 # `bash launch.sh test` runs this very test; CI calls it.
 NOT_HERE = ("bash launch.sh test",)
 SHORT_RUN = (

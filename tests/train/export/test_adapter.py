@@ -11,6 +11,7 @@ import paddle
 import pytest
 from paddle import nn
 
+from tests.places import GOLDENS
 from tests.train.provenance import provenance
 from train.ask.infer import infer
 from train.ask.load import Loaded, load
@@ -28,7 +29,6 @@ from vl2.checkpoint.tensor_files import read_header
 from vl2.lora import apply_lora
 from vl2.lora_settings import GROUPS, LoRASettings
 
-GOLDENS = Path(__file__).parents[2] / "goldens"
 MIXED = LoRASettings(
     groups=tuple(GROUPS),
     rank=4,

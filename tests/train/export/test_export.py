@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.places import NANO_BPE
 from tests.train.provenance import provenance
 from train.ask.evaluate import Question, check_predictions, exact_match, permuted, questions_of, write_predictions
 from train.ask.infer import conversation, infer
@@ -26,8 +27,6 @@ from vl2.lora import apply_lora
 from vl2.lora_settings import LoRASettings
 from vl2.prompt import Message
 from vl2.tokenizer import Tokenizer
-
-GOLDENS = Path(__file__).parents[2] / "goldens"
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +185,7 @@ def test_adapter_knows_its_base_in_the_precision_of_its_training(run, base, tmp_
 
 
 def test_prompt_with_images_puts_them_first_or_where_marked():
-    tokenizer = Tokenizer.from_folder(GOLDENS / "nano_bpe")
+    tokenizer = Tokenizer.from_folder(NANO_BPE)
     (message,) = conversation(InferConfig(prompt="What is this?", image=["a", "b"]), tokenizer)
     assert message.content == "<image>\n<image>\nWhat is this?"
     (message,) = conversation(InferConfig(prompt="Here <image>?", image=["a"]), tokenizer)
@@ -196,7 +195,7 @@ def test_prompt_with_images_puts_them_first_or_where_marked():
 
 
 def test_messages_file(tmp_path):
-    tokenizer = Tokenizer.from_folder(GOLDENS / "nano_bpe")
+    tokenizer = Tokenizer.from_folder(NANO_BPE)
     file = tmp_path / "m.json"
     file.write_text(json.dumps([{"role": "system", "content": "短"}, {"role": "user", "content": "<image> 是什么？"}]))
     config = InferConfig(messages=str(file), image=["a.png"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.places import GOLDENS, NANO_BPE, ROOT
 from vl2.adapter.folder import save_adapter
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.layouts import official_parts
@@ -19,8 +20,6 @@ from vl2.lora_settings import LoRASettings
 from vl2.parameters import build_model
 from vl2.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[3]
-GOLDENS = ROOT / "tests" / "goldens"
 SHARDS = 3
 
 
@@ -34,7 +33,7 @@ def run(tmp_path_factory) -> Path:
     )
     document["projector_config"]["n_embed"] = 256
     (base / "config.json").write_text(json.dumps(document))
-    for file in (GOLDENS / "nano_bpe").iterdir():
+    for file in NANO_BPE.iterdir():
         (base / file.name).write_bytes(file.read_bytes())
     model = build_model(VL2Config.from_folder(base), Tokenizer.from_folder(base).image_id)
     write_random(base, model)

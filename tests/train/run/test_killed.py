@@ -9,10 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from tests.places import ROOT
 from train.run.metrics import MetricsLog
 from train.store.checkpoints import damage
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def losses(run_dir: Path) -> list[float]:

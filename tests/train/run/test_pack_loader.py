@@ -13,11 +13,10 @@ import paddle
 import pytest
 from paddle.io import BatchSampler, SequenceSampler
 
+from tests.places import ROOT
 from train.run.pack_loader import PackLoader
 from train.run.stop import WORKER_KILLED, StopRequest
 from vl2.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 class Packs(paddle.io.Dataset):

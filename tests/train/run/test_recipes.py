@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.places import ROOT
 from train.config import compose
 from train.config.load import load_config
 from train.config.schema import NANO
@@ -18,7 +19,6 @@ from vl2.checkpoint.published import published
 from vl2.checkpoint.tensor_files import read_header
 from vl2.config import VL2Config
 
-README = Path(__file__).parents[3] / "README.md"
 GPU = Machine(gpus=1, driver="CUDA Version: 12.6", gpu_paddle=True)
 RECIPES = [name for name in compose.recipes() if name.startswith("sft_")]
 MODELS = {"tiny": "deepseek-vl2-tiny", "small": "deepseek-vl2-small", "base": "deepseek-vl2"}
@@ -48,7 +48,7 @@ def test_comment_says_what_a_process_holds(recipe):
     figure = training_need(VL2Config.from_folder(entry.config.parent), config).num_bytes / 1e9
     said = re.search(r"holds ([\d.]+) GB before activations; estimated: ", compose.recipes()[recipe])
     assert said and float(said[1]) == pytest.approx(figure, abs=0.05)
-    (row,) = re.findall(rf"^\| `conf={recipe}` .*", README.read_text(encoding="utf-8"), re.MULTILINE)
+    (row,) = re.findall(rf"^\| `conf={recipe}` .*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert f"{math.floor(float(said[1]) + 0.5)} GB" in row
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.places import GOLDENS, ROOT
 from train.config.load import load_config
 from train.run.build import build_data
 from train.run.metrics import MetricsLog
@@ -23,8 +24,7 @@ from train.store.whole_folder import damage
 from vl2.checkpoint.load import load_model
 from vl2.checkpoint.tensor_files import read_header
 
-ROOT = Path(__file__).resolve().parents[3]
-GOLDEN_CURVE = ROOT / "tests" / "goldens" / "loss_curve.txt"
+GOLDEN_CURVE = GOLDENS / "loss_curve.txt"
 
 
 def metrics(run_dir: Path) -> list[dict]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.places import GOLDENS
 from train.ask.source import find_source
 
-GOLDENS = Path(__file__).parents[2] / "goldens"
 FOLDERS = GOLDENS / "folders_v1"
 
 

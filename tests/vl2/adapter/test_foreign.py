@@ -12,6 +12,7 @@ import numpy as np
 import paddle
 import pytest
 
+from tests.places import GOLDENS
 from vl2.adapter.folder import load_adapter, open_adapter
 from vl2.adapter.formats import OWN_FILE, PADDLE_CONFIG, PEFT_CONFIG, PEFT_FILE, adapter_format, adapter_metadata
 from vl2.adapter.peft_format import PEFT_NAMES
@@ -22,7 +23,7 @@ from vl2.config import VL2Config
 from vl2.model import DeepseekVL2
 from vl2.parameters import build_model, init_model
 
-GOLDEN = Path(__file__).parents[2] / "goldens" / "nano_small"
+GOLDEN = GOLDENS / "nano_small"
 CONFIG = VL2Config.from_folder(GOLDEN)
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.places import FAMILIES, GOLDENS
 from vl2.checkpoint.fingerprint import model_fingerprint, stored_fingerprint
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.load import load_model, open_model
 from vl2.checkpoint.tensor_files import write_safetensors
 
-GOLDENS = Path(__file__).parents[2] / "goldens"
-KINDS = ("nano_tiny", "nano_small", "nano_base")
 # Written out by hand, from PaddleMIX's modules: what is a paddle.nn.Linear, and the router.
 MATRICES = re.compile(
     r"(.*\.(qkv|proj|fc1|fc2|[qkvo]_proj|kv_a_proj_with_mqa|kv_b_proj|(gate|up|down)_proj|gate|lm_head)"
@@ -22,12 +21,9 @@ MATRICES = re.compile(
 )
 
 
-def copy_model(kind: str, folder: Path) -> Path:
-    for source in (GOLDENS / kind, GOLDENS / "nano_bpe"):
-        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-            if (source / name).is_file():
-                shutil.copy(source / name, folder)
-    return folder
+@pytest.fixture
+def folder(golden_folder) -> Path:
+    return golden_folder("nano_tiny")
 
 
 def to_paddle(folder: Path, *, form: str | None = "np", keep: str = "", shards: int = 1) -> None:
@@ -53,69 +49,69 @@ def to_paddle(folder: Path, *, form: str | None = "np", keep: str = "", shards: 
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_both_layouts_give_the_same_model(kind, tmp_path):
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_both_layouts_give_the_same_model(kind, golden_folder):
     """Square matrices too (q_proj of nano_tiny is 64 x 64): the others of the checkpoint decide for them."""
-    official = load_model(copy_model(kind, tmp_path), dtype="bfloat16")
+    folder = golden_folder(kind)
+    official = load_model(folder, dtype="bfloat16")
     expected = {name: p.numpy() for name, p in official.named_parameters()}
-    to_paddle(tmp_path, shards=3)
-    assert open_model(tmp_path).layout == "paddle"
-    found = {name: p.numpy() for name, p in load_model(tmp_path, dtype="bfloat16").named_parameters()}
+    to_paddle(folder, shards=3)
+    assert open_model(folder).layout == "paddle"
+    found = {name: p.numpy() for name, p in load_model(folder, dtype="bfloat16").named_parameters()}
     assert found.keys() == expected.keys() and len(found) > 90
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     assert any(name.startswith("vision.attn_pool.") for name in found)
 
 
 @pytest.mark.parametrize("form", ["np", "pd", None])
-def test_shapes_decide_whatever_the_metadata_leaves_open(form, tmp_path):
-    to_paddle(copy_model("nano_tiny", tmp_path), form=form)
-    assert open_model(tmp_path).layout == "paddle"
-    shutil.copy(GOLDENS / "nano_tiny" / "model.safetensors", tmp_path)
-    arrays = {name: tensor.read() for name, tensor in checkpoint_tensors(tmp_path).items()}
+def test_shapes_decide_whatever_the_metadata_leaves_open(form, folder):
+    to_paddle(folder, form=form)
+    assert open_model(folder).layout == "paddle"
+    shutil.copy(GOLDENS / "nano_tiny" / "model.safetensors", folder)
+    arrays = {name: tensor.read() for name, tensor in checkpoint_tensors(folder).items()}
     metadata = {"format": "np"} if form == "np" else {"written": "by hand"}
-    write_safetensors(tmp_path / "model.safetensors", arrays, dict.fromkeys(arrays, "bfloat16"), metadata)
-    assert open_model(tmp_path).layout == "hf"
+    write_safetensors(folder / "model.safetensors", arrays, dict.fromkeys(arrays, "bfloat16"), metadata)
+    assert open_model(folder).layout == "hf"
 
 
-def test_contradictions_are_errors_and_not_guesses(tmp_path):
-    to_paddle(copy_model("nano_tiny", tmp_path), form="pt")
+def test_contradictions_are_errors_and_not_guesses(folder):
+    to_paddle(folder, form="pt")
     with pytest.raises(ValueError, match=r"layout is uncertain: the metadata says format=pt, but the shapes .* paddle"):
-        load_model(tmp_path)
-    copy_model("nano_tiny", tmp_path)
-    to_paddle(tmp_path, keep="lm_head")
+        load_model(folder)
+    shutil.copy(GOLDENS / "nano_tiny" / "model.safetensors", folder)
+    to_paddle(folder, keep="lm_head")
     with pytest.raises(
         ValueError, match=r"some matrices lie as in the official layout \(1, language.lm_head.weight is \[1024, 64\]\)"
     ):
-        load_model(tmp_path)
+        load_model(folder)
 
 
-def test_missing_and_unknown_names_of_the_other_layout_are_listed(tmp_path):
-    to_paddle(copy_model("nano_tiny", tmp_path))
-    arrays = {name: tensor.read() for name, tensor in checkpoint_tensors(tmp_path).items()}
+def test_missing_and_unknown_names_of_the_other_layout_are_listed(folder):
+    to_paddle(folder)
+    arrays = {name: tensor.read() for name, tensor in checkpoint_tensors(folder).items()}
     del arrays["vision.attn_pool.kv.weight"]
     arrays["language.model.layers.0.mlp.gate_up_fused_proj.weight"] = np.zeros([2, 2], np.uint16)
     arrays["language.model.layers.1.mlp.gate.weight"] = arrays["language.model.layers.1.mlp.gate.weight"][:, :-1]
-    write_safetensors(tmp_path / "model.safetensors", arrays, dict.fromkeys(arrays, "bfloat16"), {"format": "np"})
+    write_safetensors(folder / "model.safetensors", arrays, dict.fromkeys(arrays, "bfloat16"), {"format": "np"})
     with pytest.raises(ValueError) as error:
-        load_model(tmp_path)
+        load_model(folder)
     assert "missing (1): vision.attn_pool.kv.weight" in str(error.value)
     assert "unknown (1): language.model.layers.0.mlp.gate_up_fused_proj.weight" in str(error.value)
     assert re.search(r"layers\.1\.mlp\.gate\.weight is \[64, \d+\], expected \[64, \d+\]", str(error.value))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_fingerprint_of_the_files_is_that_of_the_model(kind, tmp_path):
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_fingerprint_of_the_files_is_that_of_the_model(kind, golden_folder):
     """An adapter is bound to its base by it, in either layout and whatever precision it was trained in."""
-    copy_model(kind, tmp_path)
-    expected = {dtype: model_fingerprint(load_model(tmp_path, dtype=dtype)) for dtype in ("float32", "float16")}
-    assert {dtype: stored_fingerprint(open_model(tmp_path), dtype) for dtype in expected} == expected
-    to_paddle(tmp_path)
-    assert {dtype: stored_fingerprint(open_model(tmp_path), dtype) for dtype in expected} == expected
+    folder = golden_folder(kind)
+    expected = {dtype: model_fingerprint(load_model(folder, dtype=dtype)) for dtype in ("float32", "float16")}
+    assert {dtype: stored_fingerprint(open_model(folder), dtype) for dtype in expected} == expected
+    to_paddle(folder)
+    assert {dtype: stored_fingerprint(open_model(folder), dtype) for dtype in expected} == expected
 
 
-def test_tensors_of_other_types_are_refused(tmp_path):
-    copy_model("nano_tiny", tmp_path)
-    path = tmp_path / "model.safetensors"
+def test_tensors_of_other_types_are_refused(folder):
+    path = folder / "model.safetensors"
     raw = path.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:end])
@@ -125,4 +121,4 @@ def test_tensors_of_other_types_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"wrong type, expected float32, float16, bfloat16 \(1\): image_newline is int64"
     ):
-        open_model(tmp_path)
+        open_model(folder)

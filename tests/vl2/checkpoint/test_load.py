@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +16,10 @@ from vl2.checkpoint.tensor_files import read_header, write_safetensors
 from vl2.config import VL2Config
 from vl2.parameters import init_model
 
-GOLDENS = Path(__file__).parents[2] / "goldens"
-
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
-    for source in (GOLDENS / "nano_tiny", GOLDENS / "nano_bpe"):
-        for file in source.iterdir():
-            if file.suffix != ".npz":
-                shutil.copy(file, tmp_path / file.name)
-    return tmp_path
+def folder(golden_folder) -> Path:
+    return golden_folder("nano_tiny")
 
 
 def rewrite(folder: Path, change) -> None:

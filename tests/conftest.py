@@ -1,0 +1,24 @@
+"""Copies of the goldens' models, for tests that read a model folder or write into one."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.places import GOLDENS, NANO_BPE
+
+
+@pytest.fixture(scope="session")
+def golden_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """golden_folder("nano_tiny"): a new copy of the model with its tokenizer; 0.5 M random weights, true structure."""
+
+    def make(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        for source in (GOLDENS / family, NANO_BPE):
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+                if (source / name).is_file():
+                    shutil.copy(source / name, folder)
+        return folder
+
+    return make
