@@ -5,33 +5,34 @@ Only data is fetched (safetensors, JSON, texts): nothing that would have to be u
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import difflib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.utils import LocalEntryNotFoundError, WeakFileLock
-from tqdm import tqdm
+from huggingface_hub.utils import LocalEntryNotFoundError
 
+from train.config.compose import model_names
+from train.store.hub_checksums import some, verify_checksums
 from vl2.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_PUBLISHER = "deepseek-ai"
 _REVISION = "main"
 # As in vl2.checkpoint.tensor_files, which would load Paddle.
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PDPARAMS = "model_state.pdparams"  # taken where PaddleNLP has it already, never fetched
 _SMALL_FILES = ("*.json", "*.txt", "tokenizer.model", "LICENSE*", "README.md")
 _WEIGHTS = ("*.safetensors",)
-_TRIES = 5  # that bring nothing, in a row
+_TRIES = 10
 _PAUSE_SECONDS = 1.0
-_READ_BYTES = 1 << 20
+# To connect (with each address of the hub's name) and to answer: one that is out of reach is given up in seconds.
+_ANSWER_SECONDS = (3.0, 10.0)
 
 
 def resolve_model(name: str | Path) -> Path:
@@ -47,8 +48,9 @@ def resolve_model(name: str | Path) -> Path:
     folder, name = Path(name), str(name)
     if folder.is_dir():
         return folder
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{name}: no such folder; expected a folder, or a name on the hub of the form org/name")
+    if _is_path(name):
+        expected = "expected a folder, a model of conf/model, or a name on the hub of the form org/name"
+        raise UserError(f"{name}: no such folder{_near(folder)}; {expected}")
     tried = [f"the folder {folder.absolute()}: not there"]
     if found := _find_local(name, tried):
         return found
@@ -60,13 +62,32 @@ def resolve_model(name: str | Path) -> Path:
         if not (missing := missing_files(found)):
             verify_checksums(found)
             return found
-        tried.append(f"the hub {_endpoint()}: what it has of {name} lacks {_some(missing)}")
+        tried.append(f"the hub {_endpoint()}: what it has of {name} lacks {some(missing)}")
     listed = "\n  ".join(tried)
     raise UserError(
         f"the model {name} cannot be had. Tried:\n  {listed}\n"
         "Give the path of a folder instead; or set HF_ENDPOINT to a mirror that can be reached from here; or run "
         f"`hf download {name}` where there is a network, and copy the folder it prints (cp -rL)"
     )
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only mean a folder, so that no hub is asked for what was mistyped.
+
+    Anything but org/name is one (./a, ~/a, /a, a/b/c), and so is a name whose first part is `outputs` or a folder that
+    lies here; but the publisher's, who may have a folder here with another of the models.
+    """
+    if not _NAME.fullmatch(name):
+        return True
+    first = name.partition("/")[0]
+    return first == "outputs" or (first != _PUBLISHER and Path(first).is_dir())
+
+
+def _near(folder: Path) -> str:
+    """`; did you mean X?`, of the folders beside one that is not there and of the models with a short name."""
+    beside = [str(path) for path in sorted(folder.parent.iterdir()) if path.is_dir()] if folder.parent.is_dir() else []
+    near = difflib.get_close_matches(str(folder), [*beside, *model_names()], n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _find_local(name: str, tried: list[str]) -> Path | None:
@@ -81,7 +102,7 @@ def _find_local(name: str, tried: list[str]) -> Path | None:
         if folder is None or not folder.is_dir():
             tried.append(f"{title}: not there")
         elif missing := missing_files(folder):
-            tried.append(f"{title}: not whole, lacks {_some(missing)}")
+            tried.append(f"{title}: not whole, lacks {some(missing)}")
         else:
             verify_checksums(folder)
             return folder
@@ -111,29 +132,28 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def _download(name: str) -> Path:
-    """Fetch what is not in the cache yet, going on where an earlier try stopped. Progress bars are on stderr."""
+    """Fetch what is not in the cache yet, going on where an earlier try stopped. Progress bars are on stderr.
+
+    huggingface_hub locks each file, goes on with a half one, and tries again when it waits in vain. Not when an answer
+    ends early, which is what a dropped connection looks like behind a proxy: so the call is repeated here.
+    """
     endpoint = _endpoint()
-    # Asked first: without an answer, snapshot_download would return what is in the cache, whole or not.
-    huggingface_hub.HfApi(endpoint=endpoint).model_info(name, revision=_REVISION, timeout=30)
-    store = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
-    store.mkdir(parents=True, exist_ok=True)
-    tries, had = 0, 0
-    with WeakFileLock(store / ".fetch.lock"):  # several processes of one machine: one fetches, the others wait
-        while True:
-            try:
-                # The weights last: where they are whole, the rest is.
-                for patterns in (_SMALL_FILES, _WEIGHTS):
-                    folder = huggingface_hub.snapshot_download(
-                        name, revision=_REVISION, endpoint=endpoint, allow_patterns=list(patterns)
-                    )
-                return Path(folder)
-            except (OSError, RuntimeError) as problem:
-                has = sum(file.stat().st_size for file in store.glob("blobs/*"))
-                tries, had = (1 if has > had else tries + 1), has
-                if tries >= _TRIES or not _may_pass(problem):
-                    raise
-                print(f"{name}: {_one_line(problem)}; going on from {has / 1e9:.2f} GB", file=sys.stderr, flush=True)
-                time.sleep(_PAUSE_SECONDS * tries)
+    # Asked first, and briefly: without an answer, snapshot_download would return what is in the cache, whole or not.
+    huggingface_hub.HfApi(endpoint=endpoint).model_info(name, revision=_REVISION, timeout=_ANSWER_SECONDS)  # type: ignore[arg-type]
+    for left in reversed(range(_TRIES)):
+        try:
+            # The weights last: where they are whole, the rest is.
+            for patterns in (_SMALL_FILES, _WEIGHTS):
+                folder = huggingface_hub.snapshot_download(
+                    name, revision=_REVISION, endpoint=endpoint, allow_patterns=list(patterns)
+                )
+            break
+        except (OSError, RuntimeError) as problem:
+            if not left or not _may_pass(problem):
+                raise
+            print(f"{name}: {_one_line(problem)}; going on where it stopped", file=sys.stderr, flush=True)
+            time.sleep(_PAUSE_SECONDS)
+    return Path(folder)
 
 
 def _may_pass(problem: BaseException) -> bool:
@@ -148,77 +168,6 @@ def _cause(problem: BaseException) -> BaseException:
     return (problem.__cause__ or problem) if isinstance(problem, LocalEntryNotFoundError) else problem
 
 
-def verify_checksums(folder: Path) -> None:
-    """Compare the files of a snapshot with the hub's checksums, which huggingface_hub (it looks at sizes) does not.
-
-    In its cache a file is a link to a blob named by the hub's ETag: the sha256 of a large file, git's sha1 of a small
-    one.  What was found good is remembered beside the blobs.  Folders of another kind carry no checksums.
-
-    Raises:
-        UserError: naming the file, which is removed, so that the next try fetches it again.
-    """
-    links = {path: path.resolve() for path in sorted(folder.iterdir()) if path.is_symlink() and path.is_file()}
-    blobs = {path: blob for path, blob in links.items() if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob.name)}
-    unchecked = [path.name for path in links if path.suffix == ".safetensors" and path not in blobs]
-    if unchecked:
-        print(f"warning: the hub gave no checksum for {_some(unchecked)}", file=sys.stderr)
-    marker = folder.parents[1] / ".verified.json"
-    good = _read_marker(marker)
-    todo = {path: blob for path, blob in blobs.items() if good.get(blob.name) != _stamp(blob)}
-    if not todo:
-        return
-    total = sum(blob.stat().st_size for blob in todo.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Checksums", file=sys.stderr) as bar:
-        for path, blob in todo.items():
-            stamp = _stamp(blob)
-            found = _checksum(blob, bar)
-            if found != blob.name:
-                path.unlink(missing_ok=True)
-                blob.unlink(missing_ok=True)
-                raise UserError(
-                    f"{path}: wrong checksum, expected {blob.name}, found {found}; the file was removed, "
-                    "start again to fetch it anew"
-                )
-            good[blob.name] = stamp
-            _write_marker(marker, good)
-
-
-def _checksum(blob: Path, bar: tqdm) -> str:
-    """Of the kind its name is: sha256, or sha1 over git's header and the content."""
-    if len(blob.name) == 64:
-        digest = hashlib.sha256()
-    else:
-        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size, usedforsecurity=False)
-    for chunk in _chunks(blob):
-        digest.update(chunk)
-        bar.update(len(chunk))
-    return digest.hexdigest()
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            yield chunk
-
-
-def _stamp(blob: Path) -> list[int]:
-    """What changes when a blob is fetched again."""
-    stat = blob.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _read_marker(marker: Path) -> dict[str, list[int]]:
-    try:
-        return dict(json.loads(marker.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}  # none yet, or half written: everything is checked
-
-
-def _write_marker(marker: Path, good: dict[str, list[int]]) -> None:
-    with contextlib.suppress(OSError):  # a cache that others own: checked again next time
-        marker.write_text(json.dumps(good), encoding="utf-8")
-
-
 def _endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
@@ -226,7 +175,3 @@ def _endpoint() -> str:
 def _one_line(problem: BaseException) -> str:
     problem = _cause(problem)
     return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,10 +1,13 @@
 """Finding and fetching models, against a server on 127.0.0.1 that speaks what huggingface_hub asks of a hub."""
 
+import dataclasses
 import errno
 import hashlib
 import json
 import os
+import socket
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,7 +16,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from train.store import hub
+from train.store import hub, hub_checksums
 from train.store.hub import resolve_model
 
 NAME = "someone/some-model"
@@ -155,6 +158,50 @@ def test_neither_a_folder_nor_a_name(name, server):
     assert not server.asked
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("outputs/mien", r"; did you mean outputs/mine\?"),
+        ("runs/min", r"; did you mean runs/mine\?"),
+        ("outputs/quite-another", ""),
+        ("tinny", r"; did you mean tiny\?"),
+        ("./outputs/mien", r"; did you mean outputs/mine\?"),
+    ],
+)
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(name, near, server, tmp_path):
+    """It was: for minutes where the hub is out of reach."""
+    for folder in ("outputs", "runs"):
+        (tmp_path / folder / "mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"no such folder{near}; expected a folder, a model of conf/model, or a name"):
+        resolve_model(name)
+    assert not server.asked
+
+
+def test_the_publishers_folder_here_may_lack_a_model(server):
+    """Whoever keeps models in folders named as on the hub has one of them, and may name another."""
+    Path("deepseek-ai").mkdir()
+    with pytest.raises(ValueError, match=r"the hub http.*RepositoryNotFoundError"):
+        resolve_model("deepseek-ai/deepseek-vl2-tiny")
+
+
+def test_outputs_is_a_folder_wherever_one_stands(server):
+    """The command was typed in another folder than the run's."""
+    with pytest.raises(ValueError, match=r"^outputs/mine: no such folder;"):
+        resolve_model("outputs/mine")
+    assert not server.asked
+
+
+def test_a_silent_hub_is_given_up_in_seconds(server, monkeypatch):
+    """It takes the connection and never answers; the limits are shortened here, as both are waited for."""
+    monkeypatch.setattr(hub, "_ANSWER_SECONDS", (0.2, 0.2))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(ValueError, match=r"the hub http://127\.0\.0\.1:\d+: ReadTimeout: .*read timeout=0\.2"):
+            resolve_model(NAME)
+    assert time.monotonic() - started < 20
+
+
 def test_a_sharded_checkpoint_is_fetched_without_pickles_and_code(server):
     assert_whole(resolve_model(NAME), server)
     assert sorted(name for name, _ in server.fetched()) == sorted(
@@ -206,8 +253,8 @@ def test_a_wrong_checksum_is_rejected_and_fetched_again(name, server):
 
 def test_checksums_are_computed_once(server, monkeypatch):
     folder, computed = resolve_model(NAME), []
-    checksum = hub._checksum
-    monkeypatch.setattr(hub, "_checksum", lambda blob, bar: computed.append(blob.name) or checksum(blob, bar))
+    checksum = hub_checksums._checksum
+    monkeypatch.setattr(hub_checksums, "_checksum", lambda blob, bar: computed.append(blob.name) or checksum(blob, bar))
     resolve_model(NAME)
     assert computed == []
     blob = (folder / SHARDS[0]).resolve()
@@ -295,15 +342,30 @@ def test_training_and_adapters_take_a_name(server, arguments, model_folder, tmp_
     from train.ask.source import find_source
     from train.config.load import load_config
     from train.run.build import build_base, build_data
+    from train.store.facts import write_fact
     from train.store.names import WEIGHTS_METADATA
+    from train.store.provenance import Provenance
 
     server.files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
     config = load_config(arguments(tmp_path / "run", f"model.path={NAME}"))
     model = build_base(config, build_data(config).tokenizer)
     assert config.model.path == NAME and model.parameters()
     assert [name for name, _ in server.fetched()].count("model.safetensors") == 1
-    (tmp_path / WEIGHTS_METADATA).write_text(json.dumps({"base": NAME}))
+    made = Provenance(
+        recipe="sft_tiny",
+        rehearsal=False,
+        base=NAME,
+        base_path="",
+        base_fingerprint="",
+        init="weights",
+        seed=0,
+        max_tiles=9,
+        precision="fp32",
+        step=None,
+        versions={},
+    )
+    write_fact(tmp_path / WEIGHTS_METADATA, made)
     assert find_source(tmp_path).base == resolve_model(NAME)
-    (tmp_path / WEIGHTS_METADATA).write_text(json.dumps({"base": "someone/else"}))
+    write_fact(tmp_path / WEIGHTS_METADATA, dataclasses.replace(made, base="someone/else"))
     with pytest.raises(ValueError, match=r"base model someone/else, which is not there now \((.|\n)*Tried:"):
         find_source(tmp_path)
