@@ -11,6 +11,8 @@ from train.config.schema import NANO, EvaluateConfig, ExportConfig, InferConfig,
 from train.machine.devices import Machine, choose_device, find_machine
 from vl2.errors import UserError
 
+_SECONDS_PER_PACK = 1.05  # of nano on 2 cores: 157 s for the 150 packs of a rehearsal, with its questions
+
 
 def load_config(argv: Sequence[str], machine: Machine | None = None) -> TrainConfig:
     """The configuration of a training run: recipe < rehearsal overlay < command line.
@@ -93,6 +95,14 @@ def check_divides(packs_per_step: int, num_ranks: int) -> None:
         )
 
 
+def _length(config: TrainConfig) -> str:
+    """How long a rehearsal is: its steps, and the time they take on two cores, a machine without an accelerator."""
+    if config.max_steps is None:
+        return f"for {config.epochs:g} epochs"
+    minutes = max(1, round(config.max_steps * config.packs_per_step * _SECONDS_PER_PACK / 60))
+    return f"for {config.max_steps} steps: about {minutes} min on 2 idle cores, longer beside other work"
+
+
 def rehearsal_notice(config: TrainConfig, arguments: Sequence[str]) -> str:
     """What a rehearsal says first and last: what it is, and the command that does the real thing.
 
@@ -102,7 +112,7 @@ def rehearsal_notice(config: TrainConfig, arguments: Sequence[str]) -> str:
     kept = [argument for argument in arguments if not argument.startswith("rehearse=")]
     lines = [
         f"REHEARSAL ({'no accelerator here' if config.rehearse is None else 'rehearse=true'}): "
-        "the recipe's data, code and files on the nano model, for a few steps.",
+        f"the recipe's data, code and files on the nano model, {_length(config)}.",
         f"  The real run, on a machine with a GPU: bash launch.sh {shlex.join(kept)}",
         f"  The real run here all the same:        bash launch.sh {shlex.join([*kept, 'rehearse=false'])}",
     ]

@@ -37,6 +37,7 @@ from train.run.gradients import gather_rows
 from train.run.identity import changed_settings, differences, identity
 from train.run.memory import check_training
 from train.run.metrics import MetricsLog
+from train.run.next_commands import next_commands
 from train.run.report import end_text, start_report, start_text
 from train.run.state import History, load_trained, read_state, save_state, save_trained, trained_folder
 from train.run.stop import WORKER_KILLED, StopRequest
@@ -175,6 +176,8 @@ def train(config: TrainConfig, *, evaluate: Evaluate | None = ask_held_out, noti
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         write_marker(run_dir, status="finished", step=data.plan.num_steps)
         print("\n" + end_text(summary), flush=True)
+        commands = next_commands(config.run_dir, data.questions or data.dataset.records)
+        print(f"\nWhat can be typed now:\n{commands}", flush=True)
     barrier()
     _say(notice)
     return 0

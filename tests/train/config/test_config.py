@@ -146,6 +146,17 @@ def test_rehearsal_notice_names_the_real_command():
     assert "text tokens" not in plain
 
 
+def test_rehearsal_notice_says_how_long_it_takes():
+    """It said "for a few steps", which were 150 and took minutes."""
+
+    def said(*arguments: str) -> str:
+        return rehearsal_notice(train(*arguments, machine=CPU), ["conf=sft_tiny"]).splitlines()[0]
+
+    assert said().endswith("nano model, for 150 steps: about 3 min on 2 idle cores, longer beside other work.")
+    assert "for 600 steps: about 21 min on" in said("max_steps=600", "packs_per_step=2")
+    assert said("epochs=2").endswith("nano model, for 2 epochs.")
+
+
 # --- processes
 
 

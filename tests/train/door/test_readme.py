@@ -43,7 +43,6 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     picture = Image.new("RGB", (384, 384), "white")
     ImageDraw.Draw(picture).ellipse((80, 80, 300, 300), fill="red")
-    picture.save(folder / "shape.png")
     picture.save(folder / "cat.jpg")
     turns = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]
     row = json.dumps({"messages": turns, "images": ["cat.jpg"]})
@@ -70,15 +69,22 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def test_every_command_of_the_readme_runs(folder):
-    found = commands()
+    found, said = commands(), {}
     assert len(found) >= 12
     for command in found:
         if command in NOT_HERE:
             continue
         ended = run(command, folder)
         assert ended.returncode == 0, f"{command}\n{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
+        said[command] = ended.stdout
         if "json=true" in command or command.startswith("bash launch.sh eval"):
             assert isinstance(json.loads(ended.stdout), dict), command
+    # The third command failed: there was no shape.png. It is what the first one says, with the export's folder.
+    rehearsed = [command for command in found if "outputs/rehearsal/sft_tiny" in command]
+    pasted = [line for line in said["bash launch.sh conf=sft_tiny"].splitlines() if line.startswith("  bash launch.sh")]
+    assert [shlex.split(line) for line in pasted] == [
+        shlex.split(command.replace("sft_tiny/export ", "sft_tiny ")) for command in rehearsed
+    ]
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith('launch.sh" test')
     run_dir = folder / "outputs" / "rehearsal" / "sft_tiny"
     summary = json.loads((run_dir / "summary.json").read_text())
