@@ -1,8 +1,6 @@
-"""LoRA layers, the float32 merge and the adapter's files, on a tiny random model, float32, CPU."""
+"""LoRA layers and the float32 merge on a tiny random model, float32, CPU."""
 
 import json
-import shutil
-from pathlib import Path
 
 import numpy as np
 import paddle
@@ -10,60 +8,15 @@ import pytest
 from paddlenlp.peft import LoRAModel
 from paddlenlp.peft.lora.lora_layers import LoRALinear as PaddleNLPLoRALinear
 
-from tests.places import GOLDENS
-from vl2.adapter.folder import load_adapter, open_adapter, save_adapter
-from vl2.adapter.formats import OWN_FILE
+from tests.vl2.random_models import IMAGE_ID, logits, new_model, randomise
 from vl2.checkpoint.layouts import official_parts
-from vl2.checkpoint.tensor_files import read_header, write_safetensors
 from vl2.config import VL2Config
 from vl2.lora import VL2LoRAModel, apply_lora, deltas
 from vl2.lora_layers import LoRALinear
 from vl2.lora_settings import GROUPS, LoRASettings
 from vl2.parameters import init_model, train_parameters
 
-IMAGE_ID = 1000
 ALL = LoRASettings(groups=tuple(GROUPS), rank=4, alpha=12.0)
-
-
-@pytest.fixture(scope="module")
-def config() -> VL2Config:
-    return VL2Config.from_folder(GOLDENS / "nano_tiny")
-
-
-@pytest.fixture(scope="module")
-def batch() -> dict:
-    """Two conversations in one stream: an image of one tile and the global view, then text only."""
-    rng = np.random.default_rng(5)
-    image = np.full(421, IMAGE_ID)
-    ids = np.concatenate([rng.integers(5, 900, 9), image, rng.integers(5, 900, 20), rng.integers(5, 900, 30)])
-    labels = np.where((np.arange(len(ids)) > 435) & (np.arange(len(ids)) % 3 > 0), np.roll(ids, -1), -100)
-    labels[-1] = -100
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "position_ids": np.concatenate([np.arange(450), np.arange(30)]),
-        "seq_lens": np.array([450, 30]),
-        "tiles": rng.integers(0, 255, (2, 3, 384, 384)).astype("uint8"),
-        "grids": np.array([[1, 1]]),
-    }
-
-
-def new_model(config: VL2Config, dtype: str = "float32"):
-    """Weights three times those of a fresh model, so that every block matters."""
-    model = init_model(config, IMAGE_ID, seed=1)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.set_value(parameter * 3.0)
-    if dtype != "float32":
-        model.to(dtype=dtype)
-    return model
-
-
-def randomise(lora_model, scale: float = 0.05) -> None:
-    """Factors that change the logits by 70 %; much larger ones make the model ill-conditioned (0.2: noise of 6e-5)."""
-    rng = np.random.default_rng(11)
-    for parameter in lora_model.factors().values():
-        parameter.set_value(rng.normal(0, scale, parameter.shape).astype("float32"))
 
 
 def merged_model(lora_model):
@@ -79,12 +32,6 @@ def merged_model(lora_model):
                 tuned.add(path)
         parameters[path].set_value(value)
     return model, tuned
-
-
-def logits(model, batch):
-    with paddle.no_grad():
-        inner = getattr(model, "model", model)
-        return inner.language.logits(inner(batch)).numpy()
 
 
 def test_at_initialisation_it_is_the_base(config, batch):
@@ -335,75 +282,3 @@ def test_dropout_is_off_in_eval_mode(config, batch):
     assert np.array_equal(logits(lora_model, batch), first)
     lora_model.train()
     assert not np.array_equal(logits(lora_model, batch), first)
-
-
-# ---- files
-
-
-@pytest.fixture(scope="module")
-def saved(config, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter")
-    settings = LoRASettings(groups=("attention", "experts"), rank=4, alpha=12.0, ranks={"experts": 2})
-    lora_model = apply_lora(new_model(config), settings)
-    randomise(lora_model)
-    save_adapter(lora_model, folder, {"base": "vl2/nano", "base_fingerprint": "abc", "rehearsal": True})
-    return folder
-
-
-def test_adapter_round_trip(config, batch, saved):
-    adapter = open_adapter(saved, new_model(config))
-    lora_model = apply_lora(new_model(config), adapter.settings)
-    randomise(lora_model)
-    loaded = load_adapter(new_model(config), saved, base_fingerprint="abc")
-    assert np.array_equal(logits(loaded, batch), logits(lora_model, batch))
-    assert adapter.metadata == {"base": "vl2/nano", "base_fingerprint": "abc", "rehearsal": True}
-    assert adapter.settings.rank_of("experts") == 2
-
-
-def test_paddlenlp_reads_the_adapters_configuration(saved):
-    from paddlenlp.peft import LoRAConfig
-
-    config = LoRAConfig.from_pretrained(str(saved))
-    assert (config.r, config.lora_alpha, config.scaling) == (4, 12.0, 3.0)
-    assert config.target_modules == [GROUPS["attention"], GROUPS["experts"]]
-
-
-def test_another_base_is_refused(config, saved):
-    with pytest.raises(ValueError, match=r"trained on another base model \(vl2/nano"):
-        load_adapter(new_model(config), saved, base_fingerprint="def")
-
-
-def test_a_damaged_adapter_is_refused_and_nothing_is_set(config, saved, tmp_path):
-    """PaddleNLP's loader accepts a renamed, wrongly shaped, half-missing adapter without a word."""
-    shutil.copytree(saved, tmp_path / "a")
-    tensors = {name: tensor.read() for name, tensor in read_header(saved / OWN_FILE)[0].items()}
-    renamed, reshaped = (
-        "language.model.layers.0.self_attn.q_proj.lora_A",
-        "language.model.layers.1.mlp.experts.lora.up_B",
-    )
-    tensors["q_proj.lora_A"] = tensors.pop(renamed)
-    tensors[reshaped] = tensors[reshaped][:, :1]
-    write_safetensors(tmp_path / "a" / OWN_FILE, tensors, dict.fromkeys(tensors, "float32"))
-    with pytest.raises(ValueError, match="does not fit the model") as error:
-        load_adapter(new_model(config), tmp_path / "a")
-    text = str(error.value)
-    assert f"missing (1): {renamed}" in text
-    assert "unknown (1): q_proj.lora_A" in text
-    assert f"wrong shape (1): {reshaped} is [8, 1, 40], expected [8, 2, 40]" in text
-
-
-def test_no_adapter_there(config, tmp_path):
-    with pytest.raises(ValueError, match=r"no lora_config\.json or adapter_config\.json there; expected the folder of"):
-        load_adapter(new_model(config), tmp_path)
-
-
-def test_a_configuration_that_was_not_written_here(config, saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "a")
-    path = tmp_path / "a" / "lora_config.json"
-    document = json.loads(path.read_text())
-    path.write_text(json.dumps({**document, "vl2": {"metadata": {}, "settings": {"groups": ["vision"], "size": 3}}}))
-    with pytest.raises(ValueError, match=r"lora_config\.json: not the configuration of an adapter made here"):
-        load_adapter(new_model(config), tmp_path / "a")
-    path.write_text(json.dumps({**document, "vl2": 3}))
-    with pytest.raises(ValueError, match=r"lora_config\.json: its entry 'vl2' was not written here"):
-        load_adapter(new_model(config), tmp_path / "a")
