@@ -28,7 +28,7 @@ Fine-tunes DeepSeek-VL2 on PaddlePaddle.
   bash launch.sh eval model=FOLDER data.path=FILE  loss and exact match
   bash launch.sh random model=NAME                 a checkpoint of random numbers at a model's real size
   bash launch.sh config [VERB] key=value ...       print the resolved configuration, run nothing
-  bash launch.sh test [pytest arguments]           linter, types and tests
+  bash launch.sh test [quick|lint] [pytest arguments]  linter, types and tests (without slow ones; without any)
   bash launch.sh help VERB                         every key of train, export, infer, eval or random
 
 Recipes (conf/*.yaml):

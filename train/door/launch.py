@@ -99,10 +99,25 @@ def child_environment(environ: Mapping[str, str], num_processes: int) -> dict[st
     return child
 
 
-def check(pytest_arguments: Sequence[str]) -> int:
-    """Linter, formatter, types and tests, all of them; the first failing exit code."""
+def check(arguments: Sequence[str]) -> int:
+    """Linter, formatter, types and tests, all of them whatever fails; what CI runs.
+
+    Args:
+        arguments: of pytest. `quick` in front leaves out the slow tests, `lint` in front runs no test at all.
+
+    Returns:
+        The first failing exit code, or 0.
+    """
+    tier = arguments[0] if arguments and arguments[0] in ("quick", "lint") else "all"
+    commands = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]]
+    if tier == "all":
+        commands.append(["pytest", *arguments])
+    elif tier == "quick":
+        commands.append(["pytest", "-m", "not slow", *arguments[1:]])
+    elif rest := arguments[1:]:
+        raise UserError(f"test lint runs no test and takes no arguments, found {' '.join(rest)}")
     environ, codes = child_environment(os.environ, 1), []
-    for command in (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", *pytest_arguments]):
+    for command in commands:
         print("+", *command, file=sys.stderr, flush=True)
         codes.append(subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environ).returncode)
     return next((code for code in codes if code), 0)
