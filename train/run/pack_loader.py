@@ -10,7 +10,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -56,7 +57,9 @@ class PackLoader(paddle.io.DataLoader):
     ):
         super().__init__(packs, batch_sampler=batch_sampler, places=[paddle.CPUPlace()])
         self.num_processes, self.on_worker_killed = num_workers, on_worker_killed
-        self._workers: list[_Worker | None] = []  # None in the place of one that was killed
+        self._workers: list[_Worker] = []
+        self._dead: set[int] = set()  # numbers of those that were killed
+        self._packs: Generator[Pack, None, None] | None = None
 
     def __iter__(self) -> Iterator[Pack]:
         """Start the workers.
@@ -68,37 +71,57 @@ class PackLoader(paddle.io.DataLoader):
         indices = [index for (index,) in self.batch_sampler]
         context = multiprocessing.get_context("fork" if sys.platform.startswith("linux") else None)
         for first in range(min(self.num_processes, len(indices))):
-            theirs = [worker.packs for worker in self._workers if worker]
+            theirs = [worker.packs for worker in self._workers]
             own = indices[first :: self.num_processes]
             self._workers.append(_start_worker(context, self.dataset, own, theirs))
-        return (self._fetch(position, index) for position, index in enumerate(indices))
+        self._packs = self._in_order(indices)
+        return self._packs
 
-    def _fetch(self, position: int, index: int) -> Pack:
-        place = position % max(len(self._workers), 1)
-        worker = self._workers[place] if self._workers else None
-        if worker is None:
-            return self.dataset[index]
+    def _in_order(self, indices: Sequence[int]) -> Generator[Pack, None, None]:
+        if not self._workers:
+            yield from map(self.dataset.__getitem__, indices)
+            return
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            coming = reader.submit(self._receive, 0)
+            for position, index in enumerate(indices):
+                pack = coming.result()
+                if position + 1 < len(indices):  # received while the step computes with this one
+                    coming = reader.submit(self._receive, position + 1)
+                if pack is None:
+                    self._report_death(position % len(self._workers))
+                    pack = self.dataset[index]
+                yield pack
+
+    def _receive(self, position: int) -> Pack | None:
+        """The pack at a position, from the worker whose turn it is; None when that worker is dead."""
         try:
-            pack = worker.packs.recv()
+            pack = self._workers[position % len(self._workers)].packs.recv()
         except (EOFError, OSError):  # the end of the pipe, perhaps in the middle of a pack
-            worker.process.join()
-            code = worker.process.exitcode
-            if code is None or code >= 0:
-                raise RuntimeError(f"a data worker ended with exit code {code}; its traceback stands above") from None
-            self._workers[place] = None
-            self.on_worker_killed(f"a data worker was killed by {signal.Signals(-code).name} (out of memory?)")
-            return self.dataset[index]
+            return None
         if isinstance(pack, str):
             raise UserError(pack)
         return pack
 
+    def _report_death(self, number: int) -> None:
+        process = self._workers[number].process
+        process.join()
+        code = process.exitcode
+        if code is None or code >= 0:
+            raise RuntimeError(f"a data worker ended with exit code {code}; its traceback stands above")
+        if number not in self._dead:
+            self._dead.add(number)
+            self.on_worker_killed(f"a data worker was killed by {signal.Signals(-code).name} (out of memory?)")
+
     def close(self) -> None:
         """End the workers."""
-        workers, self._workers = self._workers, []
-        for worker in filter(None, workers):
+        for worker in self._workers:
             worker.process.kill()
             worker.process.join()
+        if self._packs is not None:
+            self._packs.close()  # its reader has met the ends of the pipes
+        for worker in self._workers:
             worker.packs.close()
+        self._workers, self._packs, self._dead = [], None, set()
 
 
 def _start_worker(
