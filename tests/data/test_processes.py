@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 import data.measure
 from data.measure import measure
 from tests.places import ROOT
+from tests.processes import assert_end
 from vl2.errors import UserError
 from vl2.tokenizer import Tokenizer
 
@@ -45,31 +45,18 @@ def start(script: str, *arguments: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", script, *arguments], env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def is_running(process: int) -> bool:
-    """Whether a process is there and no zombie that nobody has waited for."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until(condition, what: str) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
 def test_measuring_processes_end_with_a_killed_run(tmp_path):
     """They stayed, and measured on for whoever had gone."""
     parent = start(MEASURES, str(tmp_path))
     try:
-        wait_until(lambda: len(list(tmp_path.iterdir())) == 2, "two processes measure")
+        deadline = time.monotonic() + 30
+        while len(list(tmp_path.iterdir())) < 2:  # until two processes measure
+            assert time.monotonic() < deadline and parent.poll() is None
+            time.sleep(0.02)
     finally:
         parent.kill()
         parent.wait()
-    children = [int(path.name) for path in tmp_path.iterdir()]
-    wait_until(lambda: not any(is_running(child) for child in children), "a measuring process is still there")
+    assert_end(int(path.name) for path in tmp_path.iterdir())
 
 
 def test_a_parent_that_ended_before_is_noticed(tmp_path):

@@ -61,6 +61,7 @@ def wait_for(paths, processes):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_signal_reaches_each_process_once(tmp_path):
     """Paddle's own launcher sends SIGTERM three times and ends the others 3 seconds after the first has gone."""
     launcher = start(tmp_path, WAITS, "--nproc_per_node", "2", "--log_level", "WARNING")
@@ -72,6 +73,7 @@ def test_signal_reaches_each_process_once(tmp_path):
         assert (tmp_path / f"end{rank}").read_text() == f"[{signal.SIGTERM:d}] of 2, gloo, prompt=a b, （--x"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "arrives"), [(signal.SIGKILL, signal.SIGTERM), (signal.SIGHUP, signal.SIGHUP)])
 def test_the_launcher_is_killed_or_its_terminal_closes(tmp_path, number, arrives):
     """Ranks whose launcher was gone trained on, each on a GPU that nobody knew to be taken."""
@@ -86,6 +88,7 @@ def test_the_launcher_is_killed_or_its_terminal_closes(tmp_path, number, arrives
     assert launcher.wait(timeout=60) == (143 if number == signal.SIGHUP else -number)
 
 
+@pytest.mark.slow
 def test_two_machines(tmp_path):
     """nnodes=2, both on this machine: each launcher starts its rank of one job."""
     import socket
@@ -104,6 +107,7 @@ def test_two_machines(tmp_path):
     assert (tmp_path / "end1").read_text().startswith("[15] of 2, gloo")
 
 
+@pytest.mark.slow
 def test_failed_process_takes_the_others_with_it(tmp_path):
     """The words of the one that failed are shown once; rank 0, which waits for it, is ended."""
     launcher = start(tmp_path, FAILS, "--nproc_per_node", "2", "--log_level", "WARNING")

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import paddle
@@ -14,6 +13,7 @@ import pytest
 from paddle.io import BatchSampler, SequenceSampler
 
 from tests.places import ROOT
+from tests.processes import assert_end
 from train.run.pack_loader import PackLoader
 from train.run.stop import WORKER_KILLED, StopRequest
 from vl2.errors import UserError
@@ -138,15 +138,4 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL, done.stderr
     workers = [int(number) for number in done.stdout.split()]
     assert len(workers) == 2
-    deadline = time.monotonic() + 10
-    while any(is_running(worker) for worker in workers):
-        assert time.monotonic() < deadline, "a worker is still there"
-        time.sleep(0.05)
-
-
-def is_running(process: int) -> bool:
-    """Whether a process is there and no zombie that nobody has waited for."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    assert_end(workers)
