@@ -41,6 +41,7 @@ def open_dataset(
     candidates: Sequence[Resolution],
     max_tokens: int | None = None,
     max_tiles_per_pack: int | None = None,
+    context: int | None = None,
     special_tokens: SpecialTokens = "error",
     on_bad_record: OnBadRecord = "error",
     max_bad: int = 0,
@@ -56,6 +57,7 @@ def open_dataset(
         candidates: resolutions (width, height) in pixels an image may be shown at.
         max_tokens: budget of a pack, tokens; None does not check.
         max_tiles_per_pack: budget of a pack, tiles with global views; None does not check.
+        context: positions the model was made for, tokens; None does not check. Training may go beyond them.
         special_tokens: "error" refuses special tokens typed into a text, "neutralise" encodes them as plain text.
         on_bad_record: "error" stops at the first row that cannot be used, "skip" lists it in `skipped`.
         max_bad: rows that may be skipped.
@@ -67,13 +69,20 @@ def open_dataset(
         UserError: no such file, no usable row, or too many bad ones; `RecordError` names file, row and field.
     """
     bad = BadRecords(on_bad_record=on_bad_record, max_bad=max_bad)
-    records = read_records(path, tokenizer=tokenizer, special_tokens=special_tokens, bad=bad)
+    read = read_records(path, tokenizer=tokenizer, special_tokens=special_tokens, bad=bad)
+    longest = min([limit for limit in (max_tokens, context) if limit is not None], default=None)
+    records = []
+    for record in read:  # before they are measured: to encode a text of 50 MB takes minutes and all memory
+        if problem := _far_too_long(record, tokenizer, longest):
+            bad.add(problem)
+        else:
+            records.append(record)
     sizes = measure(records, tokenizer, candidates, cache=cache, workers=workers, verify=verify, bad=bad)
     kept: list[tuple[Record, Size]] = []
     for record, size in zip(records, sizes, strict=True):
         if size is None:
             continue
-        problem = _over_budget(record, size, max_tokens, max_tiles_per_pack)
+        problem = _over_budget(record, size, max_tokens, max_tiles_per_pack, context)
         if problem:
             bad.add(problem)
         else:
@@ -96,15 +105,35 @@ def default_cache(path: str | PathLike[str]) -> Path:
     return root / "deepseek-vl2-finetune" / f"sizes-{name}.npz"
 
 
+def _far_too_long(record: Record, tokenizer: Tokenizer, longest: int | None) -> RecordError | None:
+    if longest is None:
+        return None
+    texts = [message.content.strip() for message in record.messages]
+    least = sum(map(tokenizer.least_tokens, texts))
+    if least <= longest:
+        return None
+    characters = sum(map(len, texts))
+    return record.error(
+        "messages",
+        f"conversation of {characters} characters, at least {least} tokens, expected at most {longest} tokens; "
+        "shorten it",
+    )
+
+
 def _over_budget(
-    record: Record, size: Size, max_tokens: int | None, max_tiles_per_pack: int | None
+    record: Record, size: Size, max_tokens: int | None, max_tiles_per_pack: int | None, context: int | None
 ) -> RecordError | None:
+    of_images = sum(num_image_tokens(grid) for grid in size.grids)
+    found = f"conversation of {size.tokens} tokens ({of_images} of them for {len(size.grids)} {IMAGE_PLACEHOLDER})"
     if max_tokens is not None and size.tokens > max_tokens:
-        of_images = sum(num_image_tokens(grid) for grid in size.grids)
         return record.error(
             "messages",
-            f"conversation of {size.tokens} tokens ({of_images} of them for {len(size.grids)} {IMAGE_PLACEHOLDER}), "
-            f"expected at most data.max_tokens={max_tokens}; shorten it, lower data.max_tiles or raise data.max_tokens",
+            f"{found}, expected at most data.max_tokens={max_tokens}; "
+            "shorten it, lower data.max_tiles or raise data.max_tokens",
+        )
+    if context is not None and size.tokens > context:
+        return record.error(
+            "messages", f"{found}, expected at most the {context} that the model was made for; shorten it"
         )
     if max_tiles_per_pack is not None and size.tiles > max_tiles_per_pack:
         return record.error(

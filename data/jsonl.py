@@ -36,7 +36,7 @@ def read_records(
     file = Path(path)
     source = str(path)
     if not file.is_file():
-        found = "a folder" if file.is_dir() else "nothing"
+        found = "a folder" if file.is_dir() else "no regular file" if file.exists() else "nothing"
         raise UserError(f"{source}: expected a data file (JSON lines: one conversation a line), found {found} there")
     folder = file.absolute().parent
 
@@ -53,6 +53,14 @@ def read_records(
                 continue
             except json.JSONDecodeError as error:
                 bad.add(RecordError(source, number, "row", _not_json(text, error)))
+                continue
+            except RecursionError:
+                bad.add(
+                    RecordError(source, number, "row", "expected a JSON object, found one nested too deeply to be read")
+                )
+                continue
+            except ValueError as error:  # a number of thousands of digits
+                bad.add(RecordError(source, number, "row", f"expected a JSON object that can be read, found: {error}"))
                 continue
             try:
                 record = parse_record(

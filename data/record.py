@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,10 @@ from vl2.tokenizer import ASSISTANT_TOKEN, USER_TOKEN, Tokenizer
 SpecialTokens = Literal["error", "neutralise"]
 OnBadRecord = Literal["error", "skip"]
 
-_MAX_SHOWN = 100  # characters of what was found, in an error
+# Shows what was found as it is written in code, in one line of bounded length.
+_SHORTENED = reprlib.Repr()
+_SHORTENED.maxstring = _SHORTENED.maxother = 100  # characters
+_SHORTENED.maxlist = 20  # entries
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -110,7 +114,7 @@ def parse_record(
     if not isinstance(row, dict):
         raise error("row", f"expected a JSON object with messages and images, found {_kind(row)}")
     if "messages" not in row:
-        raise error("messages", f"expected a list of messages, found no such key among {_shortened(sorted(row))}")
+        raise error("messages", f"expected a list of messages, found no such key among {_SHORTENED.repr(sorted(row))}")
     try:
         messages = parse_messages(row["messages"], tokenizer=tokenizer, special_tokens=special_tokens)
         check_turns(messages)
@@ -150,9 +154,9 @@ def _not_a_path(name: Any) -> str:
     if name.startswith("data:"):
         return f"a data URI ({name[:30]!r}...); write the picture to a file and name that"
     if re.match("[a-z][a-z0-9+.-]*://", name, re.IGNORECASE):
-        return f"an address ({_shortened(name)}); fetch the picture to a file and name that"
+        return f"an address ({_SHORTENED.repr(name)}); fetch the picture to a file and name that"
     if "\0" in name or not _is_unicode(name):
-        return f"{_shortened(name)}, which no file can be called"
+        return f"{_SHORTENED.repr(name)}, which no file can be called"
     return ""
 
 
@@ -163,12 +167,6 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _shortened(value: Any) -> str:
-    """A value as it is written in code, in one line of bounded length."""
-    written = repr(value)
-    return written if len(written) <= _MAX_SHOWN else f"{written[:_MAX_SHOWN]}... ({len(written)} characters)"
 
 
 class FieldError(UserError):
@@ -206,7 +204,7 @@ def _parse_message(entry: Any, where: str, tokenizer: Tokenizer, special_tokens:
         raise FieldError(where, f"expected an object with role and content, found {_kind(entry)}")
     role = entry.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise FieldError(f"{where}.role", f"expected system, user or assistant, found {_shortened(role)}")
+        raise FieldError(f"{where}.role", f"expected system, user or assistant, found {_SHORTENED.repr(role)}")
     content = entry.get("content")
     if not isinstance(content, str):
         raise FieldError(
@@ -264,7 +262,7 @@ def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "nothing (null)"}
     if value in ("", []) and isinstance(value, (str, list)):
         return "an empty " + ("string" if isinstance(value, str) else "list")
-    return names.get(type(value)) or f"the number {_shortened(value)}"
+    return names.get(type(value)) or f"the number {_SHORTENED.repr(value)}"
 
 
 def _plural(count: int, word: str) -> str:

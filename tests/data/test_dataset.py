@@ -61,6 +61,37 @@ def test_conversation_longer_than_the_budget(write):
     assert len(open_(write(row("<image> long", images=["a.png"])), max_tokens=tokens).records) == 1
 
 
+def test_row_that_is_far_too_long_is_refused_before_it_is_encoded(write, monkeypatch):
+    """A row of 50 MB took 15.9 GB and 98 s, only to be refused."""
+
+    def encode(self, text, *, plain=False):
+        assert len(text) < 1000
+        return [0] * 9
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    path = write(row("word " * 100_000, "more " * 100_000), row("short"))
+    with pytest.raises(
+        RecordError,
+        match=r"train\.jsonl, row 1, messages: conversation of 999998 characters, at least \d+ tokens, "
+        r"expected at most 4096 tokens; shorten it",
+    ):
+        open_(path, max_tokens=4096)
+    with pytest.raises(RecordError, match=r"row 1, messages: .* expected at most 4096 tokens"):
+        open_(path, context=4096)
+    dataset = open_(path, max_tokens=4096, on_bad_record="skip", max_bad=1)
+    assert ([record.row for record in dataset.records], [error.row for error in dataset.skipped]) == ([2], [1])
+
+
+def test_conversation_longer_than_the_context(write):
+    """What is asked must fit into the positions the model knows; what is learned may go beyond them."""
+    path = write(row("short"), row("<image> long", images=["a.png"]))
+    with pytest.raises(
+        RecordError, match=r"row 2, .* \(617 of them for 1 <image>\), expected at most the 600 that the"
+    ):
+        open_(path, context=600)
+    assert len(open_(path, max_tokens=4096).records) == 2
+
+
 def test_more_tiles_than_the_budget(write):
     with pytest.raises(RecordError, match=r"row 1, images: conversation of 3 tiles, expected .*max_tiles_per_pack=2"):
         open_(write(row("<image>", images=["a.png"])), max_tiles_per_pack=2)

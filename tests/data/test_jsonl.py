@@ -1,6 +1,7 @@
 """The line reader: encodings, line ends, row numbers."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,9 @@ def test_image_paths_are_relative_to_the_file(tmp_path, monkeypatch):
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"none\.jsonl: expected a data file .*, found nothing there"):
         read_records(tmp_path / "none.jsonl", tokenizer=TOKENIZER)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="found no regular file there"):
+        read_records(tmp_path / "pipe", tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="found a folder there"):
         read_records(tmp_path, tokenizer=TOKENIZER)
 
@@ -61,6 +65,12 @@ def test_missing_file(tmp_path):
         (row("a") + "\n\n" + row("b")[:-5], r"a\.jsonl, row 3, row: expected a JSON object"),
         ("[\n" + row("a") + "\n]", r"a\.jsonl, row 1, row: .*holds one whole object a line"),
         (row("a") + "\n" + row("b") + ",\n", r"a\.jsonl, row 2, row: .*Extra data"),
+        (
+            row("a") + "\n" + "[" * 100_000 + "]" * 100_000,
+            r"a\.jsonl, row 2, row: .*found one nested too deeply to be read",
+        ),
+        (row("a") + "\n" + '{"messages": ' + "[" * 100_000, r"a\.jsonl, row 2, row: .*found one nested too deeply"),
+        (row("a") + "\n" + row("b")[:-1] + ', "id": ' + "1" * 5000 + "}", r"a\.jsonl, row 2, row: .*Exceeds the limit"),
         (row("a").encode() + b"\n\xff\xfe", r"a\.jsonl, row 2, row: expected UTF-8 text, found byte 0 is not"),
         (row("a") + "\n[1]", r"a\.jsonl, row 2, row: expected a JSON object with messages and images, found a list"),
         (row("a") + "\n" + row("b", "<image>"), r"a\.jsonl, row 2, messages\[1\]\.content: found <image> in an answer"),
@@ -73,8 +83,24 @@ def test_bad_row(tmp_path, content, message):
 
 
 def test_skipped_rows_are_listed(tmp_path):
-    path = write(tmp_path / "a.jsonl", "oops\n" + row("a") + "\n" + row("b", "") + "\n" + row("c"))
-    bad = BadRecords(on_bad_record="skip", max_bad=2)
+    rows = [
+        "oops",
+        row("a"),
+        row("b", ""),
+        row("c"),
+        "[" * 100_000,
+        "1" * 5000,
+        row("\ud800").replace("\ud800", "\\ud800"),
+    ]
+    path = write(tmp_path / "a.jsonl", "\n".join(rows))
+    bad = BadRecords(on_bad_record="skip", max_bad=5)
     records = read_records(path, tokenizer=TOKENIZER, bad=bad)
     assert [record.row for record in records] == [2, 4]
-    assert [(error.row, error.where) for error in bad.skipped] == [(1, "row"), (3, "messages[1].content")]
+    found = [(error.row, error.where) for error in bad.skipped]
+    assert found == [
+        (1, "row"),
+        (3, "messages[1].content"),
+        (5, "row"),
+        (6, "row"),
+        (7, "messages[0].content"),
+    ]

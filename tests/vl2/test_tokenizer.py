@@ -1,12 +1,15 @@
 """The tokenizer against the official processor's, and what it may not mistake for a special token."""
 
 import json
+import random
 import shutil
 
 import pytest
 
 from tests.places import GOLDENS, NANO_BPE
 from vl2.tokenizer import GROUNDING_TOKENS, PAD_TOKEN, Tokenizer
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +125,42 @@ def test_tokenizer_without_bos(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     with pytest.raises(ValueError, match=r"expected the bos_token '<s>' in the vocabulary"):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("folder", [NANO_BPE, GOLDENS.parents[1] / "vl2" / "nano"])
+def test_no_text_has_fewer_tokens_than_least_tokens(folder):
+    """The longest tokens alone, special ones among them, reach the bound; nothing goes below it."""
+    tokenizer = Tokenizer.from_folder(folder)
+    draw = random.Random(0)
+    specials = [*tokenizer.special_ids]
+    longest = max((tokenizer.decode([i]) for i in range(len(tokenizer))), key=lambda text: len(text.encode()))
+    texts = ["", "a", " " * 5000, "\n" * 300, longest * 50, "的" * 400, "🙂" * 99, "\0" * 50]
+    texts += [
+        "".join(draw.choice([*specials, chr(draw.randrange(1, 0xD800)), " ", "ab"]) for _ in range(60))
+        for _ in "x" * 50
+    ]
+    for text in texts:
+        for plain in (False, True):
+            assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text, plain=plain)), text
+    assert tokenizer.least_tokens(longest * 50) == 50 == len(tokenizer.encode(longest * 50))
+    assert tokenizer.least_tokens("a b" * 1000) > 50
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {
+            "added_tokens": [
+                {"id": 0, "content": "<｜begin▁of▁sentence｜>", **dict.fromkeys(FLAGS, False), "lstrip": True}
+            ]
+        },
+    ],
+)
+def test_rules_that_drop_text_tell_no_least_tokens(change):
+    """A text of spaces alone may be no token then."""
+    raw = json.loads((NANO_BPE / "tokenizer.json").read_text())
+    assert Tokenizer(json.dumps(raw)).least_tokens(" " * 10_000) > 0
+    raw.update(change)
+    assert Tokenizer(json.dumps(raw)).least_tokens(" " * 10_000) == 0
