@@ -8,39 +8,40 @@ from typing import Any
 
 from data.plan import Plan
 from train.config.schema import TrainConfig
+from train.store.run_state import Identity
 from vl2.tokenizer import Tokenizer
 
 
-def identity(config: TrainConfig, *, fingerprint: str, tokenizer: Tokenizer, plan: Plan) -> dict[str, Any]:
-    """The identity of a run as JSON values.
+def identity(config: TrainConfig, *, fingerprint: str, tokenizer: Tokenizer, plan: Plan) -> Identity:
+    """The identity of a run.
 
     Args:
         fingerprint: of the base model, taken before anything was changed in it.
     """
     lora = asdict(config.lora)
-    return {
-        "model": {"fingerprint": fingerprint, "path": config.model.path},
-        "tokenizer": tokenizer.fingerprint,
-        "settings": {
+    return Identity(
+        model_fingerprint=fingerprint,
+        model_path=config.model.path,
+        tokenizer=tokenizer.fingerprint,
+        settings={
             "precision": config.precision,
             "lora.rank": lora["rank"],
             **({} if lora["rank"] == 0 else {f"lora.{key}": lora[key] for key in lora if key not in ("rank", "init")}),
             **({"trainable": config.trainable} if lora["rank"] == 0 else {}),
             "data.max_tiles": config.data.max_tiles,
         },
-        "plan": dict(plan.settings),
-    }
+        plan=dict(plan.settings),
+    )
 
 
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+def differences(saved: Identity, current: Identity) -> list[str]:
     """What keeps `current` from going on where `saved` stopped, in words; empty when nothing does."""
     found = []
-    if saved["model"]["fingerprint"] != current["model"]["fingerprint"]:
-        found.append(f"the base model: it was {saved['model']['path']}, now it is {current['model']['path']}")
-    if saved["tokenizer"] != current["tokenizer"]:
+    if saved.model_fingerprint != current.model_fingerprint:
+        found.append(f"the base model: it was {saved.model_path}, now it is {current.model_path}")
+    if saved.tokenizer != current.tokenizer:
         found.append("the tokenizer")
-    for part in ("settings", "plan"):
-        before, now = saved[part], current[part]
+    for before, now in ((saved.settings, current.settings), (saved.plan, current.plan)):
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) == now.get(key):
                 continue
@@ -61,7 +62,8 @@ def changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
 
     def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
         optim = {f"optim.{key}": value for key, value in config["optim"].items()}
-        return {**optim, "epochs": config["epochs"], "max_steps": config["max_steps"]}
+        return {**optim, **{key: config[key] for key in ("epochs", "max_steps") if key in config}}
 
     before, now = relevant(saved), relevant(current)
-    return [f"{key} was {before[key]}, now it is {now[key]}" for key in now if before.get(key) != now[key]]
+    changed = [key for key in now if key in before and before[key] != now[key]]  # settings come with later versions
+    return [f"{key} was {before[key]}, now it is {now[key]}" for key in changed]

@@ -1,17 +1,65 @@
-"""What a run says at its start and at its end: texts for people, and the same numbers as JSON."""
+"""report.json: what a run starts with, and the same as tables."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
 
 from data.plan import Plan
 from train.config.schema import TrainConfig
 from train.run.build import PartCount
 from train.run.trainer import peak_memory_gb
 from vl2.lora import GroupReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """Which run."""
+
+    recipe: str
+    rehearsal: bool
+    model: str  # base model as typed
+    processes: int
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFacts:
+    """What it learns from, over all its steps."""
+
+    samples: int  # conversations in the data
+    skipped: int  # rows left out as unusable
+    packs: int
+    packs_per_step: int
+    steps: int
+    epochs: int
+    tokens: int
+    supervised: int  # tokens
+    tiles: int
+    fill: float  # of the packs' token budgets
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFacts:
+    """In GB (10^9 bytes), of one process."""
+
+    weights_gb: float
+    training_state_gb: float  # gradients and Adam's two moments, all float32
+    resident_gb: float  # held at the start
+    machine_gb: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartReport:
+    """The numbers a run starts with."""
+
+    run: RunFacts
+    parts: tuple[PartCount, ...]
+    lora: tuple[GroupReport, ...]
+    plan: PlanFacts
+    memory: MemoryFacts
 
 
 def start_report(
@@ -23,104 +71,78 @@ def start_report(
     parts: Sequence[PartCount],
     groups: Sequence[GroupReport],
     num_ranks: int,
-) -> dict[str, Any]:
-    """The numbers a run starts with, as JSON values.
+) -> StartReport:
+    """The numbers a run starts with.
 
     Args:
         num_samples: conversations in the data.
         num_skipped: rows left out as unusable.
         num_ranks: processes.
     """
-    trainable = sum(part.trainable for part in parts)
-    tokens = sum(pack.tokens for pack in plan.packs)
-    return {
-        "run": {
-            "recipe": config.recipe,
-            "rehearsal": config.rehearsal,
-            "model": config.model.path,
-            "processes": num_ranks,
-            "precision": config.precision,
-        },
-        "parts": [asdict(part) for part in parts],
-        "lora": [asdict(group) for group in groups],
-        "plan": {
-            "samples": num_samples,
-            "skipped": num_skipped,
-            "packs": plan.num_packs,
-            "packs_per_step": plan.packs_per_step,
-            "steps": plan.num_steps,
-            "epochs": len(plan.steps_per_epoch),
-            "tokens": tokens,
-            "supervised": sum(pack.supervised for pack in plan.packs),
-            "tiles": sum(pack.tiles for pack in plan.packs),
-            "fill": plan.fill,
-            "fingerprint": plan.fingerprint,
-        },
-        "memory": {
-            "weights_gb": sum(part.stored_bytes for part in parts) / 1e9,
-            # Gradients and Adam's two moments, all float32.
-            "training_state_gb": trainable * 12 / 1e9,
-            "resident_gb": peak_memory_gb(),
-            "machine_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
-        },
-    }
+    return StartReport(
+        run=RunFacts(
+            recipe=config.recipe,
+            rehearsal=config.rehearsal,
+            model=config.model.path,
+            processes=num_ranks,
+            precision=config.precision,
+        ),
+        parts=tuple(parts),
+        lora=tuple(groups),
+        plan=PlanFacts(
+            samples=num_samples,
+            skipped=num_skipped,
+            packs=plan.num_packs,
+            packs_per_step=plan.packs_per_step,
+            steps=plan.num_steps,
+            epochs=len(plan.steps_per_epoch),
+            tokens=sum(pack.tokens for pack in plan.packs),
+            supervised=sum(pack.supervised for pack in plan.packs),
+            tiles=sum(pack.tiles for pack in plan.packs),
+            fill=plan.fill,
+            fingerprint=plan.fingerprint,
+        ),
+        memory=MemoryFacts(
+            weights_gb=sum(part.stored_bytes for part in parts) / 1e9,
+            training_state_gb=sum(part.trainable for part in parts) * 12 / 1e9,
+            resident_gb=peak_memory_gb(),
+            machine_gb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+        ),
+    )
 
 
-def start_text(report: Mapping[str, Any], run_dir: str) -> str:
+def start_text(report: StartReport, run_dir: str) -> str:
     """`start_report` as tables."""
-    run, plan, memory = report["run"], report["plan"], report["memory"]
-    parts = [[part["part"], _count(part["trainable"]), _count(part["frozen"])] for part in report["parts"]]
+    run, plan, memory = report.run, report.plan, report.memory
+    parts = [[part.part, _count(part.trainable), _count(part.frozen)] for part in report.parts]
     blocks = [
-        _pairs(
+        pairs(
             {
-                "recipe": run["recipe"] + (" (REHEARSAL)" if run["rehearsal"] else ""),
-                "model": run["model"],
-                "precision": f"{run['precision']}, {run['processes']} process(es)",
+                "recipe": run.recipe + (" (REHEARSAL)" if run.rehearsal else ""),
+                "model": run.model,
+                "precision": f"{run.precision}, {run.processes} process(es)",
                 "run_dir": run_dir,
             }
         ),
         _table(["part", "trainable", "frozen"], parts),
     ]
-    if report["lora"]:
-        rows = [[g["group"], str(g["rank"]), str(g["modules"]), _count(g["parameters"])] for g in report["lora"]]
+    if report.lora:
+        rows = [[g.group, str(g.rank), str(g.modules), _count(g.parameters)] for g in report.lora]
         blocks.append(_table(["LoRA group", "rank", "modules", "parameters"], rows))
-    skipped = f", {plan['skipped']} rows skipped" if plan["skipped"] else ""
+    skipped = f", {plan.skipped} rows skipped" if plan.skipped else ""
     blocks.append(
-        _pairs(
+        pairs(
             {
-                "plan": f"{plan['samples']} samples{skipped}, {plan['packs']} packs {plan['fill']:.1%} full, "
-                f"{plan['steps']} steps of {plan['packs_per_step']} packs, {plan['epochs']} epoch(s)",
-                "tokens": f"{plan['tokens']:,} ({plan['supervised']:,} supervised), {plan['tiles']:,} tiles",
-                "memory": f"weights {memory['weights_gb']:.2f} GB, gradients and Adam "
-                f"{memory['training_state_gb']:.2f} GB, held now {memory['resident_gb']:.2f} GB, "
-                f"machine {memory['machine_gb']:.1f} GB",
+                "plan": f"{plan.samples} samples{skipped}, {plan.packs} packs {plan.fill:.1%} full, "
+                f"{plan.steps} steps of {plan.packs_per_step} packs, {plan.epochs} epoch(s)",
+                "tokens": f"{plan.tokens:,} ({plan.supervised:,} supervised), {plan.tiles:,} tiles",
+                "memory": f"weights {memory.weights_gb:.2f} GB, gradients and Adam "
+                f"{memory.training_state_gb:.2f} GB, held now {memory.resident_gb:.2f} GB, "
+                f"machine {memory.machine_gb:.1f} GB",
             }
         )
     )
     return "\n\n".join(blocks)
-
-
-def end_text(summary: Mapping[str, Any]) -> str:
-    """The summary of a finished run as a table."""
-    rows = {
-        "recipe": summary["recipe"] + (" (REHEARSAL)" if summary["rehearsal"] else ""),
-        "steps": str(summary["steps"]),
-        "loss": f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}",
-        "accuracy": f"{_share(summary['accuracy_before'])} -> {_share(summary['accuracy_after'])}",
-        "with pictures exchanged": _share(summary["accuracy_with_pictures_exchanged"]),
-        "speed": f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['seconds']:.1f} s in steps",
-        "peak memory": f"{summary['peak_memory_gb']:.2f} GB",
-        **{name: path for name, path in summary["paths"].items() if path},
-    }
-    if summary["accuracy_before"] is None and summary["accuracy_after"] is None:
-        del rows["accuracy"]
-    if summary["accuracy_with_pictures_exchanged"] is None:
-        del rows["with pictures exchanged"]
-    return _pairs(rows)
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
 
 
 def _count(number: int) -> str:
@@ -130,7 +152,8 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _pairs(rows: Mapping[str, str]) -> str:
+def pairs(rows: Mapping[str, str]) -> str:
+    """Names and values in two columns."""
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 

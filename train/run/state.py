@@ -11,9 +11,7 @@ There is no RNG state: randomness is a function of (seed, step, pack).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +19,23 @@ import paddle
 from paddle import nn
 
 from train.run.optim import optimizer_state, set_optimizer_state
-from train.store.facts import to_document, write_fact
-from train.store.names import ADAPTER, OPTIMIZER_FILE, STATE_FILE, WEIGHTS, WEIGHTS_FILE, WEIGHTS_METADATA
+from train.store.facts import read_fact, to_document, write_fact
+from train.store.names import (
+    ADAPTER,
+    CONFIG_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    WEIGHTS,
+    WEIGHTS_FILE,
+    WEIGHTS_METADATA,
+)
 from train.store.provenance import Provenance
+from train.store.run_state import CheckpointState, History, Identity
 from train.store.versions import versions
 from vl2.adapter.folder import load_factors, open_adapter, save_adapter
 from vl2.checkpoint.tensor_files import read_header, write_safetensors
 from vl2.errors import UserError
 from vl2.lora import VL2LoRAModel
-
-
-@dataclass(kw_only=True)
-class History:
-    """Of all optimizer steps so far, through every interruption."""
-
-    losses: list[float] = field(default_factory=list)  # mean per supervised token of each step
-    tokens: int = 0
-    seconds: float = 0.0  # in steps; loading, evaluation and saving are not counted
-
-    def add(self, loss: float, tokens: int, seconds: float) -> None:
-        """Take in one step."""
-        self.losses.append(loss)
-        self.tokens += tokens
-        self.seconds += seconds
 
 
 def trainable_parameters(model: nn.Layer) -> dict[str, paddle.Tensor]:
@@ -104,10 +96,11 @@ def save_state(
     model: nn.Layer,
     optimizer: paddle.optimizer.AdamW,
     step: int,
-    identity: Mapping[str, Any],
+    identity: Identity,
     history: History,
     provenance: Provenance,
     config_yaml: str,
+    wandb_id: str,
     scaler: Mapping[str, Any] | None = None,
 ) -> None:
     """Fill a checkpoint folder (trainer_state.json is the Trainer's).
@@ -116,26 +109,23 @@ def save_state(
         step: optimizer steps made.
         identity: see train.run.identity.
         provenance: of the weights.
+        wandb_id: of the run on wandb.
         scaler: state of the fp16 loss scaler.
     """
     trained_folder(folder, model).mkdir()
     save_trained(model, trained_folder(folder, model), provenance)
-    state = optimizer_state(optimizer, trainable_parameters(model))
-    write_safetensors(folder / OPTIMIZER_FILE, state, dict.fromkeys(state, "float32"))
-    document = {
-        "step": step,
-        "identity": dict(identity),
-        "history": asdict(history),
-        "scaler": {**scaler, "scale": scaler["scale"].tolist()} if scaler else None,
-        "versions": versions(),
-    }
-    (folder / STATE_FILE).write_text(json.dumps(document) + "\n", encoding="utf-8")
-    (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    tensors = optimizer_state(optimizer, trainable_parameters(model))
+    write_safetensors(folder / OPTIMIZER_FILE, tensors, dict.fromkeys(tensors, "float32"))
+    state = CheckpointState(
+        step=step,
+        identity=identity,
+        history=history,
+        scaler={**scaler, "scale": scaler["scale"].tolist()} if scaler else None,
+        wandb_id=wandb_id,
+        versions=versions(),
+    )
+    write_fact(folder / STATE_FILE, state)
+    (folder / CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
 
 
 def load_optimizer(
@@ -151,5 +141,5 @@ def load_optimizer(
     """
     stored = read_header(folder / OPTIMIZER_FILE)[0]
     set_optimizer_state(optimizer, parameters, {name: tensor.read() for name, tensor in stored.items()})
-    document = read_state(folder)
-    return document["step"], document["scaler"]
+    state = read_fact(CheckpointState, folder / STATE_FILE)
+    return state.step, state.scaler

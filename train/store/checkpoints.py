@@ -1,15 +1,23 @@
-"""A run's checkpoints: where they lie, the newest whole one, pruning.
+"""A run's checkpoints: where they lie, the newest whole one, pruning, setting aside.
 
-run_dir/checkpoints/step-000003/    a whole folder, see train.store.whole_folder
+run_dir/checkpoints/step-000003/          a whole folder, see train.store.whole_folder
+run_dir/checkpoints/aside-step-000004/    of an attempt that was given up for an older checkpoint; never looked at
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from train.store.whole_folder import damage
+import yaml
+
+from train.store.facts import read_fact
+from train.store.names import CHECKPOINTS, CONFIG_FILE, STATE_FILE
+from train.store.run_state import CheckpointState
+from train.store.whole_folder import damage, is_whole
 from vl2.errors import UserError
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -26,7 +34,7 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
-def find_checkpoint(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
+def find_checkpoint(resume: str, run_dir: Path) -> tuple[Path, CheckpointState, list[str]]:
     """The checkpoint that `resume` means.
 
     Args:
@@ -34,7 +42,7 @@ def find_checkpoint(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
         run_dir: of this run.
 
     Returns:
-        (the folder, remarks on damaged checkpoints that were passed over).
+        (the folder, its state, remarks on damaged checkpoints that were passed over).
 
     Raises:
         UserError: when there is nothing whole to resume from.
@@ -44,17 +52,18 @@ def find_checkpoint(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
         hint = "there is no run there yet: start without resume" if resume == "auto" else "no such folder"
         raise UserError(f"resume={resume}: nothing to resume from in {place}; {hint}")
     if resume != "auto" and _NAME.fullmatch(place.name):
-        if reason := damage(place):
+        try:
+            return place, read_state(place), []
+        except UserError as problem:
             raise UserError(
-                f"resume={resume}: this checkpoint is damaged ({reason}); resume=auto takes the newest whole"
-            )
-        return place, []
+                f"resume={resume}: this checkpoint is damaged ({problem}); resume=auto takes the newest whole"
+            ) from problem
     remarks: list[str] = []
-    for folder in reversed(checkpoints(place / "checkpoints")):
-        reason = damage(folder)
-        if reason is None:
-            return folder, remarks
-        remarks.append(f"checkpoint {folder} is damaged ({reason}); passed over")
+    for folder in reversed(checkpoints(place / CHECKPOINTS)):
+        try:
+            return folder, read_state(folder), remarks
+        except UserError as problem:
+            remarks.append(f"checkpoint {folder} is damaged ({problem}); passed over")
     detail = "; ".join(remarks) or "no checkpoint was written"
     raise UserError(
         f"resume={resume}: nothing to resume from in {place} ({detail}); "
@@ -62,7 +71,67 @@ def find_checkpoint(resume: str, run_dir: Path) -> tuple[Path, list[str]]:
     )
 
 
+def read_state(folder: Path) -> CheckpointState:
+    """The state of a whole checkpoint.
+
+    Raises:
+        UserError: a file that is not as it was written, or a state or configuration that cannot be read.
+    """
+    if reason := damage(folder):
+        raise UserError(reason)
+    read_config(folder)
+    return read_fact(CheckpointState, folder / STATE_FILE)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration that a checkpoint was written with, as nested dictionaries.
+
+    Raises:
+        UserError: not a table of settings.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
+        first = str(problem).partition("\n")[0]
+        raise UserError(f"{path}: cannot be read ({first})") from problem
+    if not isinstance(config, Mapping) or not isinstance(config.get("optim"), Mapping):
+        raise UserError(f"{path}: expected the settings of a run, `optim` among them")
+    return dict(config)
+
+
+def later_checkpoints(checkpoint: Path, run_dir: Path) -> list[Path]:
+    """Checkpoints of `run_dir` after the one to go on from; none where that is another run's."""
+    root = run_dir / CHECKPOINTS
+    if checkpoint.resolve().parent != root.resolve():
+        return []
+    return [folder for folder in checkpoints(root) if int(folder.name.partition("-")[2]) > step_of(checkpoint)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps that a checkpoint's name says."""
+    return int(checkpoint.resolve().name.partition("-")[2])
+
+
+def set_aside(folders: list[Path]) -> list[Path]:
+    """Rename checkpoints so that neither resuming nor pruning sees them; returns their new places."""
+    places = []
+    for folder in folders:
+        names = (f"aside{f'-{i}' if i > 1 else ''}-{folder.name}" for i in range(1, 10**6))
+        place = next(folder.with_name(name) for name in names if not folder.with_name(name).exists())
+        folder.rename(place)
+        places.append(place)
+    return places
+
+
 def prune(root: Path, keep: int) -> None:
-    """Delete the oldest checkpoints until `keep` are left; 0 keeps all."""
-    for folder in checkpoints(root)[:-keep] if keep > 0 else []:
-        shutil.rmtree(folder)
+    """Delete what is older than the newest `keep` whole checkpoints; 0 keeps all.
+
+    Damaged ones do not count, so the newest whole one always stays.
+    """
+    whole = 0
+    for folder in reversed(checkpoints(root)):
+        if keep > 0 and whole >= keep:
+            shutil.rmtree(folder)
+        elif is_whole(folder):
+            whole += 1

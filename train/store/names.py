@@ -1,7 +1,11 @@
 """Names of what a run and its checkpoints hold, for those who look without computing."""
 
+CHECKPOINTS = "checkpoints"
+CONFIG_FILE = "config.yaml"
 ADAPTER, WEIGHTS = "adapter", "weights"  # folders of trained weights: LoRA, or a full fine-tune
 WEIGHTS_FILE, WEIGHTS_METADATA = "trained.safetensors", "metadata.json"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 EXPORT_REPORT = "export.json"
+REPORT, SUMMARY = "report.json", "summary.json"
+MARKER = "run.json"
 METRICS, CURVE = "metrics.jsonl", "curve.png"

@@ -4,14 +4,41 @@ from pathlib import Path
 
 import pytest
 
-from train.store.checkpoints import checkpoint_path, checkpoints, find_checkpoint, prune
-from train.store.whole_folder import damage, write_folder
+from train.store.checkpoints import (
+    checkpoint_path,
+    checkpoints,
+    find_checkpoint,
+    later_checkpoints,
+    prune,
+    set_aside,
+)
+from train.store.facts import write_fact
+from train.store.run_state import CheckpointState, History, Identity
+from train.store.whole_folder import damage, strangers, write_folder
+
+STATE = CheckpointState(
+    step=2,
+    identity=Identity(model_fingerprint="f", model_path="model", tokenizer="t", settings={}, plan={}),
+    history=History(losses=[2.0, 1.0], tokens=20, seconds=0.5),
+    scaler=None,
+    wandb_id="abc",
+    versions={},
+)
 
 
 def fill(folder: Path) -> None:
     (folder / "inner").mkdir()
     (folder / "inner" / "weights").write_bytes(b"12345678")
     (folder / "state").write_text("x")
+    write_fact(folder / "state.json", STATE)
+    (folder / "config.yaml").write_text("optim: {lr: 0.1}\n")
+
+
+def flip(path: Path) -> None:
+    """Change one bit, as a disk may."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture
@@ -50,6 +77,7 @@ def test_a_folder_is_replaced(run_dir):
     target = checkpoint_path(run_dir / "checkpoints", 4)
     write_folder(target, lambda folder: (folder / "state").write_text("new"))
     assert sorted(path.name for path in target.iterdir()) == ["manifest.json", "state"]
+    assert not list(target.parent.glob(".*"))
     assert damage(target) is None
 
 
@@ -60,16 +88,50 @@ def test_a_folder_is_replaced(run_dir):
         (lambda folder: (folder / "inner/weights").write_bytes(b"1234"), "inner/weights has 4 bytes instead of 8"),
         (lambda folder: (folder / "state").unlink(), "state is missing"),
         (lambda folder: (folder / "manifest.json").unlink(), "no manifest.json"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json: expected a JSON object, found []"),
+        (
+            lambda folder: (folder / "manifest.json").write_text('{"files": {"state": 1}}'),
+            "manifest.json: files.state: input should be an object, found 1",
+        ),
+        (
+            lambda folder: (folder / "manifest.json").write_text('{"files": {"../x": {"bytes": 1, "sha256": ""}}}'),
+            "manifest.json: files names '../x', which is outside of the folder",
+        ),
     ],
 )
 def test_damage_is_named_and_passed_over(run_dir, spoil, expected):
+    """A manifest with other types than ours gave a KeyError or TypeError instead of the checkpoint before."""
     newest = checkpoint_path(run_dir / "checkpoints", 6)
     spoil(newest)
     assert damage(newest) == expected
-    found, remarks = find_checkpoint("auto", run_dir)
-    assert found.name == "step-000004"
+    found, state, remarks = find_checkpoint("auto", run_dir)
+    assert (found.name, state) == ("step-000004", STATE)
     assert remarks == [f"checkpoint {newest} is damaged ({expected}); passed over"]
+    with pytest.raises(ValueError, match="this checkpoint is damaged"):
+        find_checkpoint(str(newest), run_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("state.json", "{}", "step is missing"),
+        ("state.json", '{"format": 9}', "a later version wrote it"),
+        ("config.yaml", "optim: [", "cannot be read"),
+        ("config.yaml", "- 1\n", "expected the settings of a run"),
+        ("config.yaml", "optim: 3\n", "expected the settings of a run"),
+    ],
+)
+def test_a_state_or_configuration_that_cannot_be_read_counts_as_damage(run_dir, name, content, reason):
+    """Whole by its checksums, and yet not ours: it ended resume=auto with a traceback."""
+
+    def write(folder: Path) -> None:
+        fill(folder)
+        (folder / name).write_text(content)
+
+    newest = checkpoint_path(run_dir / "checkpoints", 8)
+    write_folder(newest, write)
+    found, _, (remark,) = find_checkpoint("auto", run_dir)
+    assert found.name == "step-000006" and reason in remark and name in remark
     with pytest.raises(ValueError, match="this checkpoint is damaged"):
         find_checkpoint(str(newest), run_dir)
 
@@ -77,7 +139,7 @@ def test_damage_is_named_and_passed_over(run_dir, spoil, expected):
 def test_a_path_is_a_checkpoint_or_a_run(run_dir, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("other")
     second = checkpoint_path(run_dir / "checkpoints", 2)
-    assert find_checkpoint(str(second), elsewhere) == (second, [])
+    assert find_checkpoint(str(second), elsewhere) == (second, STATE, [])
     assert find_checkpoint(str(run_dir), elsewhere)[0].name == "step-000006"
 
 
@@ -103,6 +165,62 @@ def test_prune_keeps_the_newest(run_dir):
     assert [folder.name for folder in checkpoints(run_dir / "checkpoints")] == ["step-000004", "step-000006"]
     prune(run_dir / "checkpoints", 0)
     assert len(checkpoints(run_dir / "checkpoints")) == 2
+
+
+def test_prune_counts_whole_checkpoints(run_dir):
+    """With the newest two damaged and keep_checkpoints=2 it deleted the only whole ones."""
+    root = run_dir / "checkpoints"
+    write_folder(checkpoint_path(root, 8), fill)
+    for step in (6, 8):
+        flip(checkpoint_path(root, step) / "inner" / "weights")
+    prune(root, 1)
+    assert [folder.name for folder in checkpoints(root)] == ["step-000004", "step-000006", "step-000008"]
+    flip(checkpoint_path(root, 4) / "state")
+    prune(root, 1)  # none is whole: nothing is deleted
+    assert len(checkpoints(root)) == 3
+
+
+def test_prune_reads_no_checkpoint_twice(run_dir, monkeypatch):
+    """Those that this process wrote it knows; a full fine-tune's hold 40 GB."""
+    monkeypatch.setattr("train.store.whole_folder._sha256", lambda path: 1 / 0)
+    prune(run_dir / "checkpoints", 2)
+    assert len(checkpoints(run_dir / "checkpoints")) == 2
+
+
+def test_later_checkpoints_are_set_aside_under_names_that_nobody_takes(run_dir, tmp_path_factory):
+    root = run_dir / "checkpoints"
+    assert later_checkpoints(checkpoint_path(root, 2), tmp_path_factory.mktemp("other")) == []
+    for again in ("", "-2"):
+        later = later_checkpoints(checkpoint_path(root, 2), run_dir)
+        assert [folder.name for folder in later] == ["step-000004", "step-000006"]
+        assert [place.name for place in set_aside(later)] == [f"aside{again}-step-00000{n}" for n in (4, 6)]
+        assert [folder.name for folder in checkpoints(root)] == ["step-000002"]
+        assert find_checkpoint("auto", run_dir)[0].name == "step-000002"
+        for step in (4, 6):
+            write_folder(checkpoint_path(root, step), fill)
+    prune(root, 1)
+    assert len(list(root.glob("aside*"))) == 4 and all(damage(folder) is None for folder in root.glob("aside*"))
+
+
+def test_a_link_is_followed_not_replaced(tmp_path):
+    """`out` may be a link to another disk; the export replaced the link and filled the first disk."""
+    (tmp_path / "disk" / "place").mkdir(parents=True)
+    link = tmp_path / "out"
+    link.symlink_to(tmp_path / "disk" / "place")
+    write_folder(link, fill)
+    assert link.is_symlink() and damage(tmp_path / "disk" / "place") is None
+    dangling = tmp_path / "later"
+    dangling.symlink_to(tmp_path / "disk" / "later")
+    write_folder(dangling, fill)
+    assert dangling.is_symlink() and damage(tmp_path / "disk" / "later") is None
+
+
+def test_strangers_in_a_folder_are_told(run_dir):
+    folder = checkpoint_path(run_dir / "checkpoints", 2)
+    assert strangers(folder) == []
+    (folder / "inner" / "notes.txt").write_text("mine")
+    (folder / "link").symlink_to("/nowhere")
+    assert strangers(folder) == ["inner/notes.txt", "link"]
 
 
 @pytest.mark.parametrize("manifest", [True, False])

@@ -1,0 +1,108 @@
+"""summary.json: what a finished run came to, and the same as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.config.schema import TrainConfig
+from train.run.report import pairs
+from train.run.trainer import peak_memory_gb
+from train.store.checkpoints import checkpoint_path
+from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS
+from train.store.run_state import History
+from train.store.versions import versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Of a finished run."""
+
+    recipe: str
+    rehearsal: bool
+    model: str  # base model as typed
+    steps: int
+    loss_first: float
+    loss_last: float
+    losses: list[float]  # mean per supervised token of each step
+    accuracy_before: float | None  # share of the held-out answers that are right; None: not asked
+    accuracy_after: float | None
+    accuracy_with_pictures_exchanged: float | None  # after training
+    evaluation: dict[str, dict[str, float] | None]  # "before" and "after" -> all its numbers
+    tokens: int
+    seconds: float  # in steps
+    tokens_per_second: float
+    peak_memory_gb: float  # of rank 0
+    paths: dict[str, str | None]
+    versions: dict[str, str]
+
+
+def summarise(
+    config: TrainConfig,
+    history: History,
+    *,
+    before: Mapping[str, float] | None,
+    after: Mapping[str, float] | None,
+    trained: Path,
+) -> Summary:
+    """The summary of a run at its end.
+
+    Args:
+        config: of the run.
+        history: of all its steps.
+        before: numbers of the held-out questions before training.
+        after: the same after.
+        trained: folder of the trained weights.
+    """
+    run_dir = Path(config.run_dir)
+    steps = len(history.losses)
+    return Summary(
+        recipe=config.recipe,
+        rehearsal=config.rehearsal,
+        model=config.model.path,
+        steps=steps,
+        loss_first=history.losses[0],
+        loss_last=history.losses[-1],
+        losses=history.losses,
+        accuracy_before=before["exact_match"] if before else None,
+        accuracy_after=after["exact_match"] if after else None,
+        accuracy_with_pictures_exchanged=(after or {}).get("exact_match_permuted"),
+        evaluation={"before": dict(before) if before else None, "after": dict(after) if after else None},
+        tokens=history.tokens,
+        seconds=history.seconds,
+        tokens_per_second=history.tokens / history.seconds,
+        peak_memory_gb=peak_memory_gb(),
+        paths={
+            "run_dir": str(run_dir),
+            trained.name: str(trained),
+            "checkpoint": str(checkpoint_path(run_dir / CHECKPOINTS, steps)),
+            "metrics": str(run_dir / METRICS),
+            "curve": str(run_dir / CURVE) if (run_dir / CURVE).is_file() else None,
+            "config": str(run_dir / CONFIG_FILE),
+        },
+        versions=versions(),
+    )
+
+
+def end_text(summary: Summary) -> str:
+    """The summary of a finished run as a table."""
+    rows = {
+        "recipe": summary.recipe + (" (REHEARSAL)" if summary.rehearsal else ""),
+        "steps": str(summary.steps),
+        "loss": f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}",
+        "accuracy": f"{_share(summary.accuracy_before)} -> {_share(summary.accuracy_after)}",
+        "with pictures exchanged": _share(summary.accuracy_with_pictures_exchanged),
+        "speed": f"{summary.tokens_per_second:,.0f} tokens/s, {summary.seconds:.1f} s in steps",
+        "peak memory": f"{summary.peak_memory_gb:.2f} GB",
+        **{name: path for name, path in summary.paths.items() if path},
+    }
+    if summary.accuracy_before is None and summary.accuracy_after is None:
+        del rows["accuracy"]
+    if summary.accuracy_with_pictures_exchanged is None:
+        del rows["with pictures exchanged"]
+    return pairs(rows)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
