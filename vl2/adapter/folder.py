@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from vl2.adapter.formats import (
 )
 from vl2.adapter.paddle_format import PADDLE_NAMES, read_paddle_config
 from vl2.adapter.peft_format import PEFT_NAMES, read_peft_config
-from vl2.adapter.slots import difference, factor_shapes, slots
+from vl2.adapter.slots import UNTUNED, difference, factor_shapes, slots
+from vl2.adapter.values import alpha, dropout, rank, table, text, texts
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.errors import UserError
 from vl2.lora import VL2LoRAModel, apply_lora
@@ -71,7 +72,9 @@ def open_adapter(folder: str | Path, model: nn.Layer) -> Adapter:
     form = adapter_format(folder)
     if form != OWN:
         read, names = (read_peft_config, PEFT_NAMES) if form == PEFT else (read_paddle_config, PADDLE_NAMES)
-        return open_foreign(folder, adapter_tensors(folder, str(form)), read(folder), names, model, metadata)
+        found = slots(model)
+        declared = read(folder, (*found, *UNTUNED))
+        return open_foreign(folder, adapter_tensors(folder, str(form)), declared, names, found, metadata)
     stored, settings = adapter_tensors(folder, OWN), _own_settings(folder)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     if lines := difference(shapes, factor_shapes(settings, slots(model))):
@@ -83,11 +86,26 @@ def open_adapter(folder: str | Path, model: nn.Layer) -> Adapter:
 
 def _own_settings(folder: Path) -> LoRASettings:
     path = folder / PADDLE_CONFIG
+    where = f"{ENTRY}.settings"
+    entry = table(path, where, read_json(path)[ENTRY].get("settings"), "the settings of an adapter made here")
+    if strange := entry.keys() ^ {field.name for field in fields(LoRASettings)}:
+        raise UserError(
+            f"{path}: not the configuration of an adapter made here ({where} has or lacks {', '.join(sorted(strange))})"
+        )
+    ranks, alphas = (table(path, f"{where}.{key}", entry[key], "a table of groups") for key in ("ranks", "alphas"))
     try:
-        entry = read_json(path)[ENTRY]["settings"]
-        return LoRASettings(**{**entry, "groups": tuple(entry["groups"])})
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the configuration of an adapter made here ({error!r})") from error
+        return LoRASettings(
+            groups=tuple(texts(path, f"{where}.groups", entry["groups"], "a list of groups")),
+            rank=rank(path, f"{where}.rank", entry["rank"]),
+            alpha=alpha(path, f"{where}.alpha", entry["alpha"]),
+            dropout=dropout(path, f"{where}.dropout", entry["dropout"]),
+            ranks={group: rank(path, f"{where}.ranks.{group}", value) for group, value in ranks.items()},
+            alphas={group: alpha(path, f"{where}.alphas.{group}", value) for group, value in alphas.items()},
+        )
+    except UserError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise UserError(f"{path}: {error}") from error
 
 
 def load_factors(lora_model: VL2LoRAModel, adapter: Adapter) -> None:
@@ -131,8 +149,8 @@ def check_base(folder: str | Path, base_fingerprint: str | None) -> None:
         UserError: with both fingerprints.
     """
     metadata = adapter_metadata(folder)
-    expected = metadata.get("base_fingerprint")
-    if base_fingerprint is not None and expected is not None and base_fingerprint != expected:
+    expected = text(Path(folder), "base_fingerprint of its metadata", metadata.get("base_fingerprint"))
+    if base_fingerprint and expected and base_fingerprint != expected:
         raise UserError(
             f"{folder}: this adapter was trained on another base model ({metadata.get('base')}, fingerprint "
             f"{expected[:12]}; the model given has {base_fingerprint[:12]})"

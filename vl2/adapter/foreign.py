@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
-from paddle import nn
 
-from vl2.adapter.slots import UNTUNED, UNUSED, Slot, difference, factor_shapes, slots
+from vl2.adapter.slots import UNTUNED, UNUSED, Slot, difference, factor_shapes
 from vl2.checkpoint.tensor_files import StoredTensor
 from vl2.errors import UserError
 from vl2.lora_settings import GROUPS, LoRASettings
@@ -63,15 +62,23 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Declaration:
-    """What a foreign configuration says of a module, by its official name."""
+    """What a foreign configuration says of the base's modules, by their official names."""
 
     path: Path  # of the file, for messages
-    targets: Callable[[str], bool]  # whether it has an A and a B
-    rank_of: Callable[[str], int]
-    alpha_of: Callable[[str], float]
-    rank: int  # where nothing else is said
+    targets: frozenset[str]  # those that have an A and a B
+    ranks: Mapping[str, int]  # of modules that have not the common one
+    alphas: Mapping[str, float]
+    rank: int
     alpha: float
     dropout: float
+
+    def rank_of(self, module: str) -> int:
+        """Rank of one module."""
+        return self.ranks.get(module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """Alpha of one module."""
+        return self.alphas.get(module, self.alpha)
 
 
 class Names(NamedTuple):
@@ -91,7 +98,7 @@ def open_foreign(
     stored: Mapping[str, StoredTensor],
     declared: Declaration,
     names: Names,
-    model: nn.Layer,
+    found: Mapping[str, Slot],
     metadata: Mapping[str, Any],
 ) -> Adapter:
     """Account for every tensor of a foreign adapter and for every module that its configuration names.
@@ -101,14 +108,13 @@ def open_foreign(
         stored: all its tensors.
         declared: its configuration.
         names: its naming.
-        model: the base, see `open_adapter`.
+        found: `slots` of the base.
         metadata: see `Adapter.metadata`.
 
     Raises:
         UserError: weights and configuration that disagree, or that do not fit the base; lists the names.
     """
-    found = slots(model)
-    targeted = {module: slot for module, slot in found.items() if declared.targets(module)}
+    targeted = {module: slot for module, slot in found.items() if module in declared.targets}
     ignored = {names.name(module, letter) for module in UNUSED for letter in "AB"}
     expected = {
         names.name(module, letter): names.shape(slot, letter, declared.rank_of(module))
@@ -116,7 +122,7 @@ def open_foreign(
         for letter in "AB"
     }
     lines = difference({name: t.shape for name, t in stored.items() if name not in ignored}, expected)
-    untuned = [module for module in UNTUNED if declared.targets(module)]
+    untuned = [module for module in UNTUNED if module in declared.targets]
     if untuned or not targeted:
         lines.append(
             f"  {declared.path.name} targets {', '.join(untuned) or 'no module of this model'}; "
@@ -202,33 +208,3 @@ def foreign_tensors(
                 piece = np.pad(piece, [(0, n) for n in missing])
             tensors[names.name(module, letter)] = piece.T if names.transposed else piece
     return tensors
-
-
-def positive(path: Path, key: str, value: Any, kind: type) -> Any:
-    """A rank (int) or an alpha (float) of a foreign configuration.
-
-    Raises:
-        UserError: it is none.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-    if not number or (kind is int and value != int(value)):
-        raise UserError(f"{path}: {key} is {value!r}; expected a positive {'integer' if kind is int else 'number'}")
-    return kind(value)
-
-
-def dropout(path: Path, value: Any) -> float:
-    """A dropout of a foreign configuration; absent is 0.
-
-    Raises:
-        UserError: it is no probability.
-    """
-    if value is not None and (not isinstance(value, (int, float)) or not 0 <= value < 1):
-        raise UserError(f"{path}: lora_dropout is {value!r}; expected a probability in [0, 1)")
-    return float(value or 0.0)
-
-
-def refuse(
-    path: Path, key: str, value: Any, allowed: str = "only plain LoRA can be read here: A, B and alpha / r"
-) -> NoReturn:
-    """Refuse a setting of a foreign configuration by its name."""
-    raise UserError(f"{path}: {key} is {value!r}; {allowed}")

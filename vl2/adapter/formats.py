@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vl2.adapter.values import shown, table, text, texts
 from vl2.checkpoint.pdparams import locate_arrays
 from vl2.checkpoint.tensor_files import StoredTensor, read_header
 from vl2.errors import UserError
@@ -54,19 +55,20 @@ def adapter_metadata(folder: str | Path) -> dict[str, Any]:
     form = adapter_format(folder)
     if form is None:
         raise UserError(f"{folder}: no {PADDLE_CONFIG} or {PEFT_CONFIG} there; expected the folder of an adapter")
-    document = read_json(folder / (PEFT_CONFIG if form == PEFT else PADDLE_CONFIG))
+    config = folder / (PEFT_CONFIG if form == PEFT else PADDLE_CONFIG)
+    document = read_json(config)
     if form == OWN:
         entry = document[ENTRY]
         if not isinstance(entry, dict) or not isinstance(entry.get("metadata"), dict):
-            raise UserError(f"{folder / PADDLE_CONFIG}: its entry {ENTRY!r} was not written here")
+            raise UserError(f"{config}: its entry {ENTRY!r} was not written here")
         return entry["metadata"]
     for file in {tensor.path for tensor in adapter_tensors(folder, form).values()}:
         if file.name == PADDLE_PICKLE:
             continue
-        text = read_header(file)[1].get(ENTRY)
-        if text is not None:
-            return _parsed(text, f"{file}: the entry {ENTRY!r} of its header")
-    return {"base": document.get("base_model_name_or_path") or ""}
+        entry = read_header(file)[1].get(ENTRY)
+        if entry is not None:
+            return _parsed(entry, f"{file}: the entry {ENTRY!r} of its header")
+    return {"base": text(config, "base_model_name_or_path", document.get("base_model_name_or_path"))}
 
 
 def adapter_tensors(folder: Path, form: str) -> dict[str, StoredTensor]:
@@ -85,7 +87,11 @@ def adapter_tensors(folder: Path, form: str) -> dict[str, StoredTensor]:
 
 def _weight_files(folder: Path, form: str) -> list[Path]:
     if form == PADDLE and (folder / PADDLE_INDEX).is_file():
-        names = sorted(set(read_json(folder / PADDLE_INDEX).get("weight_map", {}).values()))
+        index = folder / PADDLE_INDEX
+        places = table(index, "weight_map", read_json(index).get("weight_map"), "a table of tensors to files")
+        names = sorted(set(texts(index, "weight_map", list(places.values()), "a table of tensors to files")))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise UserError(f"{index}: weight_map names {shown(outside[0])}; expected files of this folder")
     else:
         names = [PEFT_FILE if form == PEFT else OWN_FILE]
     missing = [name for name in names if not (folder / name).is_file()]
@@ -104,13 +110,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is none.
     """
-    return _parsed(path.read_text(encoding="utf-8"), str(path))
+    return _parsed(path.read_bytes(), str(path))
 
 
-def _parsed(text: str, where: str) -> dict[str, Any]:
+def _parsed(content: str | bytes, where: str) -> dict[str, Any]:
     try:
-        document = json.loads(text)
-    except ValueError as error:
+        document = json.loads(content if isinstance(content, str) else content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError
         raise UserError(f"{where}: not JSON ({error})") from error
     if not isinstance(document, dict):
         raise UserError(f"{where}: expected a JSON object, found a {type(document).__name__}")

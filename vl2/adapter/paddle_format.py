@@ -7,17 +7,18 @@ alpha for all modules: a smaller rank is filled up with zeros, another scaling g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from paddlenlp.peft import LoRAConfig
 
-from vl2.adapter.foreign import Declaration, Names, dropout, positive, refuse
+from vl2.adapter.foreign import Declaration, Names
 from vl2.adapter.formats import PADDLE_CONFIG, PADDLE_SHARD, read_json
-from vl2.adapter.peft_format import compiled, number, official_pattern
-from vl2.errors import UserError
+from vl2.adapter.module_patterns import Expression, matched
+from vl2.adapter.peft_format import number, official_pattern
+from vl2.adapter.values import alpha, dropout, rank, refuse, texts
 from vl2.lora_settings import LoRASettings
 
 PADDLE_NAMES = Names(lambda module, letter: f"{module}.lora_{letter}", transposed=False)
@@ -65,32 +66,33 @@ def paddle_index(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, PADDLE_SHARD)}
 
 
-def read_paddle_config(folder: Path) -> Declaration:
+def read_paddle_config(folder: Path, modules: Sequence[str]) -> Declaration:
     """Read lora_config.json.
+
+    Args:
+        folder: of the adapter.
+        modules: official names of the base's Linears.
 
     Raises:
         UserError: another method than plain LoRA, or a value that cannot be; names the key.
     """
     path = folder / PADDLE_CONFIG
     document = read_json(path)
-    if (document.get("tensor_parallel_degree") or -1) > 1:
-        refuse(path, "tensor_parallel_degree", document["tensor_parallel_degree"], "merge its parts first")
+    if (degree := document.get("tensor_parallel_degree")) not in (None, -1, 0, 1):
+        refuse(path, "tensor_parallel_degree", degree, "merge its parts first")
     for key, value in document.items():
         if key not in _READ and key not in _WITHOUT_EFFECT and value:
             refuse(path, key, value)
-    rank = positive(path, "r", document.get("r"), int)
-    alpha = positive(path, "lora_alpha", document.get("lora_alpha"), float)
     targets = document.get("target_modules")
     listed = [targets] if isinstance(targets, str) else targets
-    if not isinstance(listed, list) or not all(isinstance(text, str) for text in listed):
-        raise UserError(f"{path}: target_modules is {targets!r}; expected a list of regular expressions")
-    patterns = [compiled(path, "target_modules", text) for text in listed]
+    patterns = texts(path, "target_modules", listed, "a list of regular expressions")
+    found = matched(path, [Expression("target_modules", pattern) for pattern in patterns], modules)
     return Declaration(
         path=path,
-        targets=lambda module: any(pattern.fullmatch(module) for pattern in patterns),
-        rank_of=lambda module: rank,
-        alpha_of=lambda module: alpha,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout(path, document.get("lora_dropout")),
+        targets=frozenset().union(*found),
+        ranks={},
+        alphas={},
+        rank=rank(path, "r", document.get("r")),
+        alpha=alpha(path, "lora_alpha", document.get("lora_alpha")),
+        dropout=dropout(path, "lora_dropout", document.get("lora_dropout")),
     )

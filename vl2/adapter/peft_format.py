@@ -7,16 +7,18 @@ suffix is hit; a key of rank_pattern has no alternative at its top and stands be
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from vl2.adapter.foreign import Declaration, Names, dropout, positive, refuse
+from vl2.adapter.foreign import Declaration, Names
 from vl2.adapter.formats import PEFT_CONFIG, read_json
-from vl2.errors import UserError
+from vl2.adapter.module_patterns import Expression, matched
+from vl2.adapter.values import alpha, dropout, rank, refuse, shown, table, texts
 from vl2.lora_settings import GROUPS, LoRASettings
+
+Number = TypeVar("Number", int, float)
 
 PEFT_NAMES = Names(lambda module, letter: f"base_model.model.{module}.lora_{letter}.weight", transposed=True)
 
@@ -81,8 +83,12 @@ def number(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def read_peft_config(folder: Path) -> Declaration:
+def read_peft_config(folder: Path, modules: Sequence[str]) -> Declaration:
     """Read adapter_config.json.
+
+    Args:
+        folder: of the adapter.
+        modules: official names of the base's Linears.
 
     Raises:
         UserError: another method than plain LoRA, or a value that cannot be; names the key.
@@ -103,57 +109,69 @@ def read_peft_config(folder: Path) -> Declaration:
     for key, value in document.items():
         if key not in _READ and key not in _WITHOUT_EFFECT and value:
             refuse(path, key, value)
-    rank = positive(path, "r", document.get("r"), int)
-    alpha = positive(path, "lora_alpha", document.get("lora_alpha"), float)
-    targets = matcher(path, "target_modules", document.get("target_modules"))
-    excluded = matcher(path, "exclude_modules", document.get("exclude_modules") or [])
+    lists = {
+        "target_modules": document.get("target_modules"),
+        "exclude_modules": document.get("exclude_modules") or [],
+    }
+    ranks = _values(path, "rank_pattern", document, rank)
+    alphas = _values(path, "alpha_pattern", document, alpha)
+    expressions = [Expression(key, value) for key, value in lists.items() if isinstance(value, str)]
+    expressions += [
+        Expression(key, name, ends=True)
+        for key, values in (("rank_pattern", ranks), ("alpha_pattern", alphas))
+        for name in values
+        if not _is_name(name)
+    ]
+    meant = dict(zip(expressions, matched(path, expressions, modules)))
+    targets, excluded = (
+        meant[Expression(key, value)] if isinstance(value, str) else _ending(path, key, value, modules)
+        for key, value in lists.items()
+    )
     return Declaration(
         path=path,
-        targets=lambda module: targets(module) and not excluded(module),
-        rank_of=_by_pattern(path, "rank_pattern", document, rank),
-        alpha_of=_by_pattern(path, "alpha_pattern", document, alpha),
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout(path, document.get("lora_dropout")),
+        targets=targets - excluded,
+        ranks=_by_pattern("rank_pattern", ranks, meant, modules),
+        alphas=_by_pattern("alpha_pattern", alphas, meant, modules),
+        rank=rank(path, "r", document.get("r")),
+        alpha=alpha(path, "lora_alpha", document.get("lora_alpha")),
+        dropout=dropout(path, "lora_dropout", document.get("lora_dropout")),
     )
 
 
-def matcher(path: Path, key: str, value: Any) -> Callable[[str], bool]:
-    """Whether a module is meant: a text is a full regular expression, a list holds names or their ends after a dot."""
-    if isinstance(value, str):
-        pattern = compiled(path, key, value)
-        return lambda module: pattern.fullmatch(module) is not None
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise UserError(f"{path}: {key} is {value!r}; expected a regular expression or a list of names")
-    names = frozenset(value)
-    # The ends of a.b.c: a.b.c, b.c, c.
-    return lambda module: any(module.split(".", n)[n] in names for n in range(module.count(".") + 1))
+def _ends(module: str) -> list[str]:
+    """The ends of a.b.c: a.b.c, b.c, c."""
+    return [module.split(".", n)[n] for n in range(module.count(".") + 1)]
 
 
-def compiled(path: Path, key: str, text: str) -> re.Pattern[str]:
-    """A regular expression of a configuration.
+def _ending(path: Path, key: str, value: Any, modules: Sequence[str]) -> frozenset[str]:
+    """The modules that a list means by their names or ends of them."""
+    names = frozenset(texts(path, key, value, "a regular expression or a list of names"))
+    return frozenset(module for module in modules if not names.isdisjoint(_ends(module)))
 
-    Raises:
-        UserError: it is none.
+
+def _values(path: Path, key: str, document: Mapping[str, Any], read: Callable[..., Number]) -> dict[str, Number]:
+    values = table(path, key, document.get(key) or {}, "a table of patterns")
+    return {name: read(path, f"{key}[{shown(name)}]", value) for name, value in values.items()}
+
+
+def _is_name(pattern: str) -> bool:
+    """Whether a pattern is a module's name or an end of one: some write thousands, which need no matching.
+
+    Its dots stand for themselves: no two modules of a model differ in nothing but a dot.
     """
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise UserError(f"{path}: {key} holds {text!r}, which is no regular expression ({error})") from error
+    return re.fullmatch(r"\w+(\.\w+)*", pattern) is not None
 
 
-def _by_pattern(path: Path, key: str, document: Mapping[str, Any], common: Any) -> Callable[[str], Any]:
-    """The value of the first pattern that matches a module's name or an end of it after a dot, else the common one."""
-    table = document.get(key) or {}
-    if not isinstance(table, dict):
-        raise UserError(f"{path}: {key} is {table!r}; expected a table of patterns")
-    patterns = []
-    for name, value in table.items():
-        compiled(path, key, name)
-        patterns.append((re.compile(rf"(.*\.)?({name})"), positive(path, f"{key}[{name!r}]", value, type(common))))
-
-    @functools.cache  # some write a key for every module
-    def look_up(module: str) -> Any:
-        return next((value for pattern, value in patterns if pattern.fullmatch(module)), common)
-
-    return look_up
+def _by_pattern(
+    key: str, values: Mapping[str, Number], meant: Mapping[Expression, frozenset[str]], modules: Sequence[str]
+) -> dict[str, Number]:
+    """The value of the first pattern that matches a module's name or an end of it after a dot, where one does."""
+    place = {name: number for number, name in enumerate(values)}
+    expressions = [(name, meant[Expression(key, name, ends=True)]) for name in values if not _is_name(name)]
+    found = {}
+    for module in modules:
+        hits = [end for end in _ends(module) if end in values and _is_name(end)]
+        hits += [name for name, matches in expressions if module in matches]
+        if hits:
+            found[module] = values[min(hits, key=place.__getitem__)]
+    return found

@@ -1,104 +1,20 @@
-"""Adapters made elsewhere, built here by hand from the checkpoint's names: what they mean, and what is refused.
+"""Adapters of PEFT, built by hand from the checkpoint's names: what they mean, and what is refused."""
 
-nano_small has both of the hard cases: kv_b_proj of the latent attention, and experts that we store stacked.
-"""
-
-import json
-import pickle
 import re
-from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 
-from tests.places import GOLDENS
+from tests.vl2.adapter.handmade import check, linears, make, new_model, skeleton
 from vl2.adapter.folder import load_adapter, open_adapter
-from vl2.adapter.formats import OWN_FILE, PADDLE_CONFIG, PEFT_CONFIG, PEFT_FILE, adapter_format, adapter_metadata
+from vl2.adapter.formats import PEFT_CONFIG, PEFT_FILE, adapter_format, adapter_metadata
 from vl2.adapter.peft_format import PEFT_NAMES
 from vl2.adapter.slots import UNTUNED, UNUSED, slots
 from vl2.checkpoint.layouts import official_parts
 from vl2.checkpoint.tensor_files import read_header, write_safetensors
 from vl2.config import VL2Config
-from vl2.model import DeepseekVL2
-from vl2.parameters import build_model, init_model
-
-GOLDEN = GOLDENS / "nano_small"
-CONFIG = VL2Config.from_folder(GOLDEN)
-
-
-def new_model() -> DeepseekVL2:
-    return init_model(CONFIG, 1000, seed=1)
-
-
-def skeleton() -> DeepseekVL2:
-    return build_model(CONFIG, 1000)
-
-
-def linears() -> dict[str, tuple[int, int]]:
-    """(out, in) of every Linear, by the names of the official checkpoint: two-dimensional, no table and no router."""
-    stored = read_header(GOLDEN / "model.safetensors")[0]
-    return {
-        name.removesuffix(".weight"): tensor.shape
-        for name, tensor in stored.items()
-        if name.endswith(".weight") and len(tensor.shape) == 2 and not re.search(r"embed_tokens|\.gate\.", name)
-    }
-
-
-def make(folder: Path, modules, *, rank=4, tensors=None, **config) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A PEFT adapter as PEFT would write it.
-
-    Args:
-        modules: pattern of the Linears that have factors.
-        rank: of all, or of each by a function.
-        tensors: changes the tensors before they are written.
-        config: keys of adapter_config.json instead of the usual ones.
-
-    Returns:
-        (A [r, in], B [out, r]) of each module.
-    """
-    rng, factors = np.random.default_rng(7), {}
-    for module, (out, size) in linears().items():
-        if re.fullmatch(modules, module):
-            r = rank(module) if callable(rank) else rank
-            factors[module] = tuple(rng.normal(0, 0.1, shape).astype("float32") for shape in ((r, size), (out, r)))
-    stored = {
-        f"base_model.model.{module}.lora_{letter}.weight": array
-        for module, pair in factors.items()
-        for letter, array in zip("AB", pair, strict=True)
-    }
-    stored = tensors(stored) if tensors else stored
-    kinds = {name: "bfloat16" if array.dtype == np.uint16 else "float32" for name, array in stored.items()}
-    folder.mkdir(exist_ok=True)
-    write_safetensors(folder / PEFT_FILE, stored, kinds)
-    document = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": modules, "bias": "none", **config}
-    (folder / PEFT_CONFIG).write_text(json.dumps(document))
-    return factors
-
-
-def deltas(folder: Path, model: DeepseekVL2) -> dict[str, np.ndarray]:
-    """scaling * A B of every Linear that a group holds, [out, in], in float64; of our model with the adapter on it."""
-    lora_model = load_adapter(model, folder)
-    factors, settings = lora_model.factors(), lora_model.settings
-    found = {}
-    for module, slot in slots(lora_model.model).items():
-        if slot.group in settings.groups:
-            a, b = (factors[f"{slot.factor}_{letter}"].numpy().astype("float64") for letter in "AB")
-            a, b = (a, b) if slot.expert is None else (a[slot.expert], b[slot.expert])
-            found[module] = settings.alpha_of(slot.group) / settings.rank_of(slot.group) * (a @ b).T
-    return found
-
-
-def check(folder: Path, factors, scaling) -> None:
-    """Every module's delta is the adapter's, that of all others zero, to a float32 rounding of B."""
-    found = deltas(folder, new_model())
-    assert factors.keys() <= found.keys()
-    for module, delta in found.items():
-        expected = np.zeros_like(delta)
-        if module in factors:
-            a, b = (x.astype("float64") for x in factors[module])
-            expected = (scaling(module) if callable(scaling) else scaling) * b @ a
-        assert np.abs(delta - expected).max() <= 1e-7 * np.abs(expected).max(), module
+from vl2.parameters import build_model
 
 
 def test_a_list_of_ends_as_most_people_train(tmp_path):
@@ -301,91 +217,6 @@ def test_names_at_real_size_need_no_weights():
     assert shapes["base_model.model.vision.blocks.26.attn.qkv.lora_B.weight"] == (3456, 8)
     assert shapes["base_model.model.projector.layers.0.lora_A.weight"] == (8, 4608)
     assert len(shapes) == 2 * 2306
-
-
-# ---- PaddleNLP
-
-
-def make_paddle(folder: Path, **config) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What PaddleNLP writes for PaddleMIX's recipe (patterns as there), in safetensors; A [in, r], B [r, out]."""
-    factors = make(folder, r"language\.model\.layers\.\d+\.(self_attn\.(q_proj|kv_b_proj)|mlp\.experts\.\d+\.up_proj)")
-    (folder / PEFT_CONFIG).unlink()
-    (folder / PEFT_FILE).unlink()
-    stored = {
-        f"{module}.lora_{letter}": np.ascontiguousarray(array.T)
-        for module, pair in factors.items()
-        for letter, array in zip("AB", pair, strict=True)
-    }
-    write_safetensors(folder / OWN_FILE, stored, dict.fromkeys(stored, "float32"), {"format": "np"})
-    targets = [
-        "language.model.layers.*.self_attn.q_proj.*",
-        "language.model.layers.*.self_attn.kv_b_proj.*",
-        "language.model.layers.*.mlp.experts.*.up_proj.*",
-    ]
-    document = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": targets, "rslora": False, **config}
-    (folder / PADDLE_CONFIG).write_text(json.dumps({**document, "scaling": 8.0, "tensor_parallel_degree": -1}))
-    return factors
-
-
-def test_an_adapter_of_paddlemix(tmp_path):
-    factors = make_paddle(tmp_path)
-    check(tmp_path, factors, 8.0)
-    settings = open_adapter(tmp_path, skeleton()).settings
-    assert (settings.groups, settings.alpha, settings.dropout) == (("attention", "experts"), 32.0, 0.05)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"rslora": True}, r"lora_config\.json: rslora is True; only plain LoRA"),
-        ({"pissa": True}, r"pissa is True; only plain LoRA"),
-        ({"loraga": True}, r"loraga is True; only plain LoRA"),
-        ({"use_mora": True}, r"use_mora is True; only plain LoRA"),
-        ({"lora_use_mixer": True}, r"lora_use_mixer is True; only plain LoRA"),
-        ({"trainable_bias": "all"}, r"trainable_bias is 'all'; only plain LoRA"),
-        ({"trainable_modules": [".*norm"]}, r"trainable_modules is \['\.\*norm'\]; only plain LoRA"),
-        ({"r": 2}, r"wrong shape \(.*is \[64, 4\], expected \[64, 2\]"),
-        ({"target_modules": None}, r"target_modules is None; expected a list of regular expressions"),
-    ],
-)
-def test_paddlenlp_settings_that_cannot_be_read(tmp_path, config, message):
-    make_paddle(tmp_path, **config)
-    with pytest.raises(ValueError, match=message):
-        open_adapter(tmp_path, skeleton())
-
-
-def test_a_part_of_a_tensor_parallel_adapter(tmp_path):
-    make_paddle(tmp_path)
-    path = tmp_path / PADDLE_CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tensor_parallel_degree": 2}))
-    with pytest.raises(ValueError, match=r"tensor_parallel_degree is 2; merge its parts first"):
-        open_adapter(tmp_path, skeleton())
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_adapter_saved_by_paddlenlp_itself(tmp_path, dtype):
-    """A state dictionary that paddle.save wrote, as LoRAModel.save_pretrained does: its arrays, never unpickled."""
-    make_paddle(tmp_path)
-    tensors = {name: t.read() for name, t in read_header(tmp_path / OWN_FILE)[0].items()}
-    (tmp_path / OWN_FILE).unlink()
-    state = {name: paddle.to_tensor(array).astype(dtype) for name, array in tensors.items()}
-    paddle.save(state, str(tmp_path / "lora_model_state.pdparams"))
-    adapter = open_adapter(tmp_path, skeleton())
-    name = "language.model.layers.1.mlp.experts.{}.up_proj.lora_A"
-    found = adapter.factor("language.model.layers.1.mlp.experts.lora.up_A")
-    assert len(found) == 8
-    for expert, array in enumerate(found):
-        assert np.array_equal(array, state[name.format(expert)].astype("float32").numpy())
-    assert adapter_metadata(tmp_path) == {"base": ""}
-
-
-def test_a_pickle_with_anything_but_arrays_is_not_run(tmp_path):
-    """The loader's own tests show that nothing in it is executed; here, that it is the loader that reads it."""
-    make_paddle(tmp_path)
-    (tmp_path / OWN_FILE).unlink()
-    (tmp_path / "lora_model_state.pdparams").write_bytes(pickle.dumps({"a": print}, protocol=4))
-    with pytest.raises(ValueError, match=r"lora_model_state\.pdparams: .* is no part of a dictionary of arrays"):
-        open_adapter(tmp_path, skeleton())
 
 
 def test_logits_of_a_foreign_adapter_are_those_of_the_merged_weights(tmp_path):
