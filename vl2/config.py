@@ -77,6 +77,7 @@ class LanguageConfig:
     norm_topk_prob: bool = False
     n_group: int | None = None
     hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: Any = None

@@ -20,7 +20,7 @@ def generate(
     prompts: Sequence[Mapping],
     *,
     eos_id: int,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     temperature: float = 0.0,
     top_p: float = 1.0,
     chunk: int | None = None,
@@ -33,7 +33,7 @@ def generate(
         model: the model (or anything with its `embed`, `decode_stream` and `language.logits`).
         prompts: one mapping a conversation: `input_ids` [T] and, with images, `tiles` [N, 3, 384, 384] and `grids`.
         eos_id: token that ends an answer; it is not part of the result.
-        max_new_tokens: most new tokens a prompt.
+        max_new_tokens: most new tokens of every prompt, or of each.
         temperature: 0 is greedy.
         top_p: smallest set of tokens of at least this probability is sampled from.
         chunk: tokens of each prompt that enter the cache at once; None: the whole prompt. Images are encoded once.
@@ -41,10 +41,11 @@ def generate(
         seed: of the sampling; prompt i draws from its own stream (seed, i).
 
     Returns:
-        New token ids of each prompt.
+        New token ids of each prompt; as many as it may have where no EOS came.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if min(limits) < 1:
+        raise UserError(f"max_new_tokens is {min(limits)}; expected at least 1")
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk is {chunk}; expected at least 1 token, or nothing for the whole prompt")
     draws = [np.random.default_rng([seed, i]) for i in range(len(prompts))]
@@ -57,9 +58,9 @@ def generate(
         embeds = [model.embed(prompt) for prompt in prompts]
         lens = [x.shape[0] for x in embeds]
         if use_cache:
-            return _decode_cached(model, embeds, lens, choose, eos_id, max_new_tokens, chunk)
+            return _decode_cached(model, embeds, lens, choose, eos_id, limits, chunk)
         return [
-            _decode_from_start(model, x, lambda logits, i=i: choose(logits, [i])[0], eos_id, max_new_tokens)
+            _decode_from_start(model, x, lambda logits, i=i: choose(logits, [i])[0], eos_id, limits[i])
             for i, x in enumerate(embeds)
         ]
 
@@ -93,8 +94,8 @@ def prefill(model: DeepseekVL2, embeds: Sequence, cache: KVCache, chunk: int | N
     return model.language.logits(paddle.concat(last, axis=0))
 
 
-def _decode_cached(model, embeds, lens, choose, eos_id, max_new_tokens, chunk) -> list[list[int]]:
-    cache = KVCache(len(model.language.model.layers), [n + max_new_tokens for n in lens])
+def _decode_cached(model, embeds, lens, choose, eos_id, limits, chunk) -> list[list[int]]:
+    cache = KVCache(len(model.language.model.layers), [n + limit for n, limit in zip(lens, limits, strict=True)])
     logits = prefill(model, embeds, cache, chunk).numpy()
     answers: list[list[int]] = [[] for _ in embeds]
     going = list(range(len(embeds)))
@@ -103,9 +104,7 @@ def _decode_cached(model, embeds, lens, choose, eos_id, max_new_tokens, chunk) -
         for i, token in zip(going, tokens, strict=True):
             if token != eos_id:
                 answers[i].append(token)
-        going = [
-            i for i, token in zip(going, tokens, strict=True) if token != eos_id and len(answers[i]) < max_new_tokens
-        ]
+        going = [i for i, token in zip(going, tokens, strict=True) if token != eos_id and len(answers[i]) < limits[i]]
         if not going:
             break
         ids = np.array([answers[i][-1] for i in going], np.int64)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.images import decode
 from train.ask.load import Loaded
+from vl2.errors import UserError
 from vl2.generate import generate
 from vl2.prompt import Message, render
 from vl2.tiles import Resolution, cut_tiles, tile_grid
 from vl2.tokenizer import Tokenizer
 
-# Prompts that are answered together: bounds the memory of their caches.
+# Prompts that are answered together: tokens of the prompts, which enter the cache at once, and of the cache with room
+# for the answers (about 1 GB for Tiny, the others less).
 BATCH_TOKENS = 4096
+CACHE_TOKENS = 4 * BATCH_TOKENS
+_EXPECTED = "expected fewer than the {} that the model was made for (max_position_embeddings in its config.json)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model said."""
+
+    text: str
+    cut: bool  # it did not come to its end within the tokens it was given
 
 
 def prepare(
@@ -38,30 +51,58 @@ def prepare(
     return prompt
 
 
-def answer_all(
-    loaded: Loaded,
-    questions: Sequence[tuple[Sequence[Message], Sequence[Path]]],
-    *,
-    max_new_tokens: int,
-) -> Iterator[str]:
-    """Greedy answers to many questions, some of them computed together, in order.
+def check_text(messages: Sequence[Message], tokenizer: Tokenizer, context: int) -> None:
+    """Refuse a conversation that cannot fit into the model's context, before it is encoded, which may take all memory.
+
+    Args:
+        messages: the conversation.
+        tokenizer: of the model.
+        context: positions that the model was made for, tokens.
+    """
+    least = sum(tokenizer.least_tokens(message.content.strip()) for message in messages)
+    if least >= context:
+        raise UserError(f"prompt of at least {least} tokens: {_EXPECTED.format(context)}")
+
+
+def answer_limit(prompt_tokens: int, max_new_tokens: int, context: int) -> int:
+    """Count the tokens that an answer may have: as many as asked for, as far as the context has room after the prompt.
+
+    Raises:
+        UserError: the prompt leaves no room at all.
+
+    Example: after a prompt of 4,000 tokens in a context of 4,096, max_new_tokens=512 is 96.
+    """
+    if prompt_tokens >= context:
+        raise UserError(f"prompt of {prompt_tokens} tokens: {_EXPECTED.format(context)}")
+    return min(max_new_tokens, context - prompt_tokens)
+
+
+def answer_all(loaded: Loaded, prompts: Iterable[Mapping[str, np.ndarray]], *, max_new_tokens: int) -> Iterator[Answer]:
+    """Greedy answers to many prompts, some of them computed together, in order.
 
     Args:
         loaded: the model.
-        questions: (messages, images) each.
-        max_new_tokens: most tokens of an answer.
+        prompts: of `prepare`.
+        max_new_tokens: most tokens of an answer; fewer where the model's context has less room.
     """
-    batch: list[dict[str, np.ndarray]] = []
+    batch: list[Mapping[str, np.ndarray]] = []
+    limits: list[int] = []
+    context = loaded.model.config.language.max_position_embeddings
 
-    def flush() -> Iterator[str]:
-        ids = generate(loaded.model, batch, eos_id=loaded.tokenizer.eos_id, max_new_tokens=max_new_tokens)
-        yield from (loaded.tokenizer.decode(answer) for answer in ids)
+    def flush() -> Iterator[Answer]:
+        ids = generate(loaded.model, batch, eos_id=loaded.tokenizer.eos_id, max_new_tokens=limits)
+        for answer, limit in zip(ids, limits, strict=True):
+            yield Answer(text=loaded.tokenizer.decode(answer), cut=len(answer) == limit)
         batch.clear()
+        limits.clear()
 
-    for messages, images in questions:
-        prompt = prepare(messages, images, loaded.tokenizer, loaded.candidates)
-        if batch and sum(len(p["input_ids"]) for p in [*batch, prompt]) > BATCH_TOKENS:
+    for prompt in prompts:
+        length = len(prompt["input_ids"])
+        limit = answer_limit(length, max_new_tokens, context)
+        tokens = length + sum(len(other["input_ids"]) for other in batch)
+        if batch and (tokens > BATCH_TOKENS or tokens + limit + sum(limits) > CACHE_TOKENS):
             yield from flush()
         batch.append(prompt)
+        limits.append(limit)
     if batch:
         yield from flush()

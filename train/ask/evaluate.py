@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paddle
 from tqdm import tqdm
 
 from data.dataset import Dataset, default_cache, open_dataset
+from data.images import ImageError
 from data.packs import PackDataset
 from data.plan import make_plan
 from data.record import Record
-from train.ask.answer import BATCH_TOKENS, answer_all
+from train.ask.answer import BATCH_TOKENS, Answer, answer_all, prepare
 from train.ask.load import Loaded, load
 from train.config.load import load_eval_config
 from train.machine.devices import use_device
@@ -65,17 +67,32 @@ def permuted(questions: Sequence[Question]) -> list[Question]:
     ]
 
 
-def ask(loaded: Loaded, questions: Sequence[Question], *, max_new_tokens: int, title: str) -> list[str]:
-    """Greedy answers, in order, with a progress bar on stderr."""
-    asked = [(question.messages, question.images) for question in questions]
-    answers = answer_all(loaded, asked, max_new_tokens=max_new_tokens)
-    return list(tqdm(answers, total=len(asked), desc=title, unit="question", file=sys.stderr, mininterval=1.0))
+def ask(loaded: Loaded, questions: Sequence[Question], *, max_new_tokens: int, title: str) -> list[Answer]:
+    """Greedy answers, in order, with a progress bar on stderr.
+
+    Raises:
+        RecordError: an image that cannot be decoded.
+    """
+
+    def prompt_of(question: Question) -> dict[str, np.ndarray]:
+        try:
+            return prepare(question.messages, question.images, loaded.tokenizer, loaded.candidates)
+        except ImageError as error:
+            raise question.record.error("images", str(error)) from error
+
+    answers = answer_all(loaded, map(prompt_of, questions), max_new_tokens=max_new_tokens)
+    return list(tqdm(answers, total=len(questions), desc=title, unit="question", file=sys.stderr, mininterval=1.0))
 
 
-def exact_match(questions: Sequence[Question], answers: Sequence[str]) -> float:
+def exact_match(questions: Sequence[Question], answers: Sequence[Answer]) -> float:
     """Part of the answers that are the expected ones, word for word (white space around them aside)."""
-    right = sum(answer.strip() == q.expected for q, answer in zip(questions, answers, strict=True))
+    right = sum(answer.text.strip() == q.expected for q, answer in zip(questions, answers, strict=True))
     return right / max(len(questions), 1)
+
+
+def num_cut(answers: Sequence[Answer]) -> int:
+    """Count the answers that did not come to their end: whether they are right cannot be told."""
+    return sum(answer.cut for answer in answers)
 
 
 def mean_loss(loaded: Loaded, dataset: Dataset) -> float:
@@ -111,11 +128,16 @@ def ask_run(
         permute: ask again with the pictures exchanged.
 
     Returns:
-        `questions` (their number), `exact_match`, and with `permute` `exact_match_permuted`.
+        `questions` (their number), `exact_match`, `cut` (answers that were cut at max_new_tokens), and with `permute`
+        `exact_match_permuted`.
     """
     questions = [question for record in records for question in questions_of(record)][:limit]
     answers = ask(loaded, questions, max_new_tokens=max_new_tokens, title="questions")
-    found = {"questions": float(len(questions)), "exact_match": exact_match(questions, answers)}
+    found = {
+        "questions": float(len(questions)),
+        "exact_match": exact_match(questions, answers),
+        "cut": float(num_cut(answers)),
+    }
     if permute and any(question.images for question in questions):
         exchanged = permuted(questions)
         answers = ask(loaded, exchanged, max_new_tokens=max_new_tokens, title="pictures exchanged")
@@ -133,6 +155,7 @@ def main(arguments: list[str]) -> int:
         config.data.path,
         tokenizer=loaded.tokenizer,
         candidates=loaded.candidates,
+        context=loaded.model.config.language.max_position_embeddings,
         cache=default_cache(config.data.path),
     )
     if config.limit is not None:
@@ -150,9 +173,16 @@ def main(arguments: list[str]) -> int:
         "exact_match": exact_match(questions, answers),
         "conversations": len(dataset.records),
         "questions": len(questions),
+        "cut": num_cut(answers),
         "predictions": config.out,
         "rehearsal": loaded.source.rehearsal,
     }
+    if result["cut"]:
+        print(
+            f"note: {result['cut']} of {len(questions)} answers were cut at max_new_tokens={config.max_new_tokens}, "
+            "before they had ended; raise it",
+            file=sys.stderr,
+        )
     print(json.dumps(result, ensure_ascii=False))
     return 0
 
@@ -175,7 +205,7 @@ def check_predictions(path: Path) -> None:
         raise UserError(f"out={path}: there is a file that no evaluation wrote; give another out=")
 
 
-def write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[str]) -> None:
+def write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
     """One JSON object a question: where it comes from, the question, the expected and the given answer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
@@ -186,7 +216,8 @@ def write_predictions(path: Path, questions: Sequence[Question], answers: Sequen
                 "question": question.messages[-1].content,
                 "images": [str(image) for image in question.images],
                 "expected": question.expected,
-                "answer": answer,
-                "correct": answer.strip() == question.expected,
+                "answer": answer.text,
+                "correct": answer.text.strip() == question.expected,
+                "cut": answer.cut,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

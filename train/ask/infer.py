@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.images import ImageError, read_size
 from data.record import FieldError, parse_messages
-from train.ask.answer import prepare
+from train.ask.answer import answer_limit, check_text, prepare
 from train.ask.load import Loaded, load
 from train.config.load import load_infer_config
 from train.config.schema import InferConfig
@@ -33,6 +33,8 @@ def main(arguments: list[str]) -> int:
     if loaded.source.rehearsal:
         print("note: this model comes from a rehearsal on nano", file=sys.stderr)
     result = {**infer(loaded, config), "load_seconds": round(loading, 3), "rehearsal": loaded.source.rehearsal}
+    for note in notes(result, config):
+        print(f"note: {note}", file=sys.stderr)
     print(json.dumps(result, ensure_ascii=False) if config.json else result["text"])
     return 0
 
@@ -41,16 +43,22 @@ def infer(loaded: Loaded, config: InferConfig) -> dict[str, Any]:
     """The answer to a prompt or a conversation.
 
     Returns:
-        ids, text, prompt_tokens, prepare_seconds (images and text) and generate_seconds.
+        ids, text, prompt_tokens, max_new_tokens (fewer than asked for where the context has less room), cut (whether
+        the answer reached them before its end), prepare_seconds (images and text) and generate_seconds.
     """
     started = time.perf_counter()
-    prompt = prepare(conversation(config, loaded.tokenizer), config.image, loaded.tokenizer, loaded.candidates)
+    messages = conversation(config, loaded.tokenizer)
+    context = loaded.model.config.language.max_position_embeddings
+    check_text(messages, loaded.tokenizer, context)
+    prompt = prepare(messages, config.image, loaded.tokenizer, loaded.candidates)
+    prompt_tokens = len(prompt["input_ids"])
+    limit = answer_limit(prompt_tokens, config.max_new_tokens, context)
     prepared = time.perf_counter()
     (ids,) = generate(
         loaded.model,
         [prompt],
         eos_id=loaded.tokenizer.eos_id,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=limit,
         temperature=config.temperature,
         top_p=config.top_p,
         chunk=config.chunk or None,
@@ -59,10 +67,28 @@ def infer(loaded: Loaded, config: InferConfig) -> dict[str, Any]:
     return {
         "ids": ids,
         "text": loaded.tokenizer.decode(ids),
-        "prompt_tokens": len(prompt["input_ids"]),
+        "prompt_tokens": prompt_tokens,
+        "max_new_tokens": limit,
+        "cut": len(ids) == limit,
         "prepare_seconds": round(prepared - started, 3),
         "generate_seconds": round(time.perf_counter() - prepared, 3),
     }
+
+
+def notes(result: Mapping[str, Any], config: InferConfig) -> list[str]:
+    """What somebody who reads the answer should know of its length."""
+    limit, found = result["max_new_tokens"], []
+    if limit < config.max_new_tokens:
+        found.append(
+            f"max_new_tokens={config.max_new_tokens} was taken as {limit}: the prompt of {result['prompt_tokens']} "
+            "tokens leaves no more room in the model's context"
+        )
+    if result["cut"]:
+        found.append(
+            f"the answer was cut after {limit} tokens, before it had ended"
+            + ("" if found else "; raise max_new_tokens")
+        )
+    return found
 
 
 def check_images(paths: Sequence[str]) -> None:
@@ -100,6 +126,8 @@ def read_messages(path: str, num_images: int, tokenizer: Tokenizer) -> tuple[Mes
         raise UserError(f"messages={path}: no such file")
     try:
         value = json.loads(file.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise UserError(f"messages={path}: nested too deeply to be read") from None
     except ValueError as error:
         raise UserError(f"messages={path}: not JSON ({error})") from error
     return _checked(value, num_images, tokenizer, path)

@@ -17,6 +17,8 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "gpu")
 MODEL_DOC = "Folder of a base model, a run, an adapter (PEFT's too) or an export; or a name (nano, tiny, ...)."
 BASE_DOC = "Base model of a run or an adapter, where it does not name it or it lies elsewhere now."
+# One for infer, eval and runs: an answer that one of them cuts and another does not looks like another model.
+MAX_NEW_TOKENS = 512
 NANO = compose.ROOT / "vl2" / "nano"
 
 
@@ -110,7 +112,7 @@ class EvalConfig:
     """Greedy answers to held-out questions before and after training."""
 
     questions: int = key(200, "How many are asked; 0: none.", unit="questions", low=0)
-    max_new_tokens: int = key(32, "Longest answer.", unit="tokens", low=1)
+    max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1)
     permuted: bool = key(True, "Ask again with the pictures exchanged: is it looking at them?")
 
 
@@ -207,7 +209,7 @@ class InferConfig:
     chunk: int = key(0, "Prefill in pieces of that size, which saves memory; 0: at once.", unit="tokens", low=0)
     temperature: float = key(0.0, "0: greedy.", low=0)
     top_p: float = key(1.0, "Sample from the likeliest tokens that add up to this.", low=0, high=1)
-    max_new_tokens: int = key(512, "Longest answer.", unit="tokens", low=1)
+    max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1)
     precision: str = key("auto", "auto: as the weights are stored.", choices=("auto", *PRECISIONS))
     json: bool = key(False, "Print one JSON object: ids, text, timing.")
     seed: int = key(42, "Seed of the sampling.", low=0)
@@ -230,7 +232,7 @@ class EvaluateConfig:
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     out: str = key("predictions.jsonl", "File to write the answers to.", path=True)
     limit: int | None = key(None, "Take only the first rows.", unit="rows", low=1)
-    max_new_tokens: int = key(128, "Longest answer.", unit="tokens", low=1)
+    max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1)
     precision: str = key("auto", "auto: as the weights are stored.", choices=("auto", *PRECISIONS))
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)
 

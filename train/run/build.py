@@ -59,7 +59,8 @@ def build_data(config: TrainConfig) -> Data:
     """
     folder = resolve_model(config.model.path)
     tokenizer = Tokenizer.from_folder(folder)
-    candidates = limit_candidates(VL2Config.from_folder(folder).candidate_resolutions, config.data.max_tiles)
+    model_config = VL2Config.from_folder(folder)
+    candidates = limit_candidates(model_config.candidate_resolutions, config.data.max_tiles)
     path, questions_path = config.data.path, config.data.eval_path
     if path is None:
         shapes = config.data.shapes
@@ -70,13 +71,14 @@ def build_data(config: TrainConfig) -> Data:
                 write_shapes(drawn, task=shapes.task, split="test", count=shapes.test, seed=shapes.seed)
             )
 
-    def open_file(file: str, max_tokens: int | None, max_tiles: int | None) -> Dataset:
+    def open_file(file: str, max_tokens: int | None, max_tiles: int | None, context: int | None = None) -> Dataset:
         return open_dataset(
             file,
             tokenizer=tokenizer,
             candidates=candidates,
             max_tokens=max_tokens,
             max_tiles_per_pack=max_tiles,
+            context=context,
             special_tokens=config.data.special_tokens,  # type: ignore[arg-type]  # checked by the schema
             on_bad_record=config.data.on_bad_record,  # type: ignore[arg-type]
             max_bad=config.data.max_bad,
@@ -88,7 +90,8 @@ def build_data(config: TrainConfig) -> Data:
     dataset = open_file(path, config.data.max_tokens, config.data.max_tiles_per_pack)
     questions: tuple[Record, ...] = ()
     if questions_path is not None and config.eval.questions:
-        questions = open_file(questions_path, None, None).records[: config.eval.questions]
+        context = model_config.language.max_position_embeddings
+        questions = open_file(questions_path, None, None, context).records[: config.eval.questions]
     plan = make_plan(
         dataset.sizes,
         max_tokens=config.data.max_tokens,

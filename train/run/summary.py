@@ -29,6 +29,8 @@ class Summary:
     accuracy_before: float | None  # share of the held-out answers that are right; None: not asked
     accuracy_after: float | None
     accuracy_with_pictures_exchanged: float | None  # after training
+    answers_cut_before: int  # answers that reached eval.max_new_tokens before their end
+    answers_cut_after: int
     evaluation: dict[str, dict[str, float] | None]  # "before" and "after" -> all its numbers
     tokens: int
     seconds: float  # in steps
@@ -68,6 +70,8 @@ def summarise(
         accuracy_before=before["exact_match"] if before else None,
         accuracy_after=after["exact_match"] if after else None,
         accuracy_with_pictures_exchanged=(after or {}).get("exact_match_permuted"),
+        answers_cut_before=int((before or {}).get("cut", 0)),
+        answers_cut_after=int((after or {}).get("cut", 0)),
         evaluation={"before": dict(before) if before else None, "after": dict(after) if after else None},
         tokens=history.tokens,
         seconds=history.seconds,
@@ -92,6 +96,7 @@ def end_text(summary: Summary) -> str:
         "steps": str(summary.steps),
         "loss": f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}",
         "accuracy": f"{_share(summary.accuracy_before)} -> {_share(summary.accuracy_after)}",
+        "answers cut": f"{summary.answers_cut_before} -> {summary.answers_cut_after}",
         "with pictures exchanged": _share(summary.accuracy_with_pictures_exchanged),
         "speed": f"{summary.tokens_per_second:,.0f} tokens/s, {summary.seconds:.1f} s in steps",
         "peak memory": f"{summary.peak_memory_gb:.2f} GB",
@@ -99,6 +104,8 @@ def end_text(summary: Summary) -> str:
     }
     if summary.accuracy_before is None and summary.accuracy_after is None:
         del rows["accuracy"]
+    if not (summary.answers_cut_before or summary.answers_cut_after):
+        del rows["answers cut"]
     if summary.accuracy_with_pictures_exchanged is None:
         del rows["with pictures exchanged"]
     return pairs(rows)

@@ -306,6 +306,12 @@ def _evaluate_once(
         f"{when} training: {found['exact_match']:.1%} of the held-out answers are right "
         f"({time.perf_counter() - started:.0f} s)"
     )
+    if found.get("cut"):
+        say(
+            f"note: {found['cut']:.0f} of {found['questions']:.0f} answers were cut at "
+            f"eval.max_new_tokens={config.eval.max_new_tokens}, before they had ended",
+            sys.stderr,
+        )
     return found
 
 

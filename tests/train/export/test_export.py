@@ -6,12 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tests.places import NANO_BPE
 from tests.train.provenance import provenance
-from train.ask.evaluate import Question, check_predictions, exact_match, permuted, questions_of, write_predictions
-from train.ask.infer import conversation, infer
+from train.ask.infer import infer
 from train.ask.load import load
 from train.ask.source import find_source
 from train.config.schema import ExportConfig, InferConfig
@@ -25,7 +22,6 @@ from vl2.checkpoint.load import load_model
 from vl2.checkpoint.tensor_files import read_header
 from vl2.lora import apply_lora
 from vl2.lora_settings import LoRASettings
-from vl2.prompt import Message
 from vl2.tokenizer import Tokenizer
 
 
@@ -182,74 +178,3 @@ def test_adapter_knows_its_base_in_the_precision_of_its_training(run, base, tmp_
     for use in (load, lambda folder: open_merge(find_source(folder), None)):
         with pytest.raises(ValueError, match="another base model"):
             use(other)
-
-
-def test_prompt_with_images_puts_them_first_or_where_marked():
-    tokenizer = Tokenizer.from_folder(NANO_BPE)
-    (message,) = conversation(InferConfig(prompt="What is this?", image=["a", "b"]), tokenizer)
-    assert message.content == "<image>\n<image>\nWhat is this?"
-    (message,) = conversation(InferConfig(prompt="Here <image>?", image=["a"]), tokenizer)
-    assert message.content == "Here <image>?"
-    with pytest.raises(ValueError, match="1 <image> for 2 images"):
-        conversation(InferConfig(prompt="Here <image>?", image=["a", "b"]), tokenizer)
-
-
-def test_messages_file(tmp_path):
-    tokenizer = Tokenizer.from_folder(NANO_BPE)
-    file = tmp_path / "m.json"
-    file.write_text(json.dumps([{"role": "system", "content": "短"}, {"role": "user", "content": "<image> 是什么？"}]))
-    config = InferConfig(messages=str(file), image=["a.png"])
-    assert [m.content for m in conversation(config, tokenizer)] == ["短", "<image> 是什么？"]
-    with pytest.raises(ValueError, match="no such file"):
-        conversation(InferConfig(messages=str(tmp_path / "absent.json")), tokenizer)
-    file.write_text("[{")
-    with pytest.raises(ValueError, match="not JSON"):
-        conversation(config, tokenizer)
-    file.write_text(json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]))
-    with pytest.raises(ValueError, match="last message must be a user's"):
-        conversation(config, tokenizer)
-
-
-def test_images_and_chunks_through_infer(base, tmp_path):
-    """Two images, whole prefill = chunked prefill; sampling is a function of the seed."""
-    for i, colour in enumerate(("red", "blue")):
-        Image.new("RGB", (500, 300), colour).save(tmp_path / f"{i}.png")
-    loaded = load(base)
-    images = [str(tmp_path / f"{i}.png") for i in range(2)]
-    whole = infer(loaded, InferConfig(prompt="Which?", image=images, max_new_tokens=5))
-    assert whole["prompt_tokens"] > 2 * 421
-    assert whole["ids"] == infer(loaded, InferConfig(prompt="Which?", image=images, max_new_tokens=5, chunk=200))["ids"]
-    sampled = [
-        infer(loaded, InferConfig(prompt="Which?", max_new_tokens=8, temperature=2.0, top_p=0.9, seed=seed))["ids"]
-        for seed in (1, 1, 2)
-    ]
-    assert sampled[0] == sampled[1] != sampled[2]
-
-
-def test_predictions_replace_only_predictions(tmp_path):
-    path = tmp_path / "predictions.jsonl"
-    check_predictions(path)
-    write_predictions(path, [], [])
-    path.write_text('{"expected": "a", "answer": "b", "correct": false}\n')
-    check_predictions(path)
-    for other in ("mine\n", "[1]\n", '{"messages": []}\n'):
-        path.write_text(other)
-        with pytest.raises(ValueError, match="no evaluation wrote"):
-            check_predictions(path)
-
-
-def test_questions_of_a_conversation_and_their_permutation():
-    from data.record import Record
-
-    def record(name: str) -> Record:
-        turns = [("user", "<image> A"), ("assistant", " b "), ("user", "<image> C"), ("assistant", "d")]
-        messages = tuple(Message(role, text) for role, text in turns)
-        return Record(messages=messages, images=(Path(f"{name}1"), Path(f"{name}2")), source="f", row=1)
-
-    asked = [q for name in "xyz" for q in questions_of(record(name))]
-    assert [(len(q.messages), len(q.images), q.expected) for q in asked[:2]] == [(1, 1, "b"), (3, 2, "d")]
-    shown = permuted(asked)
-    assert [q.images[0].name for q in shown] == ["y1", "y1", "z1", "z1", "x1", "x1"]
-    assert [q.expected for q in shown] == [q.expected for q in asked]
-    assert exact_match(asked, ["b", "x", " b\n", "d", "", "d"]) == pytest.approx(4 / 6)
-    assert isinstance(asked[0], Question)

@@ -5,6 +5,7 @@ Runs are made in this process, which imports once; the runs that need a process 
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -326,14 +327,14 @@ def test_load_balance_is_reported_beside_the_loss(run, whole, tmp_path, capsys):
 # ---- what is asked before and after
 
 
-def test_questions_are_asked_once_before_and_once_after(arguments, data_file, tmp_path, monkeypatch):
+def test_questions_are_asked_once_before_and_once_after(arguments, data_file, tmp_path, capsys):
     import train.run.training as entry
 
     asked = []
 
     def evaluate(model, data, config, when):
         asked.append(len(data.questions))
-        return {"exact_match": 0.25 * len(asked)}
+        return {"exact_match": 0.25 * len(asked), "questions": 5.0, "cut": 7.0 - len(asked)}
 
     run_dir = tmp_path / "run"
     settings = arguments(run_dir, "max_steps=1", f"data.eval_path={data_file}", "eval.questions=5")
@@ -341,6 +342,9 @@ def test_questions_are_asked_once_before_and_once_after(arguments, data_file, tm
     assert asked == [5, 5]
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["accuracy_before"], summary["accuracy_after"]) == (0.25, 0.5)
+    out, err = capsys.readouterr()
+    assert "note: 5 of 5 answers were cut at eval.max_new_tokens=512" in err
+    assert re.search(r"^answers cut +6 -> 5$", out, re.MULTILINE)
     assert entry.train(load_config([*settings, "resume=auto"]), evaluate=evaluate) == 0
     assert asked == [5, 5, 5]  # before is what it was
 

@@ -1,0 +1,139 @@
+"""Questions of conversations, their answers counted, and what an evaluation writes."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import train.ask.answer as answer
+import train.ask.evaluate as entry
+from data.dataset import open_dataset
+from data.record import Record, RecordError
+from train.ask.answer import Answer, answer_all
+from train.ask.evaluate import (
+    Question,
+    ask_run,
+    check_predictions,
+    exact_match,
+    permuted,
+    questions_of,
+    write_predictions,
+)
+from train.ask.load import Loaded, load
+from train.config.load import load_config
+from train.config.schema import EvaluateConfig, InferConfig
+from train.machine.devices import Machine
+from train.run.build import build_data
+from vl2.prompt import Message
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder) -> Loaded:
+    return load(model_folder)
+
+
+@pytest.fixture(scope="module")
+def records(loaded, data_file) -> tuple[Record, ...]:
+    return open_dataset(data_file, tokenizer=loaded.tokenizer, candidates=loaded.candidates).records
+
+
+def test_predictions_replace_only_predictions(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    check_predictions(path)
+    write_predictions(path, [], [])
+    path.write_text('{"expected": "a", "answer": "b", "correct": false}\n')
+    check_predictions(path)
+    for other in ("mine\n", "[1]\n", '{"messages": []}\n'):
+        path.write_text(other)
+        with pytest.raises(ValueError, match="no evaluation wrote"):
+            check_predictions(path)
+
+
+def test_questions_of_a_conversation_and_their_permutation():
+    def record(name: str) -> Record:
+        turns = [("user", "<image> A"), ("assistant", " b "), ("user", "<image> C"), ("assistant", "d")]
+        messages = tuple(Message(role, text) for role, text in turns)
+        return Record(messages=messages, images=(Path(f"{name}1"), Path(f"{name}2")), source="f", row=1)
+
+    asked = [q for name in "xyz" for q in questions_of(record(name))]
+    assert [(len(q.messages), len(q.images), q.expected) for q in asked[:2]] == [(1, 1, "b"), (3, 2, "d")]
+    shown = permuted(asked)
+    assert [q.images[0].name for q in shown] == ["y1", "y1", "z1", "z1", "x1", "x1"]
+    assert [q.expected for q in shown] == [q.expected for q in asked]
+    answers = [Answer(text=text, cut=False) for text in ("b", "x", " b\n", "d", "", "d")]
+    assert exact_match(asked, answers) == pytest.approx(4 / 6)
+    assert isinstance(asked[0], Question)
+
+
+def test_infer_eval_and_runs_have_one_default_for_the_longest_answer():
+    """A finished run said 37.5 % of a model that eval gave 100 %: answers were cut at 8, 32, 128 and 512 tokens."""
+    rehearsal = load_config(["conf=sft_tiny"], Machine(gpus=0))
+    real = load_config(["conf=sft_tiny", "rehearse=false", "precision=fp32"], Machine(gpus=0))
+    assert (rehearsal.rehearsal, real.rehearsal) == (True, False)
+    limits = [config.max_new_tokens for config in (rehearsal.eval, real.eval, EvaluateConfig(), InferConfig())]
+    assert len(set(limits)) == 1
+
+
+def test_cut_answers_of_a_run_are_counted(loaded, records, monkeypatch):
+    """Of a model of random numbers no answer ends, unless one of its tokens is taken for the end."""
+    found = ask_run(loaded, records, limit=3, max_new_tokens=3, permute=False)
+    assert (found["questions"], found["cut"]) == (3, 3)
+    original = answer.generate
+
+    def generate(*arguments, **options):
+        ids = original(*arguments, **options)
+        return [ids[0][:-1], *ids[1:]]
+
+    monkeypatch.setattr(answer, "generate", generate)
+    assert ask_run(loaded, records, limit=3, max_new_tokens=3, permute=False)["cut"] == 2
+
+
+def test_eval_says_how_many_answers_were_cut(model_folder, data_file, tmp_path, capsys):
+    out = tmp_path / "predictions.jsonl"
+    arguments = [f"model={model_folder}", f"data.path={data_file}", f"out={out}", "limit=2", "max_new_tokens=2"]
+    assert entry.main([*arguments, "device=cpu"]) == 0
+    printed, said = capsys.readouterr()
+    assert json.loads(printed)["cut"] == 2
+    assert "note: 2 of 2 answers were cut at max_new_tokens=2" in said
+    assert [json.loads(line)["cut"] for line in out.read_text().splitlines()] == [True, True]
+
+
+def test_conversation_beyond_the_context_is_refused(model_folder, data_file, arguments, tmp_path):
+    """The model knows no such positions; the row is named before anything is asked, by eval and by a run."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["language_config"]["max_position_embeddings"] = 400
+    (folder / "config.json").write_text(json.dumps(config))
+    expected = r"data\.jsonl, row \d+, messages: conversation of \d+ tokens .* at most the 400 that the"
+    with pytest.raises(RecordError, match=expected):
+        entry.main([f"model={folder}", f"data.path={data_file}", f"out={tmp_path / 'out'}", "device=cpu"])
+    settings = arguments(tmp_path / "run", f"model.path={folder}")
+    assert len(build_data(load_config(settings)).dataset.records) == 20  # training may go beyond them
+    with pytest.raises(RecordError, match=expected):
+        build_data(load_config([*settings, f"data.eval_path={data_file}"]))
+
+
+def test_image_that_breaks_after_it_was_measured_names_its_row(loaded, records, tmp_path):
+    (pictured, *_) = [record for record in records if record.images]
+    gone = dataclasses.replace(pictured, images=(tmp_path / "gone.png",))
+    with pytest.raises(
+        RecordError, match=rf"data\.jsonl, row {gone.row}, images: expected an image file, found none at"
+    ):
+        ask_run(loaded, [gone], limit=1, max_new_tokens=1, permute=False)
+
+
+def test_prompts_answered_together_leave_room_for_their_answers(loaded, monkeypatch):
+    """A longer answer needs a larger cache: of 4,096 tokens of short prompts, each with 512 to come, it had 4 GB."""
+    batches = []
+
+    def generate(model, prompts, *, max_new_tokens, **options):
+        batches.append((sum(len(p["input_ids"]) for p in prompts), sum(max_new_tokens)))
+        return [[1]] * len(prompts)
+
+    monkeypatch.setattr(answer, "generate", generate)
+    prompts = [{"input_ids": [0] * length} for length in [20] * 100 + [600] * 20]
+    assert len(list(answer_all(loaded, prompts, max_new_tokens=512))) == 120
+    assert all(a <= answer.BATCH_TOKENS and a + b <= answer.CACHE_TOKENS for a, b in batches)
+    assert len(batches) == 7
