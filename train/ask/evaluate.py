@@ -23,6 +23,7 @@ from train.ask.answer import BATCH_TOKENS, Answer, answer_all, prepare
 from train.ask.load import Loaded, load
 from train.config.load import load_eval_config
 from train.machine.devices import use_device
+from train.store.run_dir import check_place
 from vl2.errors import UserError
 from vl2.prompt import IMAGE_PLACEHOLDER, Message
 
@@ -150,7 +151,7 @@ def main(arguments: list[str]) -> int:
     config = load_eval_config(arguments)
     use_device(config.device)
     check_predictions(Path(config.out))
-    loaded = load(config.model, config.precision, config.base)
+    loaded = load(config.model, config.precision, config.base, config.check)
     dataset = open_dataset(
         config.data.path,
         tokenizer=loaded.tokenizer,
@@ -193,6 +194,7 @@ def check_predictions(path: Path) -> None:
     Raises:
         UserError: saying what to do.
     """
+    check_place(path.parent, f"out={path}")
     if not path.exists():
         return
     try:

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     use_device(config.device)
     check_images(config.image)
     started = time.perf_counter()
-    loaded = load(config.model, config.precision, config.base)
+    loaded = load(config.model, config.precision, config.base, config.check)
     loading = time.perf_counter() - started
     if loaded.source.rehearsal:
         print("note: this model comes from a rehearsal on nano", file=sys.stderr)

@@ -39,20 +39,21 @@ class Loaded:
         return self.model.config.candidate_resolutions
 
 
-def load(folder: str | Path, precision: str = "auto", base: str = "") -> Loaded:
+def load(folder: str | Path, precision: str = "auto", base: str = "", check: str = "sizes") -> Loaded:
     """Load whatever `find_source` finds.
 
     Args:
         folder: base model (or its name on the hub), export, adapter, run or checkpoint.
         precision: stored type of the weights: bf16, fp16, fp32, or auto (as in the base's files).
         base: see `find_source`.
+        check: "full" reads the whole base before, where it has a manifest.
 
     Raises:
         UserError: see `resolve_model`, `find_source` and `load_model`; an adapter of another base.
     """
     if published(folder):  # before it is fetched
         check_inference(folder, DTYPE_OF_SETTING.get(precision, "bfloat16"))
-    source = find_source(resolve_model(folder), base)
+    source = find_source(resolve_model(folder), base, checksums=check == "full")
     tokenizer = Tokenizer.from_folder(source.base)
     dtype = DTYPE_OF_SETTING[precision] if precision != "auto" else stored_dtype(source.base)
     check_inference(source.base, dtype)

@@ -11,6 +11,7 @@ from train.store.facts import from_document, read_fact
 from train.store.hub import resolve_model
 from train.store.names import ADAPTER, EXPORT_REPORT, WEIGHTS, WEIGHTS_METADATA
 from train.store.provenance import ExportReport, Provenance
+from train.store.whole_folder import MANIFEST, damage
 from vl2.adapter.formats import PADDLE_CONFIG, PEFT_CONFIG, adapter_format, adapter_metadata
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.dtypes import WEIGHT_DTYPES
@@ -56,17 +57,59 @@ class Source:
         return self.provenance.seed if self.provenance and self.provenance.init == "random" else None
 
 
-def find_source(folder: str | Path, base: str = "") -> Source:
+def find_source(folder: str | Path, base: str = "", *, checksums: bool = False) -> Source:
     """Tell what lies in a folder: a checkpoint in the official layout, an adapter, a run, or a run's checkpoint.
 
     Args:
         folder: to look into.
         base: base model of what was trained; empty: the one it names.
+        checksums: read the whole base where it has a manifest; else its files' sizes are looked at. What was trained
+            is always read as a whole.
 
     Raises:
-        UserError: when it is none of these, or the base of an adapter cannot be found.
+        UserError: when it is none of these, the base of an adapter cannot be found, or a file is not as it was written.
     """
-    folder = Path(folder)
+    source = _find(Path(folder), base)
+    if source.trained is not None:
+        check_trained(source.trained)
+    check_model(source.base, checksums=checksums)
+    return source
+
+
+def check_trained(folder: Path) -> None:
+    """Refuse an adapter or trained weights that are not as they were written, by the manifest beside them.
+
+    An adapter made elsewhere has none, and is not looked at.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if (folder / MANIFEST).is_file():
+        _refuse_damage(folder, damage(folder))
+    elif (folder.parent / MANIFEST).is_file():  # a checkpoint's
+        _refuse_damage(folder.parent, damage(folder.parent, inside=folder.name))
+
+
+def check_model(folder: Path, *, checksums: bool) -> None:
+    """Refuse a model that is not as it was written, where it has a manifest (an export).
+
+    Args:
+        folder: of the model.
+        checksums: read all of it; False looks at sizes only.
+
+    Raises:
+        UserError: naming the file.
+    """
+    if (folder / MANIFEST).is_file():
+        _refuse_damage(folder, damage(folder, checksums=checksums))
+
+
+def _refuse_damage(folder: Path, reason: str | None) -> None:
+    if reason:
+        raise UserError(f"{folder}: damaged: {reason}; take another copy of the folder, or write it again")
+
+
+def _find(folder: Path, base: str) -> Source:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a base model, a run, an adapter or an export")
     for trained in (folder, folder / ADAPTER, folder / WEIGHTS):

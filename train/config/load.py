@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,9 +136,27 @@ def load_export_config(argv: Sequence[str]) -> ExportConfig:
             raise UserError(
                 f"export model={config.model}: adapter= and base= are for what was trained; give run= instead"
             )
-    config.out = config.out or str(Path(config.run, f"adapter_{config.adapter}" if config.adapter else "export"))
+    config.out = config.out or default_export(config.run, config.adapter)
     config.base = config.base and model_folder(config.base)
     return config
+
+
+def default_export(run: str, adapter: str) -> str:
+    """Where an export goes when nobody says: into the run's folder, never into a checkpoint, which pruning deletes.
+
+    run=outputs/mine                            -> outputs/mine/export
+    run=outputs/mine/checkpoints/step-000200    -> outputs/mine/export-step-000200
+
+    Args:
+        run: folder of a run, a checkpoint or an adapter.
+        adapter: format of an exported adapter; empty: merged weights.
+    """
+    name, place = f"adapter_{adapter}" if adapter else "export", Path(run).absolute()
+    for folder in (place, *place.parents):
+        if folder.parent.name == "checkpoints" and folder.name.startswith("step-"):
+            found = folder.parent.parent / f"{name}-{folder.name}"
+            return str(found) if Path(run).is_absolute() else os.path.relpath(found)
+    return str(Path(run, name))
 
 
 def load_infer_config(argv: Sequence[str]) -> InferConfig:

@@ -19,6 +19,7 @@ MODEL_DOC = "Folder of a base model, a run, an adapter (PEFT's too) or an export
 BASE_DOC = "Base model of a run or an adapter, where it does not name it or it lies elsewhere now."
 # One for infer, eval and runs: an answer that one of them cuts and another does not looks like another model.
 MAX_NEW_TOKENS = 512
+CHECK_DOC = "What is read of a model that has a manifest (an export) before it is used; adapters are read as a whole."
 NANO = compose.ROOT / "vl2" / "nano"
 
 
@@ -180,7 +181,11 @@ class ExportConfig:
 
     run: str = key("", "Folder of a run, of one of its checkpoints, or of an adapter (PEFT's too).", path=True)
     model: str = key("", "Instead of run: a model to write in another layout or dtype; its folder or name.", path=True)
-    out: str = key("", "Folder to write; empty: export/ in the run, or adapter_peft/, adapter_paddle/.", path=True)
+    out: str = key(
+        "",
+        "Folder to write; empty: export/, adapter_peft/ or adapter_paddle/ in the run; of a checkpoint export-step-N/.",
+        path=True,
+    )
     layout: str = key(
         "hf",
         "hf: the official one, [out, in], for vLLM, SGLang and Transformers; paddle: PaddleMIX's, [in, out].",
@@ -192,6 +197,7 @@ class ExportConfig:
         choices=("", "peft", "paddle"),
     )
     base: str = key("", BASE_DOC, path=True)
+    check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
     dtype: str = key("base", "Stored type: the base model's, or another.", choices=("base", "bf16", "fp16", "fp32"))
     overwrite: bool = key(False, "Replace what lies in `out`.")
     device: str = key("auto", "Where the export is verified.", choices=DEVICES)
@@ -203,6 +209,7 @@ class InferConfig:
 
     model: str = key("", MODEL_DOC, path=True)
     base: str = key("", BASE_DOC, path=True)
+    check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
     image: list[str] = key(factory=list, doc="An image; image=A image=B for several.", path=True)
     prompt: str = key("", "The question; <image> marks where images stand, else they come first.")
     messages: str = key("", "JSON file with a list of messages, instead of prompt.", path=True)
@@ -229,6 +236,7 @@ class EvaluateConfig:
 
     model: str = key("", MODEL_DOC, path=True)
     base: str = key("", BASE_DOC, path=True)
+    check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     out: str = key("predictions.jsonl", "File to write the answers to.", path=True)
     limit: int | None = key(None, "Take only the first rows.", unit="rows", low=1)

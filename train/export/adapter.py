@@ -67,7 +67,7 @@ def export_adapter(config: ExportConfig) -> ExportReport:
             f"adapter={config.adapter} with layout={config.layout} dtype={config.dtype}: these two are for merged "
             "weights, an adapter is written in float32; leave them out"
         )
-    source, out = find_source(config.run, config.base), Path(config.out)
+    source, out = find_source(config.run, config.base, checksums=config.check == "full"), Path(config.out)
     if source.kind != "adapter" or source.trained is None:
         raise UserError(f"run={config.run}: there is no adapter, so adapter={config.adapter} has nothing to write")
     check_out(out, source, overwrite=config.overwrite)

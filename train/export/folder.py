@@ -12,9 +12,12 @@ import numpy as np
 
 from train.ask.source import Source
 from train.export.merge import Merge
+from train.store.checkpoints import is_checkpoint
 from train.store.names import EXPORT_REPORT
+from train.store.overwrite import is_export
 from train.store.provenance import ExportReport
-from train.store.whole_folder import MANIFEST
+from train.store.run_dir import check_place
+from train.store.whole_folder import MANIFEST, strangers
 from vl2.checkpoint.folder import INDEX_FILE
 from vl2.checkpoint.layouts import Layout, official_parts
 from vl2.checkpoint.planned_files import Plan, Wanted, plan_like, plan_new
@@ -136,12 +139,21 @@ def check_out(out: Path, source: Source, *, overwrite: bool) -> None:
     Raises:
         UserError: saying what to do.
     """
+    check_place(out, f"out={out}")
+    place = out.resolve()
     for folder in filter(None, (source.base, source.trained)):
-        if folder.resolve().is_relative_to(out.resolve()):
+        if folder.resolve().is_relative_to(place):
             raise UserError(f"out={out}: what is to be exported lies there ({folder}); give another folder")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if any(is_checkpoint(folder) for folder in (place, *place.parents)):
+        raise UserError(f"out={out}: lies in a checkpoint, which its run may delete; give a folder beside it")
+    if not out.exists() or not any(out.iterdir()):
         return
-    if not (out / EXPORT_REPORT).is_file():
+    if not is_export(out):
         raise UserError(f"out={out}: there are files that no export wrote; give another folder")
     if not overwrite:
         raise UserError(f"out={out}: there is an export already; give overwrite=true to replace it, or another out=")
+    if foreign := strangers(out):
+        raise UserError(
+            f"out={out}: {', '.join(foreign[:5])}: not written by the export that would be replaced; move it away, or "
+            "give another out="
+        )

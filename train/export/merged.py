@@ -108,14 +108,14 @@ def export(config: ExportConfig) -> ExportReport:
 
 def _find(config: ExportConfig) -> Source:
     if config.run:
-        source = find_source(config.run, config.base)
+        source = find_source(config.run, config.base, checksums=config.check == "full")
         if source.trained is None:
             raise UserError(
                 f"run={config.run}: nothing was trained there; it is a base model or an export already. To write it in "
                 f"another layout or type: export model={config.run} layout=... out=FOLDER"
             )
         return source
-    source = find_source(resolve_model(config.model))
+    source = find_source(resolve_model(config.model), checksums=config.check == "full")
     if source.trained is not None:
         raise UserError(f"model={config.model}: weights were trained there; give run={config.model} to export them")
     return source

@@ -22,7 +22,7 @@ from paddle import nn
 from data.packs import PackDataset
 from train.ask.evaluate import ask_run
 from train.ask.load import Loaded
-from train.ask.source import Source
+from train.ask.source import Source, check_model, check_trained
 from train.config.compose import to_yaml
 from train.config.load import check_divides, load_config, rehearsal_notice
 from train.config.schema import TrainConfig
@@ -44,6 +44,7 @@ from train.run.summary import end_text, summarise
 from train.run.trainer import VL2Trainer
 from train.store.checkpoints import checkpoint_path, prune
 from train.store.facts import write_fact
+from train.store.hub import resolve_model
 from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS, REPORT, SUMMARY
 from train.store.overwrite import removable, remove
 from train.store.provenance import Provenance, absolute_folder
@@ -118,6 +119,9 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str) -> int:
     if first:
         previous = check_run_dir(run_dir, resume=config.resume, overwrite=config.overwrite)
         check_training(config, 1 if paddle.get_device().startswith("gpu") else config.nproc)
+        check_model(resolve_model(config.model.path), checksums=False)
+        if config.lora.init:
+            check_trained(Path(config.lora.init))
     data = _first_rank_first(lambda: build_data(config))
     base = build_base(config, data.tokenizer)
     fingerprint = model_fingerprint(base)

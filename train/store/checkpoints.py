@@ -28,6 +28,11 @@ def checkpoint_path(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder lies where a run's checkpoints do."""
+    return folder.parent.name == CHECKPOINTS and _NAME.fullmatch(folder.name) is not None
+
+
 def checkpoints(root: Path) -> list[Path]:
     """Checkpoint folders, oldest first; whether they are whole is not looked at."""
     found = [path for path in root.glob("step-*") if path.is_dir() and _NAME.fullmatch(path.name)]

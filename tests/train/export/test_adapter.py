@@ -23,6 +23,7 @@ from train.export.verify import logits_of, make_probe
 from train.run.build import make_trainable
 from vl2.adapter.folder import save_adapter
 from vl2.adapter.formats import PADDLE_SHARD, PEFT_CONFIG, PEFT_FILE
+from vl2.checkpoint.fingerprint import model_fingerprint
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.load import load_model
 from vl2.checkpoint.tensor_files import read_header
@@ -305,7 +306,8 @@ def keys(settings: LoRASettings) -> list[str]:
 def started(arguments, model_folder, folder, settings, tmp_path, *more):
     config = load_config([*arguments(tmp_path), *keys(settings), f"lora.init={folder}", *more])
     model = load_model(model_folder)
-    return make_trainable(model, config, candidates=model.config.candidate_resolutions, base_fingerprint="f")[0]
+    fingerprint = model_fingerprint(model)
+    return make_trainable(model, config, candidates=model.config.candidate_resolutions, base_fingerprint=fingerprint)[0]
 
 
 def test_training_starts_from_a_peft_adapter(arguments, model_folder, tiny, tiny_peft, tmp_path):
@@ -362,7 +364,7 @@ def test_an_adapter_is_written_without_the_bases_weights(tiny, tiny_peft, model_
     """Names and shapes come from config.json: a laptop can write the adapter of a 55 GB model."""
     shutil.copytree(model_folder, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     config = ExportConfig(run=str(tiny), out=str(tmp_path / "out"), adapter="peft", base=str(tmp_path / "base"))
-    assert export(config)["verified"]["modules"] == 110
+    assert export(config).verified["modules"] == 110
     ours, theirs = (folder / PEFT_FILE for folder in (tiny_peft, tmp_path / "out"))
     assert ours.read_bytes() == theirs.read_bytes()
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.places import GOLDENS, NANO_BPE, ROOT
+from tests.train.provenance import provenance
 from vl2.adapter.folder import save_adapter
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.layouts import official_parts
@@ -42,7 +43,7 @@ def run(tmp_path_factory) -> Path:
     for factor in lora.factors().values():
         factor.set_value(rng.normal(0, 0.02, factor.shape).astype(np.float32))
     (run / "adapter").mkdir()
-    save_adapter(lora, run / "adapter", {"base": str(base), "max_tiles": 1})
+    save_adapter(lora, run / "adapter", provenance(base, max_tiles=1))
     return run
 
 
