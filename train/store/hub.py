@@ -84,10 +84,10 @@ def _is_path(name: str) -> bool:
 
 
 def _near(folder: Path) -> str:
-    """`; did you mean X?`, of the folders beside one that is not there and of the models with a short name."""
+    """` (did you mean X?)`, of the folders beside one that is not there and of the models with a short name."""
     beside = [str(path) for path in sorted(folder.parent.iterdir()) if path.is_dir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(str(folder), [*beside, *model_names()], n=3, cutoff=0.7)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _find_local(name: str, tried: list[str]) -> Path | None:

@@ -161,11 +161,11 @@ def test_neither_a_folder_nor_a_name(name, server):
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("outputs/mien", r"; did you mean outputs/mine\?"),
-        ("runs/min", r"; did you mean runs/mine\?"),
+        ("outputs/mien", r" \(did you mean outputs/mine\?\)"),
+        ("runs/min", r" \(did you mean runs/mine\?\)"),
         ("outputs/quite-another", ""),
-        ("tinny", r"; did you mean tiny\?"),
-        ("./outputs/mien", r"; did you mean outputs/mine\?"),
+        ("tinny", r" \(did you mean tiny\?\)"),
+        ("./outputs/mien", r" \(did you mean outputs/mine\?\)"),
     ],
 )
 def test_a_mistyped_folder_is_not_looked_for_on_the_hub(name, near, server, tmp_path):
