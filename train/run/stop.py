@@ -42,17 +42,19 @@ class StopRequest:
         print(f"\n{what}: finishing this step, then saving", file=sys.stderr, flush=True)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.code and number == signal.SIGHUP:
-            return  # a terminal that closes may send two: the kernel one and the shell one
+        again = "; once more ends it at once"
+        if number == signal.SIGHUP:  # the terminal may be gone; it may send two, one by the kernel and one by the shell
+            again = ""
+            for descriptor in (1, 2):
+                write_or_detach(descriptor, "\n")
+            if self.code:
+                return
         if self.code > 128:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.code = 128 + number
-        again = "" if number == signal.SIGHUP else "; once more ends it at once"
         write_or_detach(2, f"\n{signal.Signals(number).name}: finishing this step, then saving{again}\n")
-        if number == signal.SIGHUP:
-            write_or_detach(1, "\n")
 
 
 def write_or_detach(descriptor: int, text: str) -> None:

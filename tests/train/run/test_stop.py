@@ -46,12 +46,18 @@ def test_a_second_hangup_is_the_first_one_again():
         assert stop.code == 129
 
 
-def test_what_is_said_after_the_terminal_has_gone_ends_nothing(tmp_path):
-    """SIGHUP killed the run. Taken as a request, the next word to the terminal that is gone would: EIO."""
+@pytest.mark.parametrize(("before", "code"), [(None, 129), (signal.SIGINT, 130)])
+def test_what_is_said_after_the_terminal_has_gone_ends_nothing(tmp_path, before, code):
+    """SIGHUP killed the run. Taken as a request, the next word to the terminal that is gone would: EIO.
+
+    Also when a Ctrl-C came before: its checkpoint is still to be saved.
+    """
     script = f"""
 import os, signal
 from train.run.stop import StopRequest
 with StopRequest() as stop:
+    if {before and int(before)}:
+        os.kill(os.getpid(), {before and int(before)})
     input()
     os.kill(os.getpid(), signal.SIGHUP)
     print("saved", flush=True)
@@ -61,10 +67,12 @@ with StopRequest() as stop:
     command = [sys.executable, "-c", script]
     process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=terminal, stderr=terminal)
     os.close(terminal)
+    if before:
+        os.read(controller, 100)  # what it says of the first signal
     os.close(controller)  # the terminal closes
     process.communicate(b"go on\n", timeout=60)
     assert process.returncode == 0
-    assert (tmp_path / "code").read_text() == "129"
+    assert (tmp_path / "code").read_text() == str(code)
 
 
 def test_nohup_stays():
