@@ -51,7 +51,7 @@ def measure(
         candidates: resolutions (width, height) in pixels an image may be shown at.
         cache: file of the size table; None keeps none.
         workers: processes for large inputs; None takes one a core.
-        verify: "header" reads image headers and looks for the end of the file; "decode" decodes every image too.
+        verify: "header" reads of each image what `read_size` says; "decode" decodes every image too.
         bad: what to do with records that cannot be measured; without it the first raises.
 
     Returns:

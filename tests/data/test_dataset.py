@@ -1,6 +1,7 @@
 """Opening a data file: budget, bad rows, fingerprint."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -112,6 +113,16 @@ def test_bad_rows_of_every_stage_are_skipped_and_listed(write):
     ]
     with pytest.raises(ValueError, match=r"more than data\.max_bad=3 bad rows"):
         open_(path, max_tokens=60, on_bad_record="skip", max_bad=3)
+
+
+def test_images_that_are_no_files_are_skipped_like_others(write, tmp_path):
+    """A pipe hung for ever, the others were tracebacks, whatever on_bad_record said."""
+    os.mkfifo(tmp_path / "pipe.png")
+    names = ["pipe.png", "data:image/png;base64,iVBORw0KGgo=", "a\0.png", "a\ud800.png", "x" * 5000, "/dev/zero", "."]
+    rows = [row("<image>", images=[name]) for name in names]
+    dataset = open_(write(*rows, row("fine")), on_bad_record="skip", max_bad=len(names))
+    assert [record.row for record in dataset.records] == [8]
+    assert [(error.row, error.where) for error in dataset.skipped] == [(i, "images[0]") for i in range(1, 8)]
 
 
 def test_all_rows_skipped(write):

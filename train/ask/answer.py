@@ -20,7 +20,9 @@ from vl2.tokenizer import Tokenizer
 # for the answers (about 1 GB for Tiny, the others less).
 BATCH_TOKENS = 4096
 CACHE_TOKENS = 4 * BATCH_TOKENS
-_EXPECTED = "expected fewer than the {} that the model was made for (max_position_embeddings in its config.json)"
+_EXPECTED = (
+    "expected fewer than the {} that the model was made for (max_position_embeddings in its config.json); shorten it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

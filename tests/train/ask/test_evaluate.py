@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def test_predictions_replace_only_predictions(tmp_path):
         path.write_text(other)
         with pytest.raises(ValueError, match="no evaluation wrote"):
             check_predictions(path)
+
+
+def test_predictions_do_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="no evaluation wrote"):
+        check_predictions(tmp_path / "pipe")
 
 
 def test_questions_of_a_conversation_and_their_permutation():
