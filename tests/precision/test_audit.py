@@ -8,6 +8,8 @@ from vl2.linear import linear
 from vl2.lora_layers import LoRALinear
 from vl2.norm import RMSNorm
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("family", "dtype", "flash", "full"),

@@ -21,6 +21,8 @@ from vl2.lora_layers import LoRALinear
 from vl2.lora_settings import GROUPS
 from vl2.moe import Router
 
+pytestmark = pytest.mark.slow
+
 PARTS = {"vision": r"vision\.", "projector": r"projector\.|image_newline|view_sep", "language": r"language\."}
 
 

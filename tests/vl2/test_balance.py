@@ -76,6 +76,7 @@ def test_value_equals_official(model, family, case):
     assert float(balance.total()) == pytest.approx(sum(map(float, balance.layers)), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [0, 1, 2])
 @pytest.mark.parametrize("case", ["text", "crop2x1"])
 @pytest.mark.parametrize("family", ["nano_tiny", "nano_small"], indirect=True)

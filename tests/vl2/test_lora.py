@@ -252,6 +252,7 @@ def test_factor_gradients_follow_from_the_full_gradient(config, batch):
             check(f"{path}.lora.up", grad[..., 40:])
 
 
+@pytest.mark.slow
 def test_recompute_equals_none_with_dropout(config, batch):
     """Bit for bit: the RNG state is restored, and the same kernels see the same numbers.
 

@@ -26,6 +26,7 @@ def lora(request, golden_folder):
 PROMPTS = [{"input_ids": np.arange(3, 3 + n, dtype=np.int64) * 7 % 900} for n in (50, 9)]
 
 
+@pytest.mark.slow
 def test_folded_decode_with_an_adapter_equals_computing_from_the_start(lora):
     expected = generate(lora.model, PROMPTS, eos_id=-1, max_new_tokens=12, use_cache=False)
     assert generate(lora.model, PROMPTS, eos_id=-1, max_new_tokens=12) == expected

@@ -94,6 +94,7 @@ def test_router_choices_equal(model, family, case):
             assert routing.counts == expected["router_counts"][str(i)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_equal_with_and_without_cache_and_in_chunks(model, family, case):
     expected = golden(family, case)
@@ -103,6 +104,7 @@ def test_greedy_tokens_equal_with_and_without_cache_and_in_chunks(model, family,
         assert answer == expected["generate"], options
 
 
+@pytest.mark.slow
 def test_prompts_of_a_batch_do_not_touch_each_other(model, family):
     """Four prompts of different lengths in one flat stream, also in chunks: each answer as alone."""
     expected = {case: golden(family, case) for case in CASES}

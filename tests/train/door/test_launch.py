@@ -82,6 +82,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_prompt_arrives_as_typed(text):
     shown = door("config", "infer", "model=m", f"prompt={text}")

@@ -10,6 +10,8 @@ import pytest
 
 from tests.places import ROOT
 
+pytestmark = pytest.mark.slow
+
 WAITS = """
 import os, signal, sys, time
 rank, folder = int(os.environ["PADDLE_TRAINER_ID"]), sys.argv[1]

@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw
 
 from tests.places import ROOT
 
+pytestmark = pytest.mark.slow
+
 # `bash launch.sh test` runs this very test; CI calls it.
 NOT_HERE = ("bash launch.sh test",)
 SHORT_RUN = (

@@ -153,6 +153,7 @@ def test_peft_there_and_back_gives_the_same_bits(run, peft):
     assert expected and all(np.array_equal(p.numpy(), found[name].numpy()) for name, p in expected.items())
 
 
+@pytest.mark.slow
 def test_paddle_there_and_back_gives_the_same_bits(base, tmp_path):
     run = make_run(tmp_path / "run", base, SAME)
     report = export(ExportConfig(run=str(run), out=str(tmp_path / "paddle"), adapter="paddle"))
@@ -162,6 +163,7 @@ def test_paddle_there_and_back_gives_the_same_bits(base, tmp_path):
     assert np.array_equal(logits(run), logits(tmp_path / "paddle"))
 
 
+@pytest.mark.slow
 def test_paddle_has_one_rank_and_scaling_for_all(run, tmp_path):
     """Filled up with zeros, the other scaling inside B: one float32 rounding of B, and sums over more columns."""
     report = export(ExportConfig(run=str(run), out=str(tmp_path / "paddle"), adapter="paddle"))
@@ -191,6 +193,7 @@ class Tree(nn.Layer):
         return x
 
 
+@pytest.mark.slow
 def test_paddlenlp_reads_what_is_written_for_it(base, tmp_path):
     """Its loader warns at most: so every factor is compared, and none may be left as it was made."""
     from paddlenlp.peft import LoRAModel
@@ -211,6 +214,7 @@ def test_paddlenlp_reads_what_is_written_for_it(base, tmp_path):
     assert np.abs(layer(paddle.to_tensor(x)).numpy() - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_export_merges_a_peft_adapter_like_the_run(run, peft, tmp_path):
     for name, source in (("ours", run), ("theirs", peft)):
         export(ExportConfig(run=str(source), out=str(tmp_path / name), dtype="fp32"))
@@ -219,6 +223,7 @@ def test_export_merges_a_peft_adapter_like_the_run(run, peft, tmp_path):
     assert all(np.array_equal(ours[name].read(), theirs[name].read()) for name in ours)
 
 
+@pytest.mark.slow
 def test_peft_to_paddle_and_again_to_peft(base, tmp_path):
     run = make_run(tmp_path / "run", base, SAME)
     for source, name, form in (("run", "a", "peft"), ("a", "b", "paddle"), ("b", "c", "peft")):

@@ -23,6 +23,8 @@ from vl2.checkpoint.load import load_model, open_model
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.parameters import init_model
 
+pytestmark = pytest.mark.slow
+
 # Ours, about an export.
 REPORTS = {"export.json", "manifest.json"}
 

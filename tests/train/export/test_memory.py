@@ -21,6 +21,8 @@ from vl2.lora_settings import LoRASettings
 from vl2.parameters import build_model
 from vl2.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 SHARDS = 3
 
 

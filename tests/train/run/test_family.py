@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow
+
 ATTENTION = {
     "nano_tiny": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "nano_small": {"q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},

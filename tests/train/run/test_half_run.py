@@ -8,6 +8,8 @@ import pytest
 from tests.precision.emulation import half_precision_on_cpu
 from vl2.checkpoint.tensor_files import read_header
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def half_run(run, monkeypatch):

@@ -19,6 +19,8 @@ from train.run.build import build_base, build_data, make_trainable
 from train.run.optim import lr_factor
 from vl2.checkpoint.tensor_files import read_header
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def parts(arguments, tmp_path_factory):

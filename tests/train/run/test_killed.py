@@ -16,6 +16,8 @@ from tests.processes import assert_end
 from train.run.metrics import MetricsLog
 from train.store.checkpoints import damage
 
+pytestmark = pytest.mark.slow
+
 
 def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -59,6 +59,7 @@ def test_rehearsal(recipe):
     assert config.lora.rank == (0 if recipe.endswith("_full") else 8)
 
 
+@pytest.mark.slow
 def test_full_recipe_trains_everything_but_what_never_trains(tmp_path, data_file, golden_folder):
     """The full model's kind: sigmoid routing, whose correction bias leaves as it came."""
     model = golden_folder("nano_base")

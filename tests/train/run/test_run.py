@@ -121,6 +121,7 @@ def test_every_trainable_weight_moved(whole, model_folder):
     assert not still
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", ["[projector,language]", "[vision,projector,language]"])
 def test_full_fine_tuning_moves_its_parts_only(run, model_folder, tmp_path, parts):
     code = run(tmp_path / "run", "lora.rank=0", f"trainable={parts}", "max_steps=1", "optim.lr=1e-3", "recompute=1")
@@ -135,6 +136,7 @@ def test_full_fine_tuning_moves_its_parts_only(run, model_folder, tmp_path, part
     assert not [name for name in after if np.array_equal(after[name], before[name])]
 
 
+@pytest.mark.slow
 def test_frozen_weights_stay_as_they_were(arguments, model_folder, tmp_path, monkeypatch):
     """The model in memory after training, not only what is written."""
     import train.run.training as entry
@@ -187,6 +189,7 @@ def test_sigterm_then_resume_equals_uninterrupted(run, whole, tmp_path, monkeypa
     assert json.loads((run_dir / "summary.json").read_text())["losses"] == losses(whole)
 
 
+@pytest.mark.slow
 def test_resume_passes_over_a_damaged_checkpoint(run, whole, tmp_path, capsys):
     run_dir = tmp_path / "damaged"
     shutil.copytree(whole, run_dir)
@@ -200,6 +203,7 @@ def test_resume_passes_over_a_damaged_checkpoint(run, whole, tmp_path, capsys):
     same_state(run_dir, whole)
 
 
+@pytest.mark.slow
 def test_a_finished_run_may_be_made_longer(run, whole, tmp_path, capsys):
     """Its past stays; the schedule is that of the longer run from here on, and the user is told."""
     run_dir = tmp_path / "longer"
@@ -229,6 +233,7 @@ def test_resume_from_a_path_into_a_new_folder(run, whole, tmp_path):
     same_state(run_dir, whole)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_resumes_bit_for_bit(run, tmp_path):
     """Without adapters the weights themselves lie in the checkpoint."""
     options = ("lora.rank=0", "trainable=[projector,language]", "max_steps=2", "optim.lr=1e-3")
@@ -242,6 +247,7 @@ def test_full_fine_tuning_resumes_bit_for_bit(run, tmp_path):
         assert all(np.array_equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.slow
 def test_stopped_process_exits_with_its_signal(arguments, tmp_path):
     """The same through a process of its own, as a scheduler sees it: exit code 143, one line, a whole checkpoint."""
     run_dir = tmp_path / "run"
@@ -281,6 +287,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(run, arguments, tmp_path):
     """gloo, dropout and the load-balance loss on, and steps in which only one of the two has an image.
 
@@ -349,6 +356,7 @@ def test_questions_are_asked_once_before_and_once_after(arguments, data_file, tm
     assert asked == [5, 5, 5]  # before is what it was
 
 
+@pytest.mark.slow
 def test_wandb_offline_writes_into_the_run(run, tmp_path):
     assert run(tmp_path / "run", "max_steps=1", "wandb.mode=offline") == 0
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
