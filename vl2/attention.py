@@ -5,13 +5,15 @@ Shape suffixes: T tokens of the stream, H heads, K channels of a q/k head, V cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
 
+from vl2.cache import LayerCache
 from vl2.config import LanguageConfig
 from vl2.linear import Linear
 
@@ -19,8 +21,20 @@ from vl2.linear import Linear
 MAX_ROWS, QUERY_BLOCK = 1024, 512
 FLASH_WIDTH = 256  # channels of a head, at most
 
+Block = tuple[slice, int]  # queries of a segment, number of its first keys that they see
+Rope = tuple[paddle.Tensor, paddle.Tensor]  # cosine and sine, see `rope_tables`
 
-def attention(q_THK, k_THK, v_THV, q_lens: Sequence[int], k_lens: Sequence[int], *, scale: float, causal: bool = True):
+
+def attention(
+    q_THK: paddle.Tensor,
+    k_THK: paddle.Tensor,
+    v_THV: paddle.Tensor,
+    q_lens: Sequence[int],
+    k_lens: Sequence[int],
+    *,
+    scale: float,
+    causal: bool = True,
+) -> paddle.Tensor:
     """Softmax attention within each segment, causal and aligned at the segment's end.
 
         q_lens (2, 1), k_lens (2, 3), causal       a b | e
@@ -47,11 +61,11 @@ def attention(q_THK, k_THK, v_THV, q_lens: Sequence[int], k_lens: Sequence[int],
     return _PlainAttention.apply(q_THK, k_THK, v_THV, list(q_lens), list(k_lens), scale, causal)
 
 
-def _segments(q_lens, k_lens, causal: bool):
+def _segments(q_lens: Sequence[int], k_lens: Sequence[int], causal: bool) -> Iterator[tuple[slice, slice, list[Block]]]:
     """Of every segment its queries and keys (slices of the stream) and its blocks.
 
-    A block is (queries of the segment, number of its first keys that they see). A segment of up to MAX_ROWS queries is
-    one block; a longer causal one is cut, which skips the keys after each block and bounds the score matrix.
+    A segment of up to MAX_ROWS queries is one block; a longer causal one is cut, which skips the keys after each block
+    and bounds the score matrix.
     """
     q_start = k_start = 0
     for q_len, k_len in zip(q_lens, k_lens, strict=True):
@@ -64,7 +78,7 @@ def _segments(q_lens, k_lens, causal: bool):
         q_start, k_start = q_start + q_len, k_start + k_len
 
 
-def _weights(q_HnK, k_HmK, causal: bool, future: dict):
+def _weights(q_HnK: paddle.Tensor, k_HmK: paddle.Tensor, causal: bool, future: dict) -> paddle.Tensor:
     """Softmax weights [H, n, m] in float32 of n scaled queries that are the last of m keys."""
     scores_Hnm = paddle.matmul(q_HnK, k_HmK, transpose_y=True).astype("float32")
     n, m = scores_Hnm.shape[1:]
@@ -83,12 +97,22 @@ class _PlainAttention(PyLayer):
     """
 
     @staticmethod
-    def forward(ctx, q_THK, k_THK, v_THV, q_lens, k_lens, scale, causal):
+    def forward(
+        ctx: PyLayerContext,
+        q_THK: paddle.Tensor,
+        k_THK: paddle.Tensor,
+        v_THV: paddle.Tensor,
+        q_lens: Sequence[int],
+        k_lens: Sequence[int],
+        scale: float,
+        causal: bool,
+    ) -> paddle.Tensor:
         # Contiguous, because non-reentrant recompute returns a saved view without its strides.
         q_HTK, k_HTK, v_HTV = (x.transpose([1, 0, 2]).contiguous() for x in (q_THK * scale, k_THK, v_THV))
         # Asked now: under recompute the saved tensors come back as other objects, whose flag says nothing.
         ctx.needs_grad = [not x.stop_gradient for x in (q_THK, k_THK, v_THV)]
-        outs, kept, future = [], [], {}
+        outs, kept = [], []
+        future: dict[tuple[int, int], paddle.Tensor] = {}
         for queries, keys, blocks in _segments(q_lens, k_lens, causal):
             q_HnK, k_HmK, v_HmV = q_HTK[:, queries], k_HTK[:, keys], v_HTV[:, keys]
             for rows, seen in blocks:
@@ -102,7 +126,7 @@ class _PlainAttention(PyLayer):
         return out_HTV.transpose([1, 0, 2])
 
     @staticmethod
-    def backward(ctx, grad_THV):
+    def backward(ctx: PyLayerContext, grad_THV: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         q_HTK, k_HTK, v_HTV, out_HTV, *kept = ctx.saved_tensor()
         q_lens, k_lens, scale, causal = ctx.args
         grad_HTV = grad_THV.transpose([1, 0, 2])
@@ -111,19 +135,27 @@ class _PlainAttention(PyLayer):
         grads: tuple[list, list, list] = [], [], []
         kept = iter(kept)
         for queries, keys, blocks in _segments(q_lens, k_lens, causal):
-            segment = [x[:, queries] for x in (q_HTK, grad_HTV, mean_HT1)] + [x[:, keys] for x in (k_HTK, v_HTV)]
+            segment = q_HTK[:, queries], grad_HTV[:, queries], mean_HT1[:, queries], k_HTK[:, keys], v_HTV[:, keys]
             for total, part in zip(grads, _segment_grads(*segment, blocks, kept), strict=True):
                 total.append(part)
         grad_q, grad_k, grad_v = (parts[0] if len(parts) == 1 else paddle.concat(parts, axis=1) for parts in grads)
-        grads = (grad_q * scale, grad_k, grad_v)
-        return tuple(
-            grad.transpose([1, 0, 2]) if needed else None for grad, needed in zip(grads, ctx.needs_grad, strict=True)
-        )
+        arrived = zip((grad_q * scale, grad_k, grad_v), ctx.needs_grad, strict=True)
+        return tuple(grad.transpose([1, 0, 2]) if needed else None for grad, needed in arrived)
 
 
-def _segment_grads(q_HnK, grad_HnV, mean_Hn1, k_HmK, v_HmV, blocks, kept):
+def _segment_grads(
+    q_HnK: paddle.Tensor,
+    grad_HnV: paddle.Tensor,
+    mean_Hn1: paddle.Tensor,
+    k_HmK: paddle.Tensor,
+    v_HmV: paddle.Tensor,
+    blocks: list[Block],
+    kept: Iterator[paddle.Tensor],
+) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
     """Gradients of one segment's q, k and v; `kept` yields the softmax weights of its blocks."""
-    grad_q, grad_k, grad_v = [], None, None
+    grad_q: list[paddle.Tensor] = []
+    grad_k: Any = None
+    grad_v: Any = None
     for rows, seen in blocks:
         weights_Hnm, grad = next(kept), grad_HnV[:, rows]
         part_v = paddle.matmul(weights_Hnm, grad, transpose_x=True)
@@ -141,7 +173,7 @@ def _segment_grads(q_HnK, grad_HnV, mean_Hn1, k_HmK, v_HmV, blocks, kept):
     return paddle.concat(grad_q, axis=1), grad_k, grad_v
 
 
-def _flash_fits(q_THK, q_lens, k_lens) -> bool:
+def _flash_fits(q_THK: paddle.Tensor, q_lens: Sequence[int], k_lens: Sequence[int]) -> bool:
     """Variable-length flash attention wants 16-bit numbers and heads of a multiple of 8 channels, at most 256.
 
     It is taken only where queries and keys coincide: its alignment of a shorter query with a longer key is not
@@ -153,12 +185,14 @@ def _flash_fits(q_THK, q_lens, k_lens) -> bool:
     return list(q_lens) == list(k_lens) and _has_flash(q_THK.place)
 
 
-def _has_flash(place) -> bool:
+def _has_flash(place: paddle.base.core.Place) -> bool:
     """Whether tensors at this place can take it: on a GPU from Ampere on."""
     return place.is_gpu_place() and paddle.device.cuda.get_device_capability()[0] >= 8
 
 
-def _flash_attention(q_THK, k_THK, v_THV, lens, scale: float, causal: bool):
+def _flash_attention(
+    q_THK: paddle.Tensor, k_THK: paddle.Tensor, v_THV: paddle.Tensor, lens: Sequence[int], scale: float, causal: bool
+) -> paddle.Tensor:
     from paddle.nn.functional.flash_attention import flash_attn_unpadded
 
     bounds = [0]
@@ -175,7 +209,7 @@ def _flash_attention(q_THK, k_THK, v_THV, lens, scale: float, causal: bool):
     return out_THK[..., :v_width]
 
 
-def rope_tables(position_ids_T, size: int, theta: float, num_heads: int = 1):
+def rope_tables(position_ids_T: paddle.Tensor, size: int, theta: float, num_heads: int = 1) -> Rope:
     """Cosine and sine of rotary position embedding, float32: bfloat16 would merge distinct positions.
 
     Args:
@@ -194,7 +228,7 @@ def rope_tables(position_ids_T, size: int, theta: float, num_heads: int = 1):
     return tuple(table.unsqueeze(1).expand(shape).contiguous() for table in (paddle.cos(angles), paddle.sin(angles)))
 
 
-def rotate_half_split(x_THK, cos_THh, sin_THh):
+def rotate_half_split(x_THK: paddle.Tensor, cos_THh: paddle.Tensor, sin_THh: paddle.Tensor) -> paddle.Tensor:
     """Rotate pairs (i, i + K/2), as DeepSeek's MHA does; computed in float32, returned in x's dtype."""
     return _Rotate.apply(x_THK, cos_THh, sin_THh)
 
@@ -203,17 +237,19 @@ class _Rotate(PyLayer):
     """A rotation; its gradient is the rotation back."""
 
     @staticmethod
-    def forward(ctx, x_THK, cos_THh, sin_THh):
+    def forward(
+        ctx: PyLayerContext, x_THK: paddle.Tensor, cos_THh: paddle.Tensor, sin_THh: paddle.Tensor
+    ) -> paddle.Tensor:
         ctx.save_for_backward(cos_THh.contiguous(), sin_THh.contiguous())
         return _rotated(x_THK, cos_THh, sin_THh)
 
     @staticmethod
-    def backward(ctx, grad_THK):
+    def backward(ctx: PyLayerContext, grad_THK: paddle.Tensor) -> tuple[paddle.Tensor, None, None]:
         cos_THh, sin_THh = ctx.saved_tensor()
         return _rotated(grad_THK, cos_THh, -sin_THh), None, None
 
 
-def _rotated(x_THK, cos_THh, sin_THh):
+def _rotated(x_THK: paddle.Tensor, cos_THh: paddle.Tensor, sin_THh: paddle.Tensor) -> paddle.Tensor:
     half = x_THK.shape[-1] // 2
     first, second = x_THK[..., :half].astype("float32"), x_THK[..., half:].astype("float32")
     rotated = paddle.concat(
@@ -236,11 +272,13 @@ class MultiHeadAttention(nn.Layer):
         self.o_proj = Linear(inner, size, bias_attr=False)
 
     @staticmethod
-    def rope(position_ids_T, config: LanguageConfig):
+    def rope(position_ids_T: paddle.Tensor, config: LanguageConfig) -> Rope:
         """The tables that `forward` rotates with, made once for all layers."""
         return rope_tables(position_ids_T, config.head_dim, config.rope_theta, config.num_attention_heads)
 
-    def forward(self, x_TD, rope, q_lens, cache=None):
+    def forward(
+        self, x_TD: paddle.Tensor, rope: Rope, q_lens: list[int], cache: LayerCache | None = None
+    ) -> paddle.Tensor:
         """[T, D] -> [T, D]; with a `LayerCache` the stream continues what it holds."""
         heads = [-1, self.num_heads, self.head_dim]
         q_THK = rotate_half_split(self.q_proj(x_TD).reshape(heads), *rope)

@@ -36,11 +36,11 @@ class LoadBalance:
         self._weight_S1 = paddle.to_tensor((counted_S / lens.astype("float64") ** 2).astype("float32")[:, None])
         self.layers: list[paddle.Tensor] = []  # float32 scalars, sums over the counted segments
 
-    def total(self):
+    def total(self) -> paddle.Tensor:
         """Sum over layers and segments, a float32 scalar tensor that gradients go through."""
         return paddle.add_n(self.layers)
 
-    def of_layer(self, scores_TE, choices_TC):
+    def of_layer(self, scores_TE: paddle.Tensor, choices_TC: paddle.Tensor) -> paddle.Tensor:
         """One layer's loss, summed over the counted segments: a float32 scalar.
 
         Args:

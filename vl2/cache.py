@@ -18,7 +18,9 @@ class LayerCache:
         self.lengths = [0] * len(capacities)
         self._buffers: list[tuple[paddle.Tensor, ...]] = []
 
-    def append(self, streams, q_lens: list[int]):
+    def append(
+        self, streams: tuple[paddle.Tensor, ...], q_lens: list[int]
+    ) -> tuple[tuple[paddle.Tensor, ...], list[int]]:
         """Add q_lens[s] rows to sequence s.
 
         Args:

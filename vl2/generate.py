@@ -5,7 +5,7 @@ A batch is a flat stream like a pack: no padding, so a prompt's answer does not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import paddle
@@ -13,6 +13,9 @@ import paddle
 from vl2.cache import KVCache
 from vl2.errors import UserError
 from vl2.model import DeepseekVL2
+
+# The next tokens of some of the prompts: logits [B, V] and which prompts they belong to.
+Choose = Callable[[np.ndarray, list[int]], list[int]]
 
 
 def generate(
@@ -59,13 +62,10 @@ def generate(
         lens = [x.shape[0] for x in embeds]
         if use_cache:
             return _decode_cached(model, embeds, lens, choose, eos_id, limits, chunk)
-        return [
-            _decode_from_start(model, x, lambda logits, i=i: choose(logits, [i])[0], eos_id, limits[i])
-            for i, x in enumerate(embeds)
-        ]
+        return [_decode_from_start(model, x, i, choose, eos_id, limits[i]) for i, x in enumerate(embeds)]
 
 
-def prefill(model: DeepseekVL2, embeds: Sequence, cache: KVCache, chunk: int | None = None):
+def prefill(model: DeepseekVL2, embeds: Sequence, cache: KVCache, chunk: int | None = None) -> paddle.Tensor:
     """Put whole prompts into the cache.
 
     Args:
@@ -94,7 +94,15 @@ def prefill(model: DeepseekVL2, embeds: Sequence, cache: KVCache, chunk: int | N
     return model.language.logits(paddle.concat(last, axis=0))
 
 
-def _decode_cached(model, embeds, lens, choose, eos_id, limits, chunk) -> list[list[int]]:
+def _decode_cached(
+    model: DeepseekVL2,
+    embeds: Sequence[paddle.Tensor],
+    lens: list[int],
+    choose: Choose,
+    eos_id: int,
+    limits: Sequence[int],
+    chunk: int | None,
+) -> list[list[int]]:
     cache = KVCache(len(model.language.model.layers), [n + limit for n, limit in zip(lens, limits, strict=True)])
     logits = prefill(model, embeds, cache, chunk).numpy()
     answers: list[list[int]] = [[] for _ in embeds]
@@ -115,12 +123,14 @@ def _decode_cached(model, embeds, lens, choose, eos_id, limits, chunk) -> list[l
     return answers
 
 
-def _decode_from_start(model, x_TD, choose, eos_id, max_new_tokens) -> list[int]:
+def _decode_from_start(
+    model: DeepseekVL2, x_TD: paddle.Tensor, prompt: int, choose: Choose, eos_id: int, max_new_tokens: int
+) -> list[int]:
     answer: list[int] = []
     while len(answer) < max_new_tokens:
         n = x_TD.shape[0]
         hidden = model.decode_stream(x_TD, np.arange(n), [n])
-        token = choose(model.language.logits(hidden[n - 1 : n]).numpy())
+        (token,) = choose(model.language.logits(hidden[n - 1 : n]).numpy(), [prompt])
         if token == eos_id:
             break
         answer.append(token)

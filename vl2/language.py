@@ -11,7 +11,7 @@ from paddle import nn
 
 from vl2.attention import MultiHeadAttention
 from vl2.balance import LoadBalance
-from vl2.cache import KVCache
+from vl2.cache import KVCache, LayerCache
 from vl2.config import LanguageConfig
 from vl2.linear import Linear
 from vl2.mla import LatentAttention
@@ -33,7 +33,15 @@ class DecoderLayer(nn.Layer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_TD, cos, sin, q_lens, cache=None, balance: LoadBalance | None = None):
+    def forward(
+        self,
+        x_TD: paddle.Tensor,
+        cos: paddle.Tensor,
+        sin: paddle.Tensor,
+        q_lens: list[int],
+        cache: LayerCache | None = None,
+        balance: LoadBalance | None = None,
+    ) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor]:
         """[T, D] -> [T, D]; with `balance` (that, the load-balance loss of this layer or None where it is dense)."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), (cos, sin), q_lens, cache)
         normed_TD = self.post_attention_layernorm(x_TD)
@@ -50,7 +58,7 @@ class Embedding(nn.Layer):
         super().__init__()
         self.weight = self.create_parameter([config.vocab_size, config.hidden_size])
 
-    def forward(self, ids_T):
+    def forward(self, ids_T: paddle.Tensor) -> paddle.Tensor:
         return F.embedding(ids_T, self.weight)
 
 
@@ -67,13 +75,13 @@ class Decoder(nn.Layer):
 
     def forward(
         self,
-        x_TD,
-        position_ids_T,
+        x_TD: paddle.Tensor,
+        position_ids_T: paddle.Tensor,
         q_lens: list[int],
         cache: KVCache | None = None,
         trace: list | None = None,
         balance: LoadBalance | None = None,
-    ):
+    ) -> paddle.Tensor:
         """[T, D] -> [T, D] after the final norm.
 
         Args:
@@ -112,11 +120,11 @@ class LanguageModel(nn.Layer):
         self.model = Decoder(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias_attr=False)
 
-    def logits(self, hidden_ND):
+    def logits(self, hidden_ND: paddle.Tensor) -> paddle.Tensor:
         """[N, D] -> float32 [N, V]."""
         return self.lm_head(hidden_ND).astype("float32")
 
-    def loss_sum(self, hidden_ND, labels_N):
+    def loss_sum(self, hidden_ND: paddle.Tensor, labels_N: paddle.Tensor) -> paddle.Tensor:
         """Sum of -log p(label) over N supervised positions, float32 scalar; logits exist for one chunk at a time.
 
         Args:
@@ -130,5 +138,5 @@ class LanguageModel(nn.Layer):
         parts = [recomputed(self._chunk_loss, hidden_ND[c], labels_N[c]) for c in chunks]
         return paddle.add_n(parts)
 
-    def _chunk_loss(self, hidden_ND, labels_N):
+    def _chunk_loss(self, hidden_ND: paddle.Tensor, labels_N: paddle.Tensor) -> paddle.Tensor:
         return F.cross_entropy(self.logits(hidden_ND), labels_N, reduction="sum")

@@ -5,27 +5,29 @@ Paddle has no bfloat16 kernels on CPU, so a frozen bfloat16 weight is cast where
 
 from __future__ import annotations
 
+from typing import Any
+
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
 
 
 class _FrozenMatmul(PyLayer):
     """x @ w with w cast to x's dtype; keeps the stored weight for backward, not its cast copy."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx: PyLayerContext, x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
         ctx.save_for_backward(weight)  # a parameter, so contiguous
         return paddle.matmul(x, weight.astype(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> tuple[paddle.Tensor, None]:
         (weight,) = ctx.saved_tensor()
         return paddle.matmul(grad, weight.astype(grad.dtype), transpose_y=True), None
 
 
-def linear(x, weight, bias=None):
+def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None) -> paddle.Tensor:
     """x @ weight + bias in x's dtype, whatever dtype the parameters are stored in.
 
     Args:
@@ -51,9 +53,9 @@ def linear(x, weight, bias=None):
 class Linear(nn.Linear):
     """paddle.nn.Linear whose forward is `linear`, so that stored and computing precision may differ."""
 
-    def forward(self, x):
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         return linear(x, self.weight, self.bias)
 
-    def effective_weight(self, dtype):
+    def effective_weight(self, dtype: Any) -> paddle.Tensor:
         """The matrix [in, out] that `forward` multiplies with, in `dtype`."""
         return self.weight.astype(dtype)

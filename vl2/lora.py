@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import paddle
@@ -63,7 +64,7 @@ class VL2LoRAModel(LoRAModel):
         self.mark_only_lora_as_trainable()
         _initialise(model, seed)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward."""
         return self.model(*args, **kwargs)
 
@@ -76,11 +77,11 @@ class VL2LoRAModel(LoRAModel):
         for name, parameter in self.model.named_parameters():
             parameter.stop_gradient = not _is_factor(name)
 
-    def train(self):
+    def train(self) -> None:
         """Training mode. PaddleNLP's visits every layer once for each of its ancestors."""
         nn.Layer.train(self)
 
-    def eval(self):
+    def eval(self) -> None:
         """Evaluation mode."""
         nn.Layer.eval(self)
 

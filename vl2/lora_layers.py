@@ -51,7 +51,7 @@ class LoRALinear(PaddleNLPLoRALinear):
         self.merged, self.disable_lora = False, False
         self.pissa = self.use_mora = self.lora_use_mixer = self._use_quick_lora = False
 
-    def forward(self, x):
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in] -> [..., out]."""
         out = linear(x, self.weight, self.bias)
         if self.disable_lora:
@@ -59,7 +59,7 @@ class LoRALinear(PaddleNLPLoRALinear):
         low = linear(self.lora_dropout(x), self.lora_A)
         return out + linear(low, self.lora_B) * self.scaling
 
-    def effective_weight(self, dtype):
+    def effective_weight(self, dtype: Any) -> paddle.Tensor:
         """The matrix [in, out] that `forward` multiplies with (dropout aside), in `dtype`."""
         weight = self.weight.astype(dtype)
         if self.disable_lora:
@@ -88,7 +88,7 @@ class ExpertsLoRA(nn.Layer):
         self.down_B = self.create_parameter([num_experts, rank, size], dtype="float32")
         self.disable_lora = False
 
-    def gate_up(self, x_RD) -> GroupedLora | None:
+    def gate_up(self, x_RD: paddle.Tensor) -> GroupedLora | None:
         """Addition to the stacked gate and up projections, as one product of rank 2r.
 
         a = [gate_A | up_A]  [E, D, 2r]        b = [gate_B   0  ]  [E, 2r, 2I], times the scaling
@@ -102,7 +102,7 @@ class ExpertsLoRA(nn.Layer):
         a = paddle.concat([self.gate_A, self.up_A], axis=-1)
         return GroupedLora(self.dropout(x_RD), a, paddle.concat([gate, up], axis=1) * self.scaling)
 
-    def down(self, inner_RI) -> GroupedLora | None:
+    def down(self, inner_RI: paddle.Tensor) -> GroupedLora | None:
         """Addition to the stacked down projections: a [E, I, r], b [E, r, D] times the scaling."""
         if self.disable_lora:
             return None

@@ -30,7 +30,7 @@ class LoRASettings:
     ranks: Mapping[str, int] = field(default_factory=dict)  # rank of single groups, instead of `rank`
     alphas: Mapping[str, float] = field(default_factory=dict)  # alpha of single groups, instead of `alpha`
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in (*self.groups, *self.ranks, *self.alphas):
             if name not in GROUPS:
                 raise UserError(f"lora.groups: {name!r} is not a group; the groups are {', '.join(GROUPS)}")

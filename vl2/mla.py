@@ -6,10 +6,13 @@ position (nope, 128), R with position (rope, 64), V of a value head (128).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import paddle
 from paddle import nn
 
-from vl2.attention import attention, rope_tables, rotate_half_split
+from vl2.attention import Rope, attention, rope_tables, rotate_half_split
+from vl2.cache import LayerCache
 from vl2.config import LanguageConfig
 from vl2.linear import Linear
 from vl2.norm import RMSNorm
@@ -18,7 +21,7 @@ from vl2.norm import RMSNorm
 ABSORB_TOKENS = 32
 
 
-def rotate_interleaved(x_THR, cos_THh, sin_THh):
+def rotate_interleaved(x_THR: paddle.Tensor, cos_THh: paddle.Tensor, sin_THh: paddle.Tensor) -> paddle.Tensor:
     """Rotate pairs (2i, 2i + 1). The result is in half-split order, for queries and keys alike, so scores are right."""
     tokens, heads, size = x_THR.shape
     split = x_THR.reshape([tokens, heads, size // 2, 2]).transpose([0, 1, 3, 2]).reshape([tokens, heads, size])
@@ -45,11 +48,13 @@ class LatentAttention(nn.Layer):
         self.o_proj = Linear(heads * self.v_dim, size, bias_attr=False)
 
     @staticmethod
-    def rope(position_ids_T, config: LanguageConfig):
+    def rope(position_ids_T: paddle.Tensor, config: LanguageConfig) -> Rope:
         """The tables that `forward` rotates with, made once for all layers."""
         return rope_tables(position_ids_T, config.qk_rope_head_dim, config.rope_theta, config.num_attention_heads)
 
-    def forward(self, x_TD, rope, q_lens, cache=None):
+    def forward(
+        self, x_TD: paddle.Tensor, rope: Rope, q_lens: list[int], cache: LayerCache | None = None
+    ) -> paddle.Tensor:
         """[T, D] -> [T, D]; with a `LayerCache` the stream continues what it holds."""
         cos, sin = rope
         q = self.q_proj(x_TD).reshape([-1, self.num_heads, self.nope + self.rope_dim])
@@ -66,7 +71,15 @@ class LatentAttention(nn.Layer):
         out_THV = attend(q_THN, q_THR, c_TC, k_T1R, q_lens, k_lens)
         return self.o_proj(out_THV.reshape([-1, self.num_heads * self.v_dim]))
 
-    def _unfolded(self, q_THN, q_THR, c_TC, k_T1R, q_lens, k_lens):
+    def _unfolded(
+        self,
+        q_THN: paddle.Tensor,
+        q_THR: paddle.Tensor,
+        c_TC: paddle.Tensor,
+        k_T1R: paddle.Tensor,
+        q_lens: Sequence[int],
+        k_lens: Sequence[int],
+    ) -> paddle.Tensor:
         """Keys and values of all heads from the compressed rows: for training and long prefill."""
         kv = self.kv_b_proj(c_TC).reshape([-1, self.num_heads, self.nope + self.v_dim])
         k_THR = k_T1R.expand([k_T1R.shape[0], self.num_heads, self.rope_dim])
@@ -74,7 +87,15 @@ class LatentAttention(nn.Layer):
         q = paddle.concat([q_THN, q_THR], axis=-1)
         return attention(q, k, kv[..., self.nope :], q_lens, k_lens, scale=self.scale)
 
-    def _folded(self, q_THN, q_THR, c_TC, k_T1R, q_lens, k_lens):
+    def _folded(
+        self,
+        q_THN: paddle.Tensor,
+        q_THR: paddle.Tensor,
+        c_TC: paddle.Tensor,
+        k_T1R: paddle.Tensor,
+        q_lens: Sequence[int],
+        k_lens: Sequence[int],
+    ) -> paddle.Tensor:
         """Scores against the compressed rows themselves, one key head for all queries: for decoding."""
         # The effective weight, so that an adapter on kv_b_proj counts here too.
         weight = self.kv_b_proj.effective_weight(c_TC.dtype).reshape([self.rank, self.num_heads, -1])

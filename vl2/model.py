@@ -6,6 +6,7 @@ Shape suffixes: T tokens of the stream, S segments (conversations), N tiles, D m
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import paddle
@@ -53,7 +54,7 @@ class DeepseekVL2(nn.Layer):
         self.language.model.recompute_every = every
         self.vision.recompute_every = every
 
-    def image_rows(self, tiles_N3XX, grids: list[tuple[int, int]]):
+    def image_rows(self, tiles_N3XX: np.ndarray, grids: list[tuple[int, int]]) -> paddle.Tensor:
         """Rows of all images in stream order, [sum of image tokens, D].
 
         Equal tiles are encoded once: an image of one local tile has it twice, as its global view too.
@@ -70,7 +71,7 @@ class DeepseekVL2(nn.Layer):
                 features_NPW = parts[0] if len(parts) == 1 else paddle.concat(parts, axis=0)
         return arrange(self.projector(features_NPW), which, self.image_newline, self.view_seperator, grids)
 
-    def embed(self, batch: Mapping):
+    def embed(self, batch: Mapping) -> paddle.Tensor:
         """Input embeddings of the stream, [T, D]: text rows from the table, image rows from the tower.
 
         Raises:
@@ -90,25 +91,25 @@ class DeepseekVL2(nn.Layer):
         # Out of place: written into a view, the projector would get no gradient.
         return paddle.scatter(x_TD, paddle.to_tensor(positions, place=x_TD.place), rows)
 
-    def forward(self, batch: Mapping, trace: list | None = None, balance: LoadBalance | None = None):
+    def forward(self, batch: Mapping, trace: list | None = None, balance: LoadBalance | None = None) -> paddle.Tensor:
         """Final hidden states of a batch, [T, D]."""
         stream = self.embed(batch), batch["position_ids"], batch["seq_lens"]
         return self.decode_stream(*stream, trace=trace, balance=balance)
 
     def decode_stream(
         self,
-        x_TD,
-        position_ids,
-        seq_lens,
+        x_TD: paddle.Tensor,
+        position_ids: Any,
+        seq_lens: Any,
         cache: KVCache | None = None,
         trace: list | None = None,
         balance: LoadBalance | None = None,
-    ):
+    ) -> paddle.Tensor:
         """Language model over embeddings: [T, D] -> final hidden states [T, D]."""
         lens = [int(n) for n in _array(seq_lens)]
         return self.language.model(x_TD, _tensor(position_ids), lens, cache, trace, balance)
 
-    def loss(self, batch: Mapping, balance: LoadBalance | None = None):
+    def loss(self, batch: Mapping, balance: LoadBalance | None = None) -> tuple[paddle.Tensor, int]:
         """Token-exact loss of a batch.
 
         Args:
@@ -129,9 +130,9 @@ class DeepseekVL2(nn.Layer):
         return self.language.loss_sum(hidden_ND, targets_N), int(supervised.size)
 
 
-def _array(x) -> np.ndarray:
+def _array(x: Any) -> np.ndarray:
     return x.numpy() if isinstance(x, paddle.Tensor) else np.asarray(x)
 
 
-def _tensor(x):
+def _tensor(x: Any) -> paddle.Tensor:
     return x if isinstance(x, paddle.Tensor) else paddle.to_tensor(x)

@@ -6,12 +6,13 @@ sorted by expert, L LoRA channels.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
 from paddle.nn.functional import swiglu
 
 from vl2.balance import LoadBalance
@@ -27,7 +28,9 @@ class GroupedLora(NamedTuple):
     b: paddle.Tensor  # [E, L, out]
 
 
-def grouped_linear(x_RD, counts: list[int], weight, lora: GroupedLora | None = None):
+def grouped_linear(
+    x_RD: paddle.Tensor, counts: list[int], weight: paddle.Tensor, lora: GroupedLora | None = None
+) -> paddle.Tensor:
     """One matrix product per expert over rows that are sorted by expert.
 
         rows       counts (2, 0, 1)
@@ -51,7 +54,7 @@ def grouped_linear(x_RD, counts: list[int], weight, lora: GroupedLora | None = N
     return _GroupedLinear.apply(x_RD, weight, lora.x, lora.a.astype(x_RD.dtype), lora.b.astype(x_RD.dtype), counts)
 
 
-def _slices(counts: list[int]):
+def _slices(counts: list[int]) -> Iterator[tuple[int, int, int]]:
     start = 0
     for expert, count in enumerate(counts):
         if count:
@@ -63,11 +66,19 @@ class _GroupedLinear(PyLayer):
     """Forward and backward of all experts in one node of the graph; a loop over views `W[e]` uses all cores on CPU."""
 
     @staticmethod
-    def forward(ctx, x, weight, lora_x, a, b, counts):
+    def forward(
+        ctx: PyLayerContext,
+        x: paddle.Tensor,
+        weight: paddle.Tensor,
+        lora_x: paddle.Tensor | None,
+        a: paddle.Tensor | None,
+        b: paddle.Tensor | None,
+        counts: list[int],
+    ) -> paddle.Tensor:
         outs, lows = [], []
         for e, start, stop in _slices(counts):
             out = paddle.matmul(x[start:stop], weight[e].astype(x.dtype))
-            if a is not None:
+            if a is not None and b is not None and lora_x is not None:
                 low = paddle.matmul(lora_x[start:stop], a[e])
                 out = out + paddle.matmul(low, b[e])
                 lows.append(low)
@@ -82,10 +93,11 @@ class _GroupedLinear(PyLayer):
         return paddle.concat(outs, axis=0) if outs else paddle.zeros([0, weight.shape[2]], x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         x, weight, *rest = ctx.saved_tensor()
         x_needs, weight_needs, lora_x_needs, a_needs, b_needs = ctx.needs_grad
-        lora_x, a, b, lows = rest if ctx.has_lora else (None, None, None, None)
+        without: Any = (None, None, None, None)
+        lora_x, a, b, lows = rest if ctx.has_lora else without
         grad_x, grad_w, grad_lora_x = [], {}, []
         grad_a, grad_b = {}, {}
         for e, start, stop in _slices(ctx.counts):
@@ -101,12 +113,12 @@ class _GroupedLinear(PyLayer):
                 if lora_x_needs:
                     grad_lora_x.append(paddle.matmul(grad_low, a[e], transpose_y=True))
 
-        def rows(parts, like, needed):
+        def rows(parts: list[paddle.Tensor], like: paddle.Tensor, needed: bool) -> paddle.Tensor | None:
             if not needed:
                 return None
             return paddle.concat(parts, axis=0) if parts else paddle.zeros_like(like)
 
-        def stacked(parts, like, needed):
+        def stacked(parts: dict[int, paddle.Tensor], like: paddle.Tensor, needed: bool) -> paddle.Tensor | None:
             if not needed:
                 return None
             idle = paddle.zeros(like.shape[1:], grad.dtype)
@@ -133,13 +145,15 @@ class _Gather(PyLayer):
     """Token rows copied to their choices. Backward sums a token's choices in their order: deterministic."""
 
     @staticmethod
-    def forward(ctx, x_TD, order_R, inverse_R, num_choices):
+    def forward(
+        ctx: PyLayerContext, x_TD: paddle.Tensor, order_R: paddle.Tensor, inverse_R: paddle.Tensor, num_choices: int
+    ) -> paddle.Tensor:
         ctx.save_for_backward(order_R, inverse_R)
         ctx.num_choices = num_choices
         return paddle.gather(x_TD, order_R // num_choices)
 
     @staticmethod
-    def backward(ctx, grad_RD):
+    def backward(ctx: PyLayerContext, grad_RD: paddle.Tensor) -> tuple[paddle.Tensor, None, None]:
         _, inverse_R = ctx.saved_tensor()
         by_choice = paddle.gather(grad_RD, inverse_R).reshape([-1, ctx.num_choices, grad_RD.shape[-1]])
         return by_choice.sum(axis=1), None, None
@@ -149,13 +163,15 @@ class _Combine(PyLayer):
     """The transpose of `_Gather`: sum of each token's choices."""
 
     @staticmethod
-    def forward(ctx, y_RD, order_R, inverse_R, num_choices):
+    def forward(
+        ctx: PyLayerContext, y_RD: paddle.Tensor, order_R: paddle.Tensor, inverse_R: paddle.Tensor, num_choices: int
+    ) -> paddle.Tensor:
         ctx.save_for_backward(order_R)
         ctx.num_choices = num_choices
         return paddle.gather(y_RD, inverse_R).reshape([-1, num_choices, y_RD.shape[-1]]).sum(axis=1)
 
     @staticmethod
-    def backward(ctx, grad_TD):
+    def backward(ctx: PyLayerContext, grad_TD: paddle.Tensor) -> tuple[paddle.Tensor, None, None]:
         (order_R,) = ctx.saved_tensor()
         return paddle.gather(grad_TD, order_R // ctx.num_choices), None, None
 
@@ -174,7 +190,7 @@ class Router(nn.Layer):
             # Takes part in the choice only, so no gradient ever reaches it.
             self.e_score_correction_bias = self.create_parameter([self.num_experts], is_bias=True)
 
-    def forward(self, x_TD) -> Routing:
+    def forward(self, x_TD: paddle.Tensor) -> Routing:
         logits_TE = paddle.matmul(x_TD.astype("float32"), self.weight.astype("float32"), transpose_y=True)
         scores_TE = F.sigmoid(logits_TE) if self.sigmoid else F.softmax(logits_TE, axis=-1)
         experts_TC = self.choose(scores_TE)
@@ -188,14 +204,14 @@ class Router(nn.Layer):
         counts = paddle.bincount(flat_R, minlength=self.num_experts).tolist()
         return Routing(experts_TC, weights_TC, scores_TE, order_R, inverse_R, counts)
 
-    def choose(self, scores_TE):
+    def choose(self, scores_TE: paddle.Tensor) -> paddle.Tensor:
         """The experts of each token, int64 [T, C]; the correction bias takes part, without a gradient."""
         scores_TE = scores_TE.detach()
         if self.e_score_correction_bias is not None:
             scores_TE = scores_TE + self.e_score_correction_bias.detach().astype("float32")
         return paddle.topk(scores_TE, self.num_choices, axis=-1, sorted=False)[1]
 
-    def affinities(self, routing: Routing):
+    def affinities(self, routing: Routing) -> tuple[paddle.Tensor, paddle.Tensor]:
         """What the load-balance loss looks at: scores that add up to 1 [T, E], and the experts of the highest [T, C].
 
         A sigmoid's scores are divided by their sum, and the correction bias takes no part in the choice. Source: arXiv
@@ -218,7 +234,7 @@ class Experts(nn.Layer):
         self.down = self.create_parameter([num_experts, inner, size])
         self.lora = None
 
-    def forward(self, x_RD, weights_R1, counts: list[int]):
+    def forward(self, x_RD: paddle.Tensor, weights_R1: paddle.Tensor, counts: list[int]) -> paddle.Tensor:
         """Each row through its expert, times its weight: [R, D] -> [R, D]."""
         hidden_R2I = grouped_linear(x_RD, counts, self.gate_up, self.lora and self.lora.gate_up(x_RD))
         # The weight is applied before the down projection, where the rows are narrower; the product is the same.
@@ -235,7 +251,7 @@ class MLP(nn.Layer):
         self.up_proj = Linear(size, inner, bias_attr=False)
         self.down_proj = Linear(inner, size, bias_attr=False)
 
-    def forward(self, x_TD):
+    def forward(self, x_TD: paddle.Tensor) -> paddle.Tensor:
         return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
@@ -250,7 +266,9 @@ class MoE(nn.Layer):
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
-    def forward(self, x_TD, balance: LoadBalance | None = None):
+    def forward(
+        self, x_TD: paddle.Tensor, balance: LoadBalance | None = None
+    ) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor]:
         """[T, D] -> [T, D]; with `balance` (that, the load-balance loss of this layer)."""
         routing = self.gate(x_TD)
         num_choices = self.gate.num_choices

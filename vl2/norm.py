@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import paddle
 from paddle import nn
-from paddle.autograd import PyLayer
+from paddle.autograd import PyLayer, PyLayerContext
 
 
 class _RMSNorm(PyLayer):
     """Autograd would keep five [T, D] intermediates; this keeps the input and one number a row."""
 
     @staticmethod
-    def forward(ctx, x_TD, weight_D, eps):
+    def forward(ctx: PyLayerContext, x_TD: paddle.Tensor, weight_D: paddle.Tensor, eps: float) -> paddle.Tensor:
         x = x_TD.astype("float32")
         scale_T1 = paddle.rsqrt(paddle.mean(x * x, axis=-1, keepdim=True) + eps)
         # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
@@ -20,7 +20,7 @@ class _RMSNorm(PyLayer):
         return ((x * scale_T1).astype(x_TD.dtype).astype("float32") * weight_D.astype("float32")).astype(x_TD.dtype)
 
     @staticmethod
-    def backward(ctx, grad_TD):
+    def backward(ctx: PyLayerContext, grad_TD: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
         x_TD, weight_D, scale_T1 = ctx.saved_tensor()
         x_needs_grad, weight_needs_grad = ctx.needs_grad
         normed_TD = x_TD.astype("float32") * scale_T1
@@ -45,5 +45,5 @@ class RMSNorm(nn.Layer):
         self.eps = eps
         self.weight = self.create_parameter([size], default_initializer=nn.initializer.Constant(1.0))
 
-    def forward(self, x_TD):
+    def forward(self, x_TD: paddle.Tensor) -> paddle.Tensor:
         return _RMSNorm.apply(x_TD, self.weight, self.eps)

@@ -28,7 +28,7 @@ class Projector(nn.Layer):
             [Linear(config.input_dim * self.ratio**2, inner), nn.GELU(), Linear(inner, config.n_embed)]
         )
 
-    def forward(self, features_NPW):
+    def forward(self, features_NPW: paddle.Tensor) -> paddle.Tensor:
         """[N, P, W] -> [N, G, D]. An unfolded row holds channel c of the 2 x 2 patches at 4c .. 4c + 3."""
         n, p, w = features_NPW.shape
         side, r = int(p**0.5), self.ratio
@@ -98,7 +98,13 @@ def arrange_index(grids: Sequence[tuple[int, int]], rows: int) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64)
 
 
-def arrange(projected_NGD, which: np.ndarray, newline_D, separator_D, grids: Sequence[tuple[int, int]]):
+def arrange(
+    projected_NGD: paddle.Tensor,
+    which: np.ndarray,
+    newline_D: paddle.Tensor,
+    separator_D: paddle.Tensor,
+    grids: Sequence[tuple[int, int]],
+) -> paddle.Tensor:
     """Rows of all images in stream order.
 
     Args:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
 
-def recomputed(layer, *args):
+def recomputed(layer: nn.Layer, *args: Any) -> Any:
     """layer(*args) whose activations are computed again in backward.
 
     Always non-reentrant: the reentrant default loses every LoRA gradient of a block whose inputs are all frozen,

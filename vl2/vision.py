@@ -5,6 +5,8 @@ Shape suffixes: N tiles, P patches of a tile (27 x 27 = 729), D width, H heads, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
@@ -23,7 +25,7 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, size: int):
         super().__init__(size, epsilon=LAYER_NORM_EPS)
 
-    def forward(self, x):
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         shape, weight, bias = [x.shape[-1]], self.weight.astype("float32"), self.bias.astype("float32")
         return F.layer_norm(x.astype("float32"), shape, weight, bias, LAYER_NORM_EPS).astype(x.dtype)
 
@@ -37,7 +39,7 @@ class VisionAttention(nn.Layer):
         self.qkv = Linear(config.width, 3 * config.width)
         self.proj = Linear(config.width, config.width)
 
-    def forward(self, x_NPD):
+    def forward(self, x_NPD: paddle.Tensor) -> paddle.Tensor:
         n, p, d = x_NPD.shape
         qkv = self.qkv(x_NPD).reshape([n * p, 3, self.num_heads, d // self.num_heads])
         q, k, v = qkv.unbind(axis=1)
@@ -53,7 +55,7 @@ class VisionMLP(nn.Layer):
         self.fc1 = Linear(width, inner)
         self.fc2 = Linear(inner, width)
 
-    def forward(self, x):
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate=True))
 
 
@@ -67,7 +69,7 @@ class VisionBlock(nn.Layer):
         self.norm2 = LayerNorm(config.width)
         self.mlp = VisionMLP(config.width, config.mlp_width)
 
-    def forward(self, x_NPD):
+    def forward(self, x_NPD: paddle.Tensor) -> paddle.Tensor:
         x_NPD = x_NPD + self.attn(self.norm1(x_NPD))
         return x_NPD + self.mlp(self.norm2(x_NPD))
 
@@ -80,7 +82,7 @@ class PatchProjection(nn.Layer):
         self.weight = self.create_parameter([config.width, 3, config.patch_size, config.patch_size])
         self.bias = self.create_parameter([config.width], is_bias=True)
 
-    def forward(self, pixels_N3XX, grid: int, patch: int):
+    def forward(self, pixels_N3XX: paddle.Tensor, grid: int, patch: int) -> paddle.Tensor:
         """[N, 3, 384, 384] -> [N, P, D]; like the convolution it drops the six pixels beyond the last patch."""
         n, used = pixels_N3XX.shape[0], grid * patch
         patches = pixels_N3XX[:, :, :used, :used].reshape([n, 3, grid, patch, grid, patch])
@@ -123,13 +125,13 @@ class VisionTower(nn.Layer):
         self.norm = LayerNorm(config.width)
         self.attn_pool = AttentionPool(config)
 
-    def embed(self, tiles_N3XX, dtype):
+    def embed(self, tiles_N3XX: paddle.Tensor, dtype: Any) -> paddle.Tensor:
         """Normalise and cut into patches: uint8 [N, 3, 384, 384] -> [N, P, D]. Pixel = (u8 / 255 - 0.5) / 0.5."""
         pixels = (tiles_N3XX.astype("float32") / 255.0 - 0.5) / 0.5
         x_NPD = self.patch_embed.proj(pixels.astype(dtype), self.config.grid, self.config.patch_size)
         return x_NPD + self.pos_embed.astype(dtype)
 
-    def forward(self, tiles_N3XX, dtype):
+    def forward(self, tiles_N3XX: paddle.Tensor, dtype: Any) -> paddle.Tensor:
         """uint8 tiles [N, 3, 384, 384] -> features [N, P, D] in `dtype`."""
         x_NPD = self.embed(tiles_N3XX, dtype)
         for i, block in enumerate(self.blocks):

@@ -138,7 +138,7 @@ def verify(folder: Path, merge: Merge, plan: Plan) -> dict[str, Any]:
         tensors = verify_tensors(written, merge, bar.update)
     probe = make_probe(Tokenizer.from_folder(folder), written.skeleton.config.candidate_resolutions)
 
-    def passes(models: list):
+    def passes(models: list[Any]) -> tqdm:
         return tqdm(models, desc="verify logits", unit="model", file=sys.stderr)
 
     return {**tensors, "probe_tokens": len(probe["input_ids"]), **verify_logits(written, merge, probe, passes)}

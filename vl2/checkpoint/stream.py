@@ -6,6 +6,7 @@ For computing with a model that does not fit into memory, or with several versio
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import paddle
 from paddle import nn
@@ -46,11 +47,11 @@ def stream_weights(model: DeepseekVL2, value_of: Callable[[str], paddle.Tensor])
 def _stream(
     model: DeepseekVL2, layer: nn.Layer, empty: dict[str, paddle.Tensor], value_of: Callable[[str], paddle.Tensor]
 ) -> None:
-    def read(layer, inputs):
+    def read(layer: nn.Layer, inputs: Any) -> None:
         for path in empty:
             set_parameter(model, path, value_of(path))
 
-    def forget(layer, inputs, outputs):
+    def forget(layer: nn.Layer, inputs: Any, outputs: Any) -> None:
         for path, parameter in empty.items():
             owner, leaf = parameter_owner(model, path)
             owner._parameters[leaf] = parameter

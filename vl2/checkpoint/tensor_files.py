@@ -120,7 +120,9 @@ def safetensors_header(entries: Mapping[str, tuple[str, tuple[int, ...]]], metad
     return len(encoded).to_bytes(8, "little") + encoded
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str], metadata=None) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, np.ndarray], dtypes: Mapping[str, str], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write one safetensors file.
 
     Args:
