@@ -164,7 +164,7 @@ def test_mistake_is_one_line_and_exit_code_2(arguments, message):
 def test_gpu_that_paddle_cannot_use_is_an_error_and_no_rehearsal(tmp_path):
     smi = tmp_path / "nvidia-smi"
     smi.write_text(
-        '#!/bin/sh\ncase "$1" in -L) echo "GPU 0: A100";; --query*) echo 8.0;; *) echo "CUDA Version: 12.6";; esac\n'
+        '#!/bin/sh\ncase "$1" in --query*) echo 8.0;; *) echo "CUDA Version: 12.6 | A100 00000000:65:00.0 |";; esac\n'
     )
     smi.chmod(0o755)
     refused = door("config", "conf=sft_tiny", path=str(tmp_path))

@@ -2,7 +2,6 @@
 
 import pytest
 
-from train.ask import model_memory as need
 from train.ask.load import load
 from train.ask.model_memory import Need, check_inference, inference_need
 from train.config.load import load_config
@@ -40,7 +39,8 @@ def test_need_is_what_a_run_holds(kind, precision, settings, tmp_path, arguments
 
 @pytest.mark.parametrize(("name", "figure"), [("tiny", "6.74"), ("small", "32.30"), ("base", "54.96")])
 def test_published_model_that_has_no_room_is_not_even_fetched(name, figure, monkeypatch, tmp_path):
-    monkeypatch.setattr(need, "resolve_model", lambda path: pytest.fail("it was fetched"))
+    for user in ("train.ask.load", "train.run.training"):
+        monkeypatch.setattr(f"{user}.resolve_model", lambda path: pytest.fail("it was fetched"))
     monkeypatch.setattr(room, "find_room", lambda: room.Room(num_bytes=5 * 10**9, where="RAM, MemAvailable"))
     path = f"deepseek-ai/deepseek-vl2{'' if name == 'base' else '-' + name}"
     config = load_config(["conf=sft_tiny", f"model={name}", "device=cpu", f"run_dir={tmp_path}"])
