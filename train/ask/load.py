@@ -9,6 +9,8 @@ from pathlib import Path
 import paddle
 
 from train.ask.model_memory import check_inference
+from train.ask.note import note
+from train.ask.resolutions import resolutions_in_force
 from train.ask.source import Source, find_source, stored_dtype
 from train.store.hub import resolve_model
 from train.store.names import WEIGHTS_FILE
@@ -21,7 +23,7 @@ from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.model import DeepseekVL2
 from vl2.parameters import init_model, set_parameter
-from vl2.tiles import Resolution, limit_candidates
+from vl2.tiles import Resolution
 from vl2.tokenizer import Tokenizer
 
 
@@ -62,10 +64,9 @@ def load(folder: str | Path, precision: str = "auto", base: str = "", check: str
         from vl2.adapter.folder import load_adapter  # here: it imports PaddleNLP, which takes seconds
 
         assert source.trained is not None
-        load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, model))
-    if source.max_tiles is not None:  # an adapter trained elsewhere does not say
-        candidates = limit_candidates(model.config.candidate_resolutions, source.max_tiles)
-        model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
+        load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, model), say=note)
+    candidates = resolutions_in_force(source, model.config)
+    model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
     model.eval()

@@ -1,21 +1,24 @@
 """`bash launch.sh export run=FOLDER adapter=peft|paddle`: the adapter alone, in the files of PEFT or of PaddleNLP.
 
-Needs the base's config.json, not its weights. The folder gets its name only after it was read back: every tensor bit
-for bit, and every module's A and scaled B as the run has them.
+Needs the base's config.json, not its weights, but for the two rows that PaddleNLP wants. The folder gets its name only
+after it was read back: every tensor bit for bit, and every module's A and scaled B as the run has them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 from paddle import nn
 
-from train.ask.source import find_source
+from train.ask.note import note
+from train.ask.resolutions import PROCESSOR_CONFIG, resolutions_in_force
+from train.ask.source import Source, find_source
 from train.config.schema import ExportConfig
 from train.export.folder import check_out
 from train.store.facts import to_document, write_fact
@@ -24,7 +27,7 @@ from train.store.provenance import ExportReport
 from train.store.versions import versions
 from train.store.whole_folder import write_folder
 from vl2.adapter.folder import open_adapter
-from vl2.adapter.foreign import Adapter, foreign_tensors
+from vl2.adapter.foreign import Adapter, foreign_tensors, untuned_modules
 from vl2.adapter.formats import (
     ENTRY,
     PADDLE_CONFIG,
@@ -35,15 +38,20 @@ from vl2.adapter.formats import (
     PEFT_FILE,
     adapter_format,
     adapter_tensors,
+    read_json,
 )
 from vl2.adapter.paddle_format import PADDLE_NAMES, common_settings, paddle_config, paddle_index
 from vl2.adapter.peft_format import PEFT_NAMES, peft_config
+from vl2.adapter.rows import changed_rows, written_rows
 from vl2.adapter.slots import Slot, slots
+from vl2.checkpoint import published
+from vl2.checkpoint.load import open_model
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.config import VL2Config
 from vl2.errors import UserError
 from vl2.lora_settings import LoRASettings
-from vl2.parameters import build_model
+from vl2.parameters import build_model, init_model
+from vl2.tokenizer import Tokenizer
 
 # One float32 rounding of B where it takes in another scaling; none where the scaling stays.
 _ROUNDING = 2.0**-23
@@ -75,7 +83,16 @@ def export_adapter(config: ExportConfig) -> ExportReport:
     adapter, found = open_adapter(source.trained, skeleton), slots(skeleton)
     peft = config.adapter == PEFT
     written = adapter.settings if peft else common_settings(adapter.settings)
+    if untuned := untuned_modules(adapter):
+        note(f"{untuned}; zeros are written for them")
     tensors = foreign_tensors(adapter, found, PEFT_NAMES if peft else PADDLE_NAMES, written)
+    if not peft:
+        tensors.update(written_rows(adapter, base_values(source)))
+    elif adapter.rows and (rows := changed_rows(adapter, base_values(source))):
+        raise UserError(
+            f"run={config.run}: it has trained {' and '.join(rows)} too, which PEFT's files cannot hold; export merged "
+            "weights (without adapter=), or adapter=paddle"
+        )
     report = ExportReport(
         run=config.run,
         base=str(source.base),
@@ -95,12 +112,34 @@ def export_adapter(config: ExportConfig) -> ExportReport:
         base = source.base_name or str(source.base)
         about = to_document(source.provenance) if source.provenance else {}
         (write_peft if peft else write_paddle)(folder, tensors, written, base, about)
+        write_processor(folder, source, skeleton.config)
         report = replace(report, verified=verify(folder, skeleton, adapter, tensors))
         write_fact(folder / EXPORT_REPORT, report)
         (folder / "README.md").write_text(card(report), encoding="utf-8")
 
     write_folder(out, write)
     return report
+
+
+def base_values(source: Source) -> Callable[[str], paddle.Tensor]:
+    """Gives a parameter of the base by its path; no other is read.
+
+    Raises:
+        UserError: the base's weights are not there.
+    """
+    if source.random_seed is None:
+        return open_model(source.base).parameter
+    config, tokenizer = VL2Config.from_folder(source.base), Tokenizer.from_folder(source.base)
+    model = init_model(config, tokenizer.image_id, seed=source.random_seed)
+    return lambda path: getattr(model, path)
+
+
+def write_processor(folder: Path, source: Source, config: VL2Config) -> None:
+    """processor_config.json with the resolutions in force: at others an image becomes other tokens than in training."""
+    own = source.base / PROCESSOR_CONFIG
+    document = read_json(own if own.is_file() else published.PROCESSOR_CONFIG)
+    document["candidate_resolutions"] = [list(pair) for pair in resolutions_in_force(source, config)]
+    (folder / PROCESSOR_CONFIG).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_peft(
@@ -137,7 +176,8 @@ def verify(
     """Read the folder back: the files' tensors bit for bit, then what they mean to a reader of the configuration.
 
     Returns:
-        Numbers of tensors and modules, and the largest relative change of a scaled B: 0 where its scaling stays.
+        Numbers of tensors and modules (of kv_b_proj by itself, see `merge_first`), and the largest relative change of a
+        scaled B: 0 where its scaling stays.
 
     Raises:
         UserError: it is not what was written.
@@ -157,9 +197,11 @@ def verify(
         change = max(change, _change(slot, adapter, again))
     if not change <= _ROUNDING:
         raise UserError(f"the export was refused: a module's A or scaled B changed by {change:.1e} of its value")
+    modules = [module for module, slot in found.items() if slot.group in adapter.settings.groups]
     return {
         "tensors": len(stored),
-        "modules": sum(slot.group in adapter.settings.groups for slot in found.values()),
+        "modules": len(modules),
+        "kv_b_proj_modules": sum(module.endswith(".kv_b_proj") for module in modules),
         "largest_change": change,
     }
 
@@ -178,16 +220,33 @@ def _change(slot: Slot, ours: Adapter, theirs: Adapter) -> float:
     return float((np.abs(after - before) / np.where(before == 0, 1.0, np.abs(before))).max())
 
 
+def merge_first(report: ExportReport) -> str:
+    """What a user of an exported adapter must call before anything else; empty where nothing.
+
+    The latent attention of Small and the full model reads `kv_b_proj.weight` itself, in the official code and in
+    PaddleMIX: the adapter of an unmerged model is passed by there, and the answers are wrong without a word.
+    """
+    if not report.verified["kv_b_proj_modules"]:
+        return ""
+    code, call = ("the official code", "merge_and_unload()") if report.adapter == PEFT else ("PaddleMIX", "merge()")
+    return f"call {call} after loading it: {code} reads kv_b_proj.weight past an adapter that is not merged"
+
+
 def card(report: ExportReport) -> str:
     """README.md of an exported adapter."""
-    reader = "peft.PeftModel" if report.adapter == PEFT else "paddlenlp.peft.LoRAModel"
+    reader, model = "peft.PeftModel", "the official model"
+    if report.adapter != PEFT:  # which copies float32 into nothing else
+        reader, model = "paddlenlp.peft.LoRAModel", "PaddleMIX's model in float32"
+    advice = merge_first(report)
     lines = [
         "# An adapter of DeepSeek-VL2",
         "",
         "**From a rehearsal on nano: not for use.**\n" if report.rehearsal else "",
         f"- recipe: {report.recipe}",
         f"- base model: {report.base}",
-        f"- read by: {reader}.from_pretrained(model, FOLDER), with the official model",
+        f"- read by: {reader}.from_pretrained(model, FOLDER), with {model}",
+        *([f"- **{advice}**"] if advice else []),
+        "- images: at the resolutions of `processor_config.json` here, as in training",
         "",
         "    bash launch.sh infer model=FOLDER image=... prompt=...",
     ]

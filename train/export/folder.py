@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from train.ask.resolutions import resolutions_in_force
 from train.ask.source import Source
 from train.export.merge import Merge
 from train.store.checkpoints import is_checkpoint
@@ -22,9 +23,7 @@ from vl2.checkpoint.folder import INDEX_FILE
 from vl2.checkpoint.layouts import Layout, official_parts
 from vl2.checkpoint.planned_files import Plan, Wanted, plan_like, plan_new
 from vl2.checkpoint.tensor_files import StoredTensor
-from vl2.config import VL2Config
 from vl2.errors import UserError
-from vl2.tiles import limit_candidates
 
 # Weights of any kind: those of the base are not copied.
 _WEIGHTS = (".safetensors", ".index.json", ".pdparams", ".bin", ".pt", ".pth")
@@ -78,14 +77,14 @@ def write_companions(folder: Path, source: Source, merge: Merge) -> None:
             shutil.copyfile(file, folder / file.name)
     config = merge.base.skeleton.config
     document = _with_dtype(config.raw, merge.dtype_name) if merge.dtype else dict(config.raw)
-    candidates = _candidates(source, config)
+    candidates = [list(c) for c in resolutions_in_force(source, config)]
     if candidates != [list(c) for c in config.candidate_resolutions]:
         document["candidate_resolutions"] = candidates
     _write_json(folder / "config.json", document, source.base / "config.json")
     processor = source.base / "processor_config.json"
     if processor.is_file():
         document = json.loads(processor.read_text(encoding="utf-8"))
-        if len(candidates) < len(config.candidate_resolutions):
+        if candidates != [list(c) for c in config.candidate_resolutions]:
             document["candidate_resolutions"] = candidates
         _write_json(folder / "processor_config.json", document, processor)
 
@@ -94,13 +93,6 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The config with `torch_dtype` set wherever it stands, in the language model's part too."""
     changed = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     return {**changed, "torch_dtype": dtype} if "torch_dtype" in config else changed
-
-
-def _candidates(source: Source, config: VL2Config) -> list[list[int]]:
-    found = config.candidate_resolutions
-    if source.max_tiles is not None:
-        found = limit_candidates(found, source.max_tiles)
-    return [list(c) for c in found]
 
 
 def _write_json(target: Path, document: Mapping[str, Any], original: Path) -> None:

@@ -9,16 +9,20 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from train.ask.note import note
 from train.ask.source import Source, stored_dtype
 from train.store.names import WEIGHTS_FILE
+from vl2.adapter.folder import check_base, load_factors, open_adapter
+from vl2.adapter.foreign import untuned_modules
+from vl2.adapter.rows import changed_rows
 from vl2.checkpoint.fingerprint import stored_fingerprint
 from vl2.checkpoint.layouts import Part
 from vl2.checkpoint.load import StoredModel, hold_model, open_model
-from vl2.checkpoint.tensor_files import StoredTensor, cast, read_header
+from vl2.checkpoint.tensor_files import MemoryTensor, StoredTensor, cast, read_header
 from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
-from vl2.lora import Delta, VL2LoRAModel, deltas
+from vl2.lora import Delta, VL2LoRAModel, apply_lora, deltas
 from vl2.parameters import build_model, init_model
 from vl2.tokenizer import Tokenizer
 
@@ -31,7 +35,8 @@ class Merge:
     dtype: str | None  # of the exported files; None: each tensor as in the base
     lora: VL2LoRAModel | None = None  # around a model without base weights
     deltas: Mapping[str, Delta] = field(default_factory=dict)  # of an adapter, by official name
-    weights: Mapping[str, StoredTensor] = field(default_factory=dict)  # of a full fine-tune, by parameter path
+    # By parameter path: of a full fine-tune, or the rows that an adapter of PaddleMIX replaces.
+    weights: Mapping[str, StoredTensor | MemoryTensor] = field(default_factory=dict)
 
     def dtype_of(self, name: str) -> str:
         """Type of an exported tensor."""
@@ -44,7 +49,7 @@ class Merge:
 
     def trained(self) -> set[str]:
         """Everything that training made: paths of the adapter's factors, or of whole parameters."""
-        return set(self.lora.factors()) if self.lora else set(self.weights)
+        return {*(self.lora.factors() if self.lora else ()), *self.weights}
 
     def taken(self, path: str, part: Part) -> set[str]:
         """What of `trained` goes into one official tensor."""
@@ -58,6 +63,7 @@ class Merge:
             stored = self.weights[path]
             if not part.at:
                 return stored.read()
+            assert isinstance(stored, StoredTensor)
             expert, *rest = part.at
             return stored.row(expert).read()[tuple(rest)]
         base = cast(self.base.piece(part), self.base.tensors[part.name].dtype, "float32")
@@ -104,13 +110,20 @@ def open_merge(source: Source, dtype: str | None) -> Merge:
     else:
         base = open_model(source.base)
     if source.kind == "adapter":
-        from vl2.adapter.folder import load_adapter
-
         assert source.trained is not None
         skeleton = build_model(base.skeleton.config, base.skeleton.image_token_id)
         kind = DTYPE_OF_SETTING[source.precision] if source.precision else stored_dtype(source.base)
-        lora = load_adapter(skeleton, source.trained, base_fingerprint=stored_fingerprint(base, kind))
-        return Merge(base=base, dtype=dtype, lora=lora, deltas=deltas(lora))
+        check_base(source.trained, stored_fingerprint(base, kind))
+        adapter = open_adapter(source.trained, skeleton)
+        lora = apply_lora(skeleton, adapter.settings)
+        load_factors(lora, adapter)
+        rows = changed_rows(adapter, base.parameter)
+        for name in rows:
+            note(f"{source.trained}: the adapter has a trained {name}, which replaces the base's")
+        if untuned := untuned_modules(adapter):
+            note(f"{untuned}; they stay as in the base")
+        weights = {name: MemoryTensor("float32", row) for name, row in rows.items()}
+        return Merge(base=base, dtype=dtype, lora=lora, deltas=deltas(lora), weights=weights)
     if source.kind == "weights":
         assert source.trained is not None
         return Merge(base=base, dtype=dtype, weights=_read_weights(source.trained, base))

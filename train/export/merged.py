@@ -18,7 +18,7 @@ from tqdm import tqdm
 from train.ask.source import Source, find_source
 from train.config.load import load_export_config
 from train.config.schema import ExportConfig
-from train.export.adapter import export_adapter
+from train.export.adapter import export_adapter, merge_first
 from train.export.folder import check_out, model_card, plan_export, write_companions, write_weights
 from train.export.merge import Merge, open_merge
 from train.export.verify import make_probe, verify_logits, verify_tensors
@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> int:
         print(f"  {key:32} {value:.3g}" if isinstance(value, float) else f"  {key:32} {value}")
     if report.rehearsal:
         print("note: this export comes from a rehearsal on nano")
+    if report.adapter and (advice := merge_first(report)):
+        print(f"note: {advice}")
     return 0
 
 

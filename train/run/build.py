@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ from data.plan import Plan, make_plan
 from data.record import Record
 from data.shapes.write import write_shapes
 from train.config.schema import TrainConfig
+from train.run.say import say
 from train.run.state import trainable_parameters
 from train.store.hub import resolve_model
 from vl2.adapter.folder import check_base, load_factors, open_adapter
+from vl2.adapter.foreign import untuned_modules
+from vl2.adapter.rows import changed_rows
 from vl2.checkpoint.load import load_model
 from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING
@@ -157,7 +161,14 @@ def make_trainable(
         check_base(config.lora.init, base_fingerprint)
         adapter = open_adapter(config.lora.init, model)
         check_settings(adapter.settings, settings, config.lora.init)
+        if rows := changed_rows(adapter, lambda path: getattr(model, path)):
+            raise UserError(
+                f"lora.init={config.lora.init}: it has trained {' and '.join(rows)} too, which a run's adapter "
+                f"does not hold; merge it with `export run={config.lora.init}` and train on that"
+            )
         load_factors(lora_model, adapter)
+        if untuned := untuned_modules(adapter):
+            say(f"note: lora.init: {untuned}; they start anew", sys.stderr)
     return lora_model, lora_model.reports
 
 

@@ -7,18 +7,19 @@ our own and strict: PaddleNLP's accepts a half-missing, wrongly shaped adapter w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from paddle import nn
 
-from vl2.adapter.foreign import Adapter, Piece, open_foreign
+from vl2.adapter.foreign import Adapter, Piece, open_foreign, untuned_modules
 from vl2.adapter.formats import (
     ENTRY,
     OWN,
     OWN_FILE,
+    PADDLE,
     PADDLE_CONFIG,
     PEFT,
     adapter_format,
@@ -28,12 +29,14 @@ from vl2.adapter.formats import (
 )
 from vl2.adapter.paddle_format import PADDLE_NAMES, read_paddle_config
 from vl2.adapter.peft_format import PEFT_NAMES, read_peft_config
+from vl2.adapter.rows import ROWS, changed_rows, in_type_of
 from vl2.adapter.slots import UNTUNED, difference, factor_shapes, slots
 from vl2.adapter.values import alpha, dropout, rank, table, text, texts
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.errors import UserError
 from vl2.lora import VL2LoRAModel, apply_lora
 from vl2.lora_settings import LoRASettings
+from vl2.parameters import set_parameter
 
 
 def save_adapter(lora_model: VL2LoRAModel, folder: str | Path, metadata: Mapping[str, Any]) -> None:
@@ -72,9 +75,12 @@ def open_adapter(folder: str | Path, model: nn.Layer) -> Adapter:
     form = adapter_format(folder)
     if form != OWN:
         read, names = (read_peft_config, PEFT_NAMES) if form == PEFT else (read_paddle_config, PADDLE_NAMES)
-        found = slots(model)
+        found, tensors = slots(model), adapter_tensors(folder, str(form))
+        rows = {name: tensors.pop(name) for name in ROWS if form == PADDLE and name in tensors}
+        if lines := difference({name: t.shape for name, t in rows.items()}, {n: getattr(model, n).shape for n in rows}):
+            raise UserError("\n".join([f"{folder}: the adapter and the base model do not fit", *lines]))
         declared = read(folder, (*found, *UNTUNED))
-        return open_foreign(folder, adapter_tensors(folder, str(form)), declared, names, found, metadata)
+        return replace(open_foreign(folder, tensors, declared, names, found, metadata), rows=rows)
     stored, settings = adapter_tensors(folder, OWN), _own_settings(folder)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     if lines := difference(shapes, factor_shapes(settings, slots(model))):
@@ -123,13 +129,20 @@ def load_factors(lora_model: VL2LoRAModel, adapter: Adapter) -> None:
         parameter.set_value(adapter.factor(name, parameter.numpy()))
 
 
-def load_adapter(model: nn.Layer, folder: str | Path, *, base_fingerprint: str | None = None) -> VL2LoRAModel:
+def load_adapter(
+    model: nn.Layer,
+    folder: str | Path,
+    *,
+    base_fingerprint: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> VL2LoRAModel:
     """Put an adapter on its base model.
 
     Args:
         model: a DeepseekVL2, changed in place.
         folder: of the adapter, in any format.
         base_fingerprint: of `model`; compared with the adapter's where both are known.
+        say: told what the adapter does not tune of its groups, and what it replaces of the base.
 
     Raises:
         UserError: when the adapter was trained on another base, or does not fit.
@@ -138,6 +151,11 @@ def load_adapter(model: nn.Layer, folder: str | Path, *, base_fingerprint: str |
     adapter = open_adapter(folder, model)
     lora_model = apply_lora(model, adapter.settings)
     load_factors(lora_model, adapter)
+    for name, row in changed_rows(adapter, lambda path: getattr(model, path)).items():
+        set_parameter(model, name, in_type_of(getattr(model, name), row))
+        say(f"{folder}: the adapter has a trained {name}, which replaces the base's")
+    if untuned := untuned_modules(adapter):
+        say(f"{untuned}; they compute as in the base")
     lora_model.eval()
     return lora_model
 

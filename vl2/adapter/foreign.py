@@ -5,8 +5,9 @@ What differs between the two (names, orientation, the configuration) is in peft_
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,12 @@ class Adapter:
     metadata: Mapping[str, Any]  # of the run that made it: base, base_fingerprint, rehearsal, ...
     shapes: Mapping[str, tuple[int, ...]]  # of each of our factors
     pieces: Mapping[str, tuple[Piece, ...]]  # what is stored of it; nothing where a group is tuned in part
+    untuned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # group -> its modules without factors
+    rows: Mapping[str, StoredTensor] = field(default_factory=dict)  # see rows.py
+
+    def row(self, name: str) -> np.ndarray:
+        """One of `rows` in float32."""
+        return Piece(self.rows[name]).read()
 
     def factor(self, name: str, initial: np.ndarray | None = None) -> np.ndarray:
         """One of our factors in float32.
@@ -58,6 +65,18 @@ class Adapter:
             # Of a smaller rank than its group's: the other columns of A meet rows of B that are zero.
             target[tuple(slice(n) for n in array.shape)] = array
         return value
+
+
+def untuned_modules(adapter: Adapter) -> str:
+    """Modules of an adapter's groups for which it has no factors, in words; empty where it has all.
+
+    Example: "8 modules of its groups have no factors in FOLDER: attention.kv_b_proj (4), attention.o_proj (4)".
+    """
+    counts = Counter(f"{g}.{module.split('.')[-1]}" for g, modules in adapter.untuned.items() for module in modules)
+    if not counts:
+        return ""
+    each = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+    return f"{sum(counts.values())} modules of its groups have no factors in {adapter.folder}: {each}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +175,10 @@ def open_foreign(
         metadata=metadata,
         shapes=factor_shapes(settings, found),
         pieces={name: tuple(parts) for name, parts in pieces.items()},
+        untuned={
+            group: tuple(m for m, slot in found.items() if slot.group == group and m not in targeted)
+            for group in settings.groups
+        },
     )
 
 

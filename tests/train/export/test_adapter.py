@@ -4,58 +4,32 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import paddle
 import pytest
-from paddle import nn
 
 from tests.places import GOLDENS
+from tests.train.export.adapter_runs import MIXED, SAME, factors_of, linears, logits, make_run
 from tests.train.provenance import provenance
 from train.ask.infer import infer
-from train.ask.load import Loaded, load
+from train.ask.load import load
 from train.ask.source import find_source
 from train.config.load import load_config
 from train.config.schema import ExportConfig, InferConfig
-from train.export.merged import export
-from train.export.verify import logits_of, make_probe
+from train.export.merged import export, main
 from train.run.build import make_trainable
-from vl2.adapter.folder import save_adapter
-from vl2.adapter.formats import PADDLE_SHARD, PEFT_CONFIG, PEFT_FILE
+from vl2.adapter.formats import PEFT_CONFIG, PEFT_FILE
 from vl2.checkpoint.fingerprint import model_fingerprint
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.load import load_model
-from vl2.checkpoint.tensor_files import read_header
-from vl2.lora import apply_lora
-from vl2.lora_settings import GROUPS, LoRASettings
-
-MIXED = LoRASettings(
-    groups=tuple(GROUPS),
-    rank=4,
-    alpha=8.0,
-    ranks={"experts": 2, "vision": 3},
-    alphas={"experts": 7.0, "projector": 3.0},
-)
-SAME = LoRASettings(groups=tuple(GROUPS), rank=4, alpha=12.0)
+from vl2.checkpoint.tensor_files import read_header, write_safetensors
+from vl2.errors import UserError
+from vl2.lora_settings import LoRASettings
 
 
 @pytest.fixture(scope="module", params=["nano_tiny", "nano_small", "nano_base"])
 def base(request, golden_folder) -> Path:
     return golden_folder(request.param)
-
-
-def make_run(folder: Path, base: Path, settings: LoRASettings, **about) -> Path:
-    """A finished run: factors that matter in every module, no B zero."""
-    model = load_model(base)
-    lora = apply_lora(model, settings, seed=3)
-    rng = np.random.default_rng(0)
-    for name, factor in lora.factors().items():
-        if name.endswith("_B"):
-            factor.set_value(rng.normal(0, 0.02, factor.shape).astype("float32"))
-    (folder / "adapter").mkdir(parents=True)
-    save_adapter(lora, folder / "adapter", provenance(base, **about))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -67,25 +41,6 @@ def run(base, tmp_path_factory) -> Path:
 def peft(run) -> Path:
     export(ExportConfig(run=str(run), out=str(run / "peft"), adapter="peft"))
     return run / "peft"
-
-
-def factors_of(loaded: Loaded) -> dict[str, paddle.Tensor]:
-    return {name: p for name, p in loaded.model.named_parameters() if re.search(r"\.lora(_|\.\w+_)[AB]$", name)}
-
-
-def logits(folder: Path) -> np.ndarray:
-    loaded = load(folder)
-    return logits_of(loaded.model, make_probe(loaded.tokenizer, loaded.candidates))
-
-
-def linears(base: Path) -> dict[str, tuple[int, int]]:
-    """(out, in) of every Linear of the official model, by the checkpoint's names: no table and no router."""
-    stored = read_header(base / "model.safetensors")[0]
-    return {
-        name.removesuffix(".weight"): tensor.shape
-        for name, tensor in stored.items()
-        if name.endswith(".weight") and len(tensor.shape) == 2 and not re.search(r"embed_tokens|\.gate\.", name)
-    }
 
 
 def rank(module: str) -> int:
@@ -154,67 +109,6 @@ def test_peft_there_and_back_gives_the_same_bits(run, peft):
 
 
 @pytest.mark.slow
-def test_paddle_there_and_back_gives_the_same_bits(base, tmp_path):
-    run = make_run(tmp_path / "run", base, SAME)
-    report = export(ExportConfig(run=str(run), out=str(tmp_path / "paddle"), adapter="paddle"))
-    assert report.verified["largest_change"] == 0 and report.verified["tensors"] == 2 * sum(
-        not re.search(r"lm_head|attn_pool", module) for module in linears(base)
-    )
-    assert np.array_equal(logits(run), logits(tmp_path / "paddle"))
-
-
-@pytest.mark.slow
-def test_paddle_has_one_rank_and_scaling_for_all(run, tmp_path):
-    """Filled up with zeros, the other scaling inside B: one float32 rounding of B, and sums over more columns."""
-    report = export(ExportConfig(run=str(run), out=str(tmp_path / "paddle"), adapter="paddle"))
-    assert 0 < report.verified["largest_change"] < 2**-23
-    before, after = logits(run), logits(tmp_path / "paddle")
-    assert np.abs(after - before).max() < 1e-5 * np.abs(before).max()
-    assert np.abs(after - logits(find_source(run).base)).max() > 0.01 * np.abs(before).max()
-
-
-class Tree(nn.Layer):
-    """Empty Linears under the official names, experts one by one, as PaddleMIX's model has them."""
-
-    config = SimpleNamespace(tensor_parallel_degree=1)
-
-    def __init__(self, shapes):
-        super().__init__()
-        for module, (out, size) in shapes.items():
-            *path, leaf = module.split(".")
-            layer = self
-            for name in path:
-                if name not in layer._sub_layers:
-                    layer.add_sublayer(name, nn.Layer())
-                layer = layer._sub_layers[name]
-            layer.add_sublayer(leaf, nn.Linear(size, out, bias_attr=False))
-
-    def forward(self, x):
-        return x
-
-
-@pytest.mark.slow
-def test_paddlenlp_reads_what_is_written_for_it(base, tmp_path):
-    """Its loader warns at most: so every factor is compared, and none may be left as it was made."""
-    from paddlenlp.peft import LoRAModel
-
-    run = make_run(tmp_path / "run", base, SAME)
-    export(ExportConfig(run=str(run), out=str(tmp_path / "paddle"), adapter="paddle"))
-    model = LoRAModel.from_pretrained(Tree(linears(base)), str(tmp_path / "paddle"))
-    stored = read_header(tmp_path / "paddle" / PADDLE_SHARD)[0]
-    found = {name: p for name, p in model.model.state_dict().items() if "lora_" in name}
-    assert found.keys() == stored.keys()
-    assert all(np.array_equal(p.numpy(), stored[name].read()) for name, p in found.items())
-    layer = model.model.language.model.layers._sub_layers["1"].mlp.experts._sub_layers["2"].down_proj
-    ours = factors_of(load(run))
-    name = "language.model.layers.1.mlp.experts.lora.down_{}"
-    x = np.random.default_rng(0).normal(size=(3, layer.weight.shape[0])).astype("float32")
-    a, b = (ours[name.format(letter)].numpy()[2] for letter in "AB")
-    expected = x @ layer.weight.numpy() + 3.0 * (x @ a) @ b
-    assert np.abs(layer(paddle.to_tensor(x)).numpy() - expected).max() < 1e-5 * np.abs(expected).max()
-
-
-@pytest.mark.slow
 def test_export_merges_a_peft_adapter_like_the_run(run, peft, tmp_path):
     for name, source in (("ours", run), ("theirs", peft)):
         export(ExportConfig(run=str(source), out=str(tmp_path / name), dtype="fp32"))
@@ -250,8 +144,6 @@ def tiny_peft(tiny) -> Path:
 
 def changed(folder: Path, target: Path, **config) -> Path:
     """A copy as another tool would have written it: nothing of ours in the header, other keys in the configuration."""
-    from vl2.checkpoint.tensor_files import write_safetensors
-
     target.mkdir()
     stored = {name: tensor.read() for name, tensor in read_header(folder / PEFT_FILE)[0].items()}
     write_safetensors(target / PEFT_FILE, stored, dict.fromkeys(stored, "float32"))
@@ -372,6 +264,70 @@ def test_an_adapter_is_written_without_the_bases_weights(tiny, tiny_peft, model_
     assert export(config).verified["modules"] == 110
     ours, theirs = (folder / PEFT_FILE for folder in (tiny_peft, tmp_path / "out"))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_an_adapter_takes_its_resolutions_along(tiny, tiny_peft, model_folder, tmp_path):
+    """An image of 437 tokens in training had 1431 on the other side: processor_config.json stayed behind.
+
+    Read back here too, from a copy that holds nothing else of ours.
+    """
+    expected = load(tiny).candidates
+    assert expected != load(model_folder).candidates
+    document = json.loads((tiny_peft / "processor_config.json").read_text())
+    assert [tuple(pair) for pair in document["candidate_resolutions"]] == list(expected)
+    assert document["processor_class"] == "DeepseekVLV2Processor" and document["patch_size"] == 14
+    copy = changed(tiny_peft, tmp_path / "copy")
+    shutil.copy(tiny_peft / "processor_config.json", copy)
+    assert load(copy).candidates == expected
+    export(ExportConfig(run=str(copy), out=str(tmp_path / "merged"), dtype="fp32"))
+    assert load(tmp_path / "merged").candidates == expected
+    export(ExportConfig(run=str(copy), out=str(tmp_path / "again"), adapter="paddle"))
+    assert json.loads((tmp_path / "again" / "processor_config.json").read_text()) == document
+    for wrong in ([[384, 400]], [], "all", [[384]], [[384, -384]], [[True, 384]]):
+        (copy / "processor_config.json").write_text(json.dumps({"candidate_resolutions": wrong}))
+        with pytest.raises(UserError, match=r"processor_config\.json: candidate_resolutions is .*; expected pairs of"):
+            load(copy)
+
+
+def without_o_proj(folder: Path, target: Path) -> Path:
+    """A PEFT adapter as somebody trains it who left one Linear of a group out."""
+    target.mkdir()
+    stored = {n: t.read() for n, t in read_header(folder / PEFT_FILE)[0].items() if ".o_proj." not in n}
+    write_safetensors(target / PEFT_FILE, stored, dict.fromkeys(stored, "float32"))
+    document = json.loads((folder / PEFT_CONFIG).read_text())
+    (target / PEFT_CONFIG).write_text(json.dumps({**document, "exclude_modules": ["o_proj"]}))
+    return target
+
+
+def test_modules_without_factors_are_named(arguments, model_folder, tiny_peft, tmp_path, capsys):
+    """An adapter that lacked a Linear of a group was taken without a word: by infer, both exports and lora.init."""
+    part = without_o_proj(tiny_peft, tmp_path / "part")
+    what = f"4 modules of its groups have no factors in {part}: attention.o_proj (4)"
+    load(part)
+    assert f"note: {what}; they compute as in the base\n" in capsys.readouterr().err
+    export(ExportConfig(run=str(part), out=str(tmp_path / "merged"), dtype="fp32"))
+    assert f"note: {what}; they stay as in the base\n" in capsys.readouterr().err
+    export(ExportConfig(run=str(part), out=str(tmp_path / "again"), adapter="peft"))
+    assert f"note: {what}; zeros are written for them\n" in capsys.readouterr().err
+    started(arguments, model_folder, part, MIXED, tmp_path)
+    assert f"note: lora.init: {what}; they start anew\n" in capsys.readouterr().err
+    load(tiny_peft)
+    assert "have no factors" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("form", "call"), [("peft", "merge_and_unload()"), ("paddle", "merge()")])
+@pytest.mark.parametrize("family", ["nano_tiny", "nano_small"])
+def test_latent_attention_must_be_merged_first(golden_folder, tmp_path, capsys, family, form, call):
+    """The official code and PaddleMIX read kv_b_proj.weight past an unmerged adapter: half of the words were others."""
+    run = make_run(tmp_path / "run", golden_folder(family), LoRASettings(groups=("attention",), rank=2))
+    assert main([f"run={run}", f"out={tmp_path / 'out'}", f"adapter={form}", "device=cpu"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    if family == "nano_small":
+        assert last.startswith(f"note: call {call} after loading it: ") and "reads kv_b_proj.weight past" in last
+        assert last.removeprefix("note: ") in card
+    else:
+        assert "merge" not in last and "kv_b_proj" not in card
 
 
 def test_an_adapter_that_reads_back_otherwise_gets_no_name(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,46 @@
+"""The resolutions at which an image may be shown to what was trained: those of its training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from train.ask.source import Source
+from vl2.adapter.formats import read_json
+from vl2.config import VL2Config
+from vl2.errors import UserError
+from vl2.tiles import TILE_SIZE, Resolution, limit_candidates
+
+PROCESSOR_CONFIG = "processor_config.json"
+
+
+def resolutions_in_force(source: Source, config: VL2Config) -> tuple[Resolution, ...]:
+    """Those in an adapter's own processor_config.json; else those of a run's `max_tiles`; else all of the base.
+
+    Args:
+        source: what is loaded or exported.
+        config: of its base.
+
+    Raises:
+        UserError: a processor_config.json beside an adapter with resolutions that cannot be.
+    """
+    if source.kind == "adapter" and source.trained is not None and (source.trained / PROCESSOR_CONFIG).is_file():
+        path = source.trained / PROCESSOR_CONFIG
+        found = read_json(path).get("candidate_resolutions")
+        if found is not None:
+            if not isinstance(found, list) or not found or not all(map(_is_resolution, found)):
+                raise UserError(
+                    f"{path}: candidate_resolutions is {str(found)[:80]}; expected pairs of width and height in "
+                    f"multiples of {TILE_SIZE} px"
+                )
+            return tuple((width, height) for width, height in found)
+    if source.max_tiles is not None:
+        return limit_candidates(config.candidate_resolutions, source.max_tiles)
+    return config.candidate_resolutions
+
+
+def _is_resolution(pair: Any) -> bool:
+    return (
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(side) is int and side > 0 and side % TILE_SIZE == 0 for side in pair)
+    )
