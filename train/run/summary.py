@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.config.schema import TrainConfig
 from train.run.report import pairs
@@ -38,6 +39,11 @@ class Summary:
     peak_memory_gb: float  # of rank 0
     paths: dict[str, str | None]
     versions: dict[str, str]
+
+    @staticmethod
+    def from_format_1(document: Mapping[str, Any]) -> dict[str, Any]:
+        """It counted no cut answers."""
+        return {"answers_cut_before": 0, "answers_cut_after": 0, **document}
 
 
 def summarise(

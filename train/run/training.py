@@ -142,6 +142,7 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str) -> int:
         groups=groups,
         num_ranks=dist.get_world_size(),
     )
+    barrier()  # all have looked at the checkpoints
     if first:
         if previous and config.overwrite:
             remove(removable(run_dir, previous.wandb_id), run_dir)

@@ -130,12 +130,15 @@ def damage(folder: Path, *, inside: str = "", checksums: bool = True) -> str | N
         path = folder / name
         if path.suffix in _TEXTS or (inside and PurePosixPath(name).parts[0] != inside):
             continue
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected.bytes:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected.bytes}"
-        if checksums and _sha256(path) != expected.sha256:
-            return f"the checksum of {name} is wrong"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected.bytes:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected.bytes}"
+            if checksums and _sha256(path) != expected.sha256:
+                return f"the checksum of {name} is wrong"
+        except OSError as problem:  # a bad block, or a file that this user may not read
+            return f"{name} cannot be read ({problem.strerror})"
     return None
 
 

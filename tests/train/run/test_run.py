@@ -20,6 +20,9 @@ from tests.places import GOLDENS, ROOT
 from train.config.load import load_config
 from train.run.build import build_data
 from train.run.metrics import MetricsLog
+from train.run.report import StartReport
+from train.run.summary import Summary
+from train.store.facts import read_fact
 from train.store.whole_folder import damage
 from vl2.checkpoint.load import load_model
 from vl2.checkpoint.tensor_files import read_header
@@ -69,6 +72,7 @@ def test_files_of_a_run(whole):
 
 def test_report_says_what_trains_and_what_is_planned(whole):
     report = json.loads((whole / "report.json").read_text())
+    assert read_fact(StartReport, whole / "report.json").plan.fingerprint == report["plan"]["fingerprint"]
     parts = {part["part"]: part for part in report["parts"]}
     assert parts["vision"]["trainable"] == parts["projector"]["trainable"] == 0
     assert parts["language"]["trainable"] == sum(group["parameters"] for group in report["lora"]) == 92416
@@ -89,6 +93,7 @@ def test_metrics_are_one_object_a_step(whole):
 
 def test_summary(whole):
     summary = json.loads((whole / "summary.json").read_text())
+    assert read_fact(Summary, whole / "summary.json").paths == summary["paths"]
     assert summary["steps"] == 6
     assert summary["losses"] == losses(whole)
     assert summary["loss_last"] < summary["loss_first"]

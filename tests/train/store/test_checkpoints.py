@@ -1,9 +1,12 @@
 """Checkpoint folders: whole or not there, checksums, the newest whole one, pruning."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from train.store import whole_folder
 from train.store.checkpoints import (
     checkpoint_path,
     checkpoints,
@@ -213,6 +216,21 @@ def test_a_link_is_followed_not_replaced(tmp_path):
     dangling.symlink_to(tmp_path / "disk" / "later")
     write_folder(dangling, fill)
     assert dangling.is_symlink() and damage(tmp_path / "disk" / "later") is None
+
+
+def test_a_bad_block_counts_as_damage(run_dir, monkeypatch):
+    """A read error of the disk was a traceback, where the checkpoint before could be taken."""
+    newest = checkpoint_path(run_dir / "checkpoints", 6)
+
+    def fail(path):
+        if path.is_relative_to(newest):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sha256(path)
+
+    sha256 = whole_folder._sha256
+    monkeypatch.setattr(whole_folder, "_sha256", fail)
+    found, _, (remark,) = find_checkpoint("auto", run_dir)
+    assert found.name == "step-000004" and "config.yaml cannot be read (Input/output error)" in remark
 
 
 def test_strangers_in_a_folder_are_told(run_dir):

@@ -7,6 +7,9 @@ import pytest
 
 from tests.places import GOLDENS
 from train.ask.source import find_source
+from train.run.report import StartReport
+from train.run.summary import Summary
+from train.store.facts import read_fact
 
 FOLDERS = GOLDENS / "folders_v1"
 
@@ -36,6 +39,11 @@ def test_what_was_trained_is_found_with_its_provenance(place, folder, kind, step
     assert source.provenance is not None and source.provenance.base_fingerprint.startswith("52f56e4d7b3b")
     assert (source.provenance.step, source.max_tiles, source.precision, source.recipe) == (step, 9, "fp32", "sft_tiny")
     assert not source.rehearsal and source.random_seed is None
+
+
+def test_what_a_run_says_at_its_start_and_end_is_read(place):
+    report, summary = read_fact(StartReport, Path("run/report.json")), read_fact(Summary, Path("run/summary.json"))
+    assert (report.plan.steps, report.lora[0].group, summary.steps) == (2, "dense_mlp", 2)
 
 
 def test_an_export_is_a_base_that_knows_its_run(place):
