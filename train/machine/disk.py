@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -29,3 +30,8 @@ def check_disk(target: Path, num_bytes: int, what: str) -> None:
             f"{target}: no room on the disk: {what} takes {gigabytes(num_bytes)}, {gigabytes(free)} are free; "
             "free some, or give a folder on another disk"
         )
+
+
+def is_full(problem: OSError) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    return problem.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,3 +127,13 @@ def _number(file: Path, name: str | None = None) -> int | None:
         return None
     found = re.search(rf"^{name} (\d+)" if name else r"^(\d+)", text, re.MULTILINE)
     return int(found[1]) if found else None
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process has held so far, in GB (10^9 bytes): its GPU's, or its resident set on CPU."""
+    import paddle
+
+    if paddle.get_device().startswith("gpu"):
+        return paddle.device.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -1,7 +1,8 @@
-"""Gradients between backward and the optimizer: which weights were reached, zeros for the rest, the sum over ranks."""
+"""Gradients between backward and the optimizer: reach check, zeros, sum over ranks, norm, clipping."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -73,6 +74,39 @@ def sum_over_ranks(parameters: Mapping[str, paddle.Tensor]) -> None:
     with paddle.no_grad():
         for parameter in parameters.values():
             parameter.grad.scale_(float(ranks))
+
+
+@paddle.no_grad()
+def gradient_norm(parameters: Mapping[str, paddle.Tensor]) -> float:
+    """2-norm of all gradients together; every parameter must hold one.
+
+    Squares are summed in float32 within a gradient and in float64 over gradients, in the order of `parameters`.
+    """
+    squares = [paddle.sum(p.grad.astype("float32").square()) for p in parameters.values()]
+    return math.sqrt(float(paddle.stack(squares).astype("float64").sum()))
+
+
+@paddle.no_grad()
+def clip_gradients(parameters: Mapping[str, paddle.Tensor], norm: float, max_norm: float) -> None:
+    """Scale all gradients down together when their norm is above the greatest one allowed.
+
+    Args:
+        norm: from `gradient_norm`; finite.
+        max_norm: 0 does not clip.
+    """
+    if 0 < max_norm < norm:
+        for parameter in parameters.values():
+            parameter.grad.scale_(max_norm / norm)
+
+
+def has_overflow(parameters: Mapping[str, paddle.Tensor]) -> bool:
+    """Whether a gradient holds inf or nan: what fp16's loss scaler leaves a step out for."""
+    return not all(bool(paddle.isfinite(p.grad).all()) for p in parameters.values())
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """For each flag whether it is set on some rank. Collective."""
+    return [bool(flag) for flag in gather_rows(np.array([flags], dtype="float64")).any(axis=0)]
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 from tqdm import tqdm
 
 from train.config.schema import TrainConfig
-from train.run.trainer import StepMetrics
+from train.run.step_metrics import StepMetrics
 from train.store.names import METRICS
 
 logger = logging.getLogger(__name__)

@@ -1,13 +1,13 @@
-"""The optimizer: learning rate as a function of the step, AdamW, clipping, and its state by structured names."""
+"""The optimizer: learning rate as a function of the step, AdamW, fp16's loss scale, and state by structured names."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import paddle
-from paddle.nn.clip import ClipGradByGlobalNorm
+from paddle.optimizer.lr import LRScheduler
 
 from vl2.errors import UserError
 
@@ -36,35 +36,6 @@ def lr_factor(step: int, num_steps: int, *, schedule: str, warmup_ratio: float, 
     return min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-class RecordedClip(ClipGradByGlobalNorm):
-    """Global-norm clipping that keeps the norm for the log and refuses gradients that are not finite.
-
-    Args:
-        max_norm: gradients are scaled down to this norm; 0 only measures.
-    """
-
-    def __init__(self, max_norm: float):
-        super().__init__(max_norm if max_norm > 0 else math.inf)
-        self.norm = 0.0  # of the last step, before clipping; not finite only in a step that fp16 leaves out
-        self.overflowed: Callable[[], bool] = lambda: False  # whether fp16's loss scaler leaves this step out
-        self.describe: Callable[[str], str] = lambda problem: problem  # adds the step to an error
-
-    @paddle.no_grad()
-    def _dygraph_clip(self, params_grads):
-        grads = [grad for _, grad in params_grads if grad is not None]
-        squares = paddle.stack([paddle.sum(grad.astype("float32").square()) for grad in grads])
-        self.norm = math.sqrt(float(squares.astype("float64").sum()))
-        if not math.isfinite(self.norm):
-            if self.overflowed():
-                return params_grads
-            raise FloatingPointError(self.describe(f"the gradient norm is {self.norm}"))
-        if self.norm > self.clip_norm:
-            factor = self.clip_norm / self.norm
-            for grad in grads:
-                grad.scale_(factor)
-        return params_grads
-
-
 def decays(parameter: paddle.Tensor) -> bool:
     """Weight decay applies to matrices; norms, biases and the two learned rows of the image grid are vectors."""
     return len(parameter.shape) >= 2
@@ -72,28 +43,22 @@ def decays(parameter: paddle.Tensor) -> bool:
 
 def build_optimizer(
     parameters: Mapping[str, paddle.Tensor],
+    learning_rate: LRScheduler | float,
     *,
-    lr: float,
-    factor: Callable[[int], float],
     weight_decay: float = 0.0,
     beta1: float = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
-    max_grad_norm: float = 1.0,
     vision_lr_scale: float = 1.0,
 ) -> paddle.optimizer.AdamW:
-    """AdamW with float32 state over float32 parameters.
+    """AdamW with float32 state over float32 parameters. It does not clip: see train.run.gradients.
 
     Args:
         parameters: by structured name; all trainable.
-        lr: peak learning rate.
-        factor: maps the optimizer step to what `lr` is multiplied by.
+        learning_rate: a number, or a scheduler.
         weight_decay: decoupled, see `decays`.
-        max_grad_norm: 0 does not clip.
-        vision_lr_scale: what `lr` is multiplied by for the parameters below `vision.`; so is what they decay by.
-
-    Returns:
-        The optimizer; its `_grad_clip` is a RecordedClip, its `_learning_rate` a scheduler.
+        vision_lr_scale: what the learning rate is multiplied by for the parameters below `vision.`; so is what they
+            decay by.
     """
     half = [name for name, p in parameters.items() if p.dtype != paddle.float32]
     assert not half, f"trainable weights are float32, found {half[:3]}"
@@ -102,16 +67,14 @@ def build_optimizer(
     for name, parameter in parameters.items():  # AdamW's own lr_ratio does not exist on CPU
         parameter.optimize_attr["learning_rate"] = vision_lr_scale if name.startswith("vision.") else 1.0
     optimizer = paddle.optimizer.AdamW(
-        learning_rate=paddle.optimizer.lr.LambdaDecay(lr, factor),
+        learning_rate=learning_rate,
         parameters=list(parameters.values()),
         beta1=beta1,
         beta2=beta2,
         epsilon=eps,
         weight_decay=weight_decay,
         apply_decay_param_fun=lambda name: name in decaying,
-        grad_clip=RecordedClip(max_grad_norm),
     )
-    optimizer._grad_clip.overflowed = lambda: bool(optimizer._get_auxiliary_var("found_inf"))
     # Now rather than in the first step, so that a state can be set by structured name: Paddle's own state dict goes by
     # automatic names, which a second model in the process shifts.
     block = paddle.static.default_main_program().global_block()
@@ -119,13 +82,13 @@ def build_optimizer(
     return optimizer
 
 
-def scale_loss(loss, scaler: paddle.amp.GradScaler | None):
-    """The loss times the fp16 scaler's factor; the loss itself without a scaler.
+def loss_scale(scaler: paddle.amp.GradScaler | None) -> float:
+    """What a loss is multiplied by before backward: the scale of fp16's scaler, 1 without one.
 
-    Not `scaler.scale`, which turns the scaler off for good, with a warning only, when it is called outside of Paddle's
-    own auto_cast: this model casts by itself.
+    Not by `scaler.scale`, which turns the scaler off for good, with a warning only, when it is called outside of
+    Paddle's own auto_cast: this model casts by itself.
     """
-    return loss if scaler is None else loss * scaler._scale
+    return 1.0 if scaler is None else float(scaler.state_dict()["scale"].item())
 
 
 def optimizer_state(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from data.plan import Plan
 from train.config.schema import TrainConfig
+from train.machine.memory import peak_memory_gb
 from train.run.build import PartCount
-from train.run.trainer import peak_memory_gb
 from vl2.lora import GroupReport
 
 

@@ -1,68 +1,62 @@
-"""The training loop: paddlenlp's Trainer over a plan, with its known faults overridden.
+"""The training loop: paddlenlp's Trainer over a plan, with a loop of our own.
 
-What differs: the loss is a sum over supervised tokens divided by the step's number of them; every pack and dropout
-mask is a function of (plan, step); gradients are summed over ranks by hand; checkpoints and logs are ours.
+From Trainer come its arguments, callbacks, state and distributed set-up. The loop is ours because the loss is a sum
+over supervised tokens divided by the step's number of them, every pack and dropout mask is a function of (plan, step),
+and gradients are summed over ranks by hand.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import paddle
 import paddle.distributed as dist
-from paddlenlp.trainer import PrinterCallback, Trainer, TrainingArguments
+from paddle.optimizer.lr import LambdaDecay
+from paddlenlp.trainer import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from paddlenlp.trainer.trainer_utils import TrainOutput
 from paddlenlp.utils.batch_sampler import DistributedBatchSampler
 
 from data.packs import PackDataset
 from data.plan import Plan
 from train.config.schema import TrainConfig
-from train.run.gradients import ReachCheck, fill_zeros, gather_rows, sum_over_ranks
-from train.run.optim import build_optimizer, lr_factor, scale_loss
-from train.run.pack_loader import PackLoader
+from train.machine.disk import is_full
+from train.run.gradients import (
+    ReachCheck,
+    any_rank,
+    clip_gradients,
+    fill_zeros,
+    gradient_norm,
+    has_overflow,
+    sum_over_ranks,
+)
+from train.run.micro_batch import PackLoss, first_not_finite, gather_losses, train_pack
+from train.run.optim import build_optimizer, loss_scale, lr_factor
+from train.run.pack_loader import Pack, PackLoader
 from train.run.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
+from train.run.step_metrics import StepMetrics, step_metrics
 from train.run.stop import StopRequest
-from vl2.balance import LoadBalance
-from vl2.prompt import IGNORE
+from vl2.errors import UserError
 
 MAX_SKIPPED_STEPS = 20  # fp16: so many overflows in a row are no longer the loss scale's
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepMetrics:
-    """What one optimizer step did, over all ranks."""
-
-    step: int  # optimizer steps made, this one included
-    epoch: int  # from 0
-    loss: float  # mean per supervised token
-    aux_loss: float  # load-balance loss of the experts, mean per conversation, times optim.aux_loss; not in `loss`
-    lr: float
-    grad_norm: float | None  # before clipping; None in a step that fp16's loss scaler left out
-    tokens: int  # of the packs, image tokens included
-    supervised: int  # tokens
-    tiles: int
-    fill: float  # tokens over the budget of the packs that are not empty
-    seconds: float
-    tokens_per_second: float
-    memory_gb: float  # peak so far, of this process (CPU) or its GPU
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackLoss:
-    """What one pack added to its step."""
-
-    pack: int  # index in the plan
-    loss: paddle.Tensor  # sum over its supervised tokens
-    aux_loss: paddle.Tensor | float  # its part of the step's
-    has_images: bool  # and something supervised
-
-
 class VL2Trainer(Trainer):
     """Trains the trainable parameters of a model on the packs of a plan.
+
+    A TrainerCallback gets Trainer's events and may ask for a save or a stop, on any rank. on_epoch_begin and
+    on_epoch_end are those of the data. Nothing is evaluated on the way.
 
     Args:
         model: a DeepseekVL2 or a VL2LoRAModel with trainable parameters in float32.
@@ -70,10 +64,14 @@ class VL2Trainer(Trainer):
         plan: packs of every step.
         dataset: PackDataset of the plan, laid out for this number of ranks.
         stop: asked at the end of each step.
-        on_step: called after each optimizer step, on every rank.
+        on_step: called after each optimizer step, on every rank. When it finds the disk full, the step is saved and
+            the run ends.
         save: writes a checkpoint; called on every rank, all of which go on together afterwards.
         history: losses and totals of the steps before, when resuming.
+        callbacks: of the user.
     """
+
+    control: TrainerControl  # what the callbacks have asked for
 
     def __init__(
         self,
@@ -86,28 +84,205 @@ class VL2Trainer(Trainer):
         on_step: Callable[[StepMetrics], None],
         save: Callable[[VL2Trainer], None],
         history: History | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ):
-        super().__init__(model=model, args=_arguments(config, plan), train_dataset=dataset)
+        super().__init__(model=model, args=_arguments(config, plan), train_dataset=dataset, callbacks=list(callbacks))
         self.pop_callback(PrinterCallback)
         self.config, self.plan, self.stop = config, plan, stop
         self.on_step, self.save = on_step, save
         self.history = history or History()
         self.parameters = trainable_parameters(model)
         self.reach = ReachCheck(list(self.parameters))
-        self.should_stop = False  # as all ranks have agreed
-        self._done: list[PackLoss] = []  # of this rank's step
-        self._loss = self._aux_loss = 0.0
-        self._skipped = 0
-        self._logged_step = 0
-        self._clock = time.perf_counter()
+        self.scaler: paddle.amp.GradScaler | None = self.scaler if self.do_grad_scaling else None
+        self._skipped = 0  # steps in a row that overflowed
         self.loader: PackLoader | None = None
 
-    # ---- data
+    # ---- the loop
 
-    def get_train_dataloader(self):
+    def train(self, resume_from_checkpoint: str | None = None) -> TrainOutput:
+        """Make the steps that are left.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint to go on from.
+
+        Raises:
+            UserError: a pack that cannot be read, a full disk.
+            FloatingPointError: a loss or gradient that is not finite.
+            RuntimeError: a trainable weight that no gradient reaches.
+        """
+        self.is_in_train = True
+        self.create_optimizer_and_scheduler(self.plan.num_steps)
+        self._start(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
+        first_step = self.state.global_step
+        loader = self.get_train_dataloader()
+        loader.batch_sampler.set_epoch(0, consumed_samples=first_step * self.plan.packs_per_step)
+        events = self.callback_handler
+        events.model, events.train_dataloader = self.model, loader
+        events.optimizer, events.lr_scheduler = self.optimizer, self.lr_scheduler
+        self._fire("on_train_begin")
+        self._optimizer_steps(iter(loader))
+        self.is_in_train = False
+        self._fire("on_train_end")
+        mean_loss = float(np.mean(self.history.losses[first_step:] or [math.nan]))
+        return TrainOutput(self.state.global_step, mean_loss, {"train_loss": mean_loss})
+
+    def _optimizer_steps(self, packs: Iterator[Pack]) -> None:
+        """One turn of the loop is one optimizer step, from fetching its packs to saving it."""
+        state, plan, fire, parameters = self.state, self.plan, self._fire, self.parameters
+        first_step, num_packs = state.global_step, self.args.gradient_accumulation_steps
+        while state.global_step < plan.num_steps and not self.control.should_training_stop:
+            step, started = state.global_step, time.perf_counter()
+            if step == first_step or self._ends_epoch(step - 1):
+                fire("on_epoch_begin")
+            fire("on_step_begin")
+            done: list[PackLoss] = []  # of this rank's packs, whose gradients add up
+            while len(done) < num_packs:
+                inputs = next(packs)
+                fire("on_load_data_end", inputs=inputs)
+                done.append(self.training_step(self.model, inputs))  # forward and backward
+                if len(done) < num_packs:
+                    fire("on_substep_end")
+            loss, aux_loss = self._step_losses(done)
+
+            reached = {name for name, p in parameters.items() if p.grad is not None}
+            self.reach.update(reached, has_images=any(pack.has_images for pack in done))
+            fill_zeros(parameters)
+            sum_over_ranks(parameters)
+
+            fire("on_optimizer_begin", scaler=self.scaler)
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            norm = gradient_norm(parameters)
+            overflow = self.scaler is not None and not math.isfinite(norm) and has_overflow(parameters)
+            self._check_finite(norm, overflow)
+            if not overflow:
+                clip_gradients(parameters, norm, self.config.optim.max_grad_norm)
+            lr = self.optimizer.get_lr()
+            if self.scaler is None:
+                self.optimizer.step()
+            else:
+                self.scaler.step(self.optimizer)  # does nothing after an overflow,
+                self.scaler.update()  # for which this lowers the scale
+            self.optimizer.clear_grad(set_to_zero=False)  # None, not zeros, so that an unreached weight can be told
+            fire("on_optimizer_end", scaler=self.scaler)
+
+            self._count_step()
+            self.lr_scheduler.step(state.global_step)  # by number, so that an overflow does not delay the schedule
+            measured = {"loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": None if overflow else norm}
+            metrics = step_metrics(plan, step, started=started, **measured)
+            self.history.add(loss, metrics.tokens, metrics.seconds)
+            fire("on_step_end")
+            stop = self.stop.code != 0
+            full_disk = self._log(metrics)
+            if self._ends_epoch(step):
+                fire("on_epoch_end")
+            save = self.control.should_save or self._save_is_due()
+            save, stop, full = any_rank(save, stop or self.control.should_training_stop, full_disk is not None)
+            if save or stop or full:
+                self.save(self)
+                fire("on_save")
+            if full:
+                raise self._full_disk_error(full_disk)
+            self.control.should_training_stop = stop
+
+    # ---- parts of a step
+
+    def training_step(self, model, inputs) -> PackLoss:
+        """Forward and backward of one pack."""
+        model.train()
+        return train_pack(
+            model,
+            inputs,
+            plan=self.plan,
+            step=self.state.global_step,
+            seed=self.config.seed,
+            aux_weight=self.config.optim.aux_loss,
+            loss_scale=loss_scale(self.scaler),
+        )
+
+    def _step_losses(self, done: Sequence[PackLoss]) -> tuple[float, float]:
+        """Mean loss and load-balance loss of the step over all ranks; refuses those that are not finite. Collective."""
+        rows = gather_losses(done)
+        if found := first_not_finite(rows):
+            pack, what = found
+            records = [self.train_dataset.records[i] for i in self.plan.packs[pack].samples]
+            raise self._diverged(f"{what} ({records[0].source}, row {', '.join(str(one.row) for one in records)})")
+        return float(rows[:, 1].sum()) / self.plan.supervised(self.state.global_step), float(rows[:, 2].sum())
+
+    def _check_finite(self, norm: float, overflow: bool) -> None:
+        """Refuse a gradient norm that is not finite, except for a few overflows of fp16 in a row."""
+        self._skipped = self._skipped + 1 if overflow else 0
+        if self._skipped >= MAX_SKIPPED_STEPS:
+            raise self._diverged(f"gradients overflowed in {self._skipped} steps in a row")
+        if not (overflow or math.isfinite(norm)):
+            raise self._diverged(f"the gradient norm is {norm}")
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"step {self.state.global_step + 1}: {what}. Lower optim.lr={self.config.optim.lr}, lengthen "
+            "optim.warmup_ratio, or with precision=fp16 take bf16; the checkpoints before this step are good"
+        )
+
+    def _count_step(self) -> None:
+        state, epoch = self.state, self.plan.epoch(self.state.global_step)
+        state.global_step += 1
+        state.consumed_samples = state.global_step * self.plan.packs_per_step
+        length = self.plan.steps_per_epoch[epoch]
+        state.epoch = epoch + (state.global_step - sum(self.plan.steps_per_epoch[:epoch])) / length
+
+    def _ends_epoch(self, step: int) -> bool:
+        return step + 1 == self.plan.num_steps or self.plan.epoch(step) != self.plan.epoch(step + 1)
+
+    def _save_is_due(self) -> bool:
+        step, every = self.state.global_step, self.config.save_steps
+        return step == self.plan.num_steps or (every > 0 and step % every == 0)
+
+    def _log(self, metrics: StepMetrics) -> OSError | None:
+        """Report a step. A full disk is returned, not raised, so that all ranks come together to save the step."""
+        try:
+            self.on_step(metrics)
+            if self.control.should_log or metrics.step % self.config.log_steps == 0:
+                self.log(asdict(metrics))  # fires on_log
+        except OSError as problem:
+            if not is_full(problem):
+                raise
+            return problem
+        return None
+
+    def _full_disk_error(self, problem: OSError | None) -> UserError:
+        where = f"{problem.filename}: " if problem and problem.filename else ""
+        return UserError(
+            f"{where}the disk is full, so the log of step {self.state.global_step} could not be written; the step was "
+            "saved. Free some space; the same command with resume=auto goes on"
+        )
+
+    def _fire(self, event: str, **details: object) -> None:
+        """Hand an event to the callbacks, and keep what they ask for."""
+        self.control = getattr(self.callback_handler, event)(self.args, self.state, self.control, **details)
+
+    # ---- before the first step
+
+    def _start(self, checkpoint: Path | None) -> None:
+        """Weights, optimizer and counts as a checkpoint has them, or as they are for a first step."""
+        self.state = TrainerState()
+        if checkpoint is not None:
+            # Before `_wrap_model`, which gives rank 0's weights to all.
+            load_trained(self.model, trained_folder(checkpoint, self.model))
+        self._wrap_model(self.model)
+        if checkpoint is not None:
+            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            step, scaler = load_optimizer(checkpoint, self.optimizer, self.parameters)
+            self.lr_scheduler.step(step)
+            if self.scaler is not None and scaler:
+                self.scaler.load_state_dict({**scaler, "scale": np.array(scaler["scale"], dtype="float32")})
+        self.state.max_steps, self.state.num_train_epochs = self.plan.num_steps, len(self.plan.steps_per_epoch)
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
+
+    def get_train_dataloader(self) -> PackLoader:
         """One pack a micro-batch, kept on the host: the model needs lengths and labels there.
 
-        Position p of the dataset is rank p mod ranks'; with this sampler Trainer skips to any step, building no pack.
+        Position p of the dataset is rank p mod ranks'; this sampler can begin at any step, building no pack before it.
         """
         sampler = DistributedBatchSampler(
             self.train_dataset, batch_size=1, num_replicas=dist.get_world_size(), rank=dist.get_rank(), shuffle=False
@@ -120,75 +295,7 @@ class VL2Trainer(Trainer):
         )
         return self.loader
 
-    def close(self) -> None:
-        """End what `train` started, also when it ended with an error."""
-        if self.loader is not None:
-            self.loader.close()
-
-    def _load_rng_state(self, checkpoint):
-        """Nothing to load: randomness is a function of (seed, step, pack)."""
-
-    # ---- one micro-batch
-
-    def training_step(self, model, inputs, step_control=0):
-        """Forward and backward of one pack; the last one of a step also finishes the gradients."""
-        batch = dict(inputs)
-        pack, supervised = int(batch.pop("pack")), int(batch.pop("supervised_in_step"))
-        paddle.seed(pack_seed(self.config.seed, self.state.global_step, pack))
-        self.model.train()
-        weight = self.config.optim.aux_loss
-        balance = LoadBalance(batch["seq_lens"], batch["labels"] != IGNORE) if weight else None
-        loss_sum, count = self.model.loss(batch, balance)
-        aux_loss: paddle.Tensor | float = 0.0
-        if count:
-            # Gradients are summed over micro-batches and ranks, so this is the mean over the step's supervised tokens,
-            # and for the load balance over its conversations.
-            loss = loss_sum / supervised
-            if balance is not None:
-                term = balance.total() * (weight / self.plan.samples(self.state.global_step))
-                loss, aux_loss = loss + term, term.detach()
-            scale_loss(loss, self.scaler if self.do_grad_scaling else None).backward()
-        has_images = count > 0 and "tiles" in batch
-        self._done.append(PackLoss(pack=pack, loss=loss_sum.detach(), aux_loss=aux_loss, has_images=has_images))
-        if len(self._done) == self.args.gradient_accumulation_steps:
-            self._finish_gradients()
-        return loss_sum.detach()
-
-    def _finish_gradients(self) -> None:
-        """Loss of the step, reach check, zeros where nothing arrived, sum over ranks. Collective."""
-        asked = float(self.stop.code > 0)
-        own = [[done.pack, float(done.loss), float(done.aux_loss), asked] for done in self._done]
-        rows = gather_rows(np.array(own, dtype="float64"))
-        rows = rows[np.argsort(rows[:, 0])]  # in the plan's order, so that ranks do not change the sum
-        has_images = any(done.has_images for done in self._done)
-        self._done = []
-        for pack, *losses, _ in rows:
-            for name, loss in zip(("loss", "load-balance loss"), losses, strict=True):
-                if not math.isfinite(loss):
-                    raise FloatingPointError(self._not_finite(f"the {name} of pack {int(pack)} is {loss}", int(pack)))
-        self._loss = float(rows[:, 1].sum()) / self.plan.supervised(self.state.global_step)
-        self._aux_loss = float(rows[:, 2].sum())
-        self.should_stop = bool(rows[:, 3].any())
-        self.reach.update({name for name, p in self.parameters.items() if p.grad is not None}, has_images)
-        fill_zeros(self.parameters)
-        sum_over_ranks(self.parameters)
-
-    def _check_loss_valid(self, loss):
-        """Done in `_finish_gradients`, which can name the pack."""
-
-    def _not_finite(self, what: str, pack: int | None = None, step: int | None = None) -> str:
-        where = ""
-        if pack is not None:
-            records = [self.train_dataset.records[i] for i in self.plan.packs[pack].samples]
-            where = f" ({records[0].source}, row {', '.join(str(record.row) for record in records)})"
-        return (
-            f"step {step or self.state.global_step + 1}: {what}{where}. Lower optim.lr={self.config.optim.lr}, "
-            "lengthen optim.warmup_ratio, or with precision=fp16 take bf16; the checkpoints before this step are good"
-        )
-
-    # ---- one step
-
-    def create_optimizer_and_scheduler(self, num_training_steps: int):
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """AdamW over the trainable parameters; the learning rate is a function of the step."""
         optim = self.config.optim
 
@@ -201,105 +308,32 @@ class VL2Trainer(Trainer):
                 min_lr_ratio=optim.min_lr_ratio,
             )
 
+        self.lr_scheduler = LambdaDecay(optim.lr, factor)
         self.optimizer = build_optimizer(
             self.parameters,
-            lr=optim.lr,
-            factor=factor,
+            self.lr_scheduler,
             weight_decay=optim.weight_decay,
             beta1=optim.beta1,
             beta2=optim.beta2,
             eps=optim.eps,
-            max_grad_norm=optim.max_grad_norm,
             vision_lr_scale=optim.vision_lr_scale,
         )
-        self.optimizer._grad_clip.describe = self._not_finite
-        self.lr_scheduler = self.optimizer._learning_rate
 
     def _wrap_model(self, model, training=True):
-        """No DataParallel: its reducer wants a gradient from every rank, and its broadcast bfloat16 kernels on CPU.
+        """The model itself, with rank 0's trainable weights on all ranks, which loaded the same base.
 
-        All ranks load the same base; the trainable weights are rank 0's.
+        Trainer's own, the one private member overridden, would wrap it in a DataParallel, whose reducer wants a
+        gradient from every rank and whose broadcast has no bfloat16 kernel on CPU.
         """
         if dist.get_world_size() > 1:
             for parameter in self.parameters.values():
                 dist.broadcast(parameter, src=0)
         return model
 
-    def _maybe_log_save_evaluate(self, tr_loss, model, epoch, ignore_keys_for_eval, **kwargs):
-        """After each optimizer step (and once more at the end): report it, save when it is due, stop when asked."""
-        step = self.state.global_step
-        if step == self._logged_step:
-            return
-        self._logged_step = step
-        self._count_skipped()
-        metrics = self._metrics(step)
-        self.history.add(metrics.loss, metrics.tokens, metrics.seconds)
-        # Trainer leaves the schedule behind when fp16 skips a step; the learning rate belongs to the step number.
-        self.lr_scheduler.step(step)
-        self.on_step(metrics)
-        every = self.config.save_steps
-        if self.should_stop or step == self.state.max_steps or (every and step % every == 0):
-            self.save(self)
-        if self.should_stop:
-            self.control.should_training_stop = True
-        self._clock = time.perf_counter()
-
-    def _metrics(self, step: int) -> StepMetrics:
-        packs, seconds = self.plan.step(step - 1), time.perf_counter() - self._clock
-        norm = self.optimizer._grad_clip.norm
-        tokens, used = sum(pack.tokens for pack in packs), sum(bool(pack.samples) for pack in packs)
-        return StepMetrics(
-            step=step,
-            epoch=self.plan.epoch(step - 1),
-            loss=self._loss,
-            aux_loss=self._aux_loss,
-            lr=self.config.optim.lr * self.lr_scheduler.lr_lambda(step - 1),
-            grad_norm=norm if math.isfinite(norm) else None,
-            tokens=tokens,
-            supervised=self.plan.supervised(step - 1),
-            tiles=sum(pack.tiles for pack in packs),
-            fill=tokens / max(used * self.config.data.max_tokens, 1),
-            seconds=seconds,
-            tokens_per_second=tokens / seconds,
-            memory_gb=peak_memory_gb(),
-        )
-
-    def _count_skipped(self) -> None:
-        """fp16: the scaler leaves a step out when a gradient overflows; many in a row are something else."""
-        overflow = self.do_grad_scaling and bool(self.scaler._cache_found_inf)
-        self._skipped = self._skipped + 1 if overflow else 0
-        if self._skipped >= MAX_SKIPPED_STEPS:
-            what = f"gradients overflowed in {self._skipped} steps in a row"
-            raise FloatingPointError(self._not_finite(what, step=self.state.global_step))
-
-    # ---- resuming
-
-    def _load_from_checkpoint(self, resume_from_checkpoint=None):
-        if resume_from_checkpoint:
-            load_trained(self.model, trained_folder(Path(resume_from_checkpoint), self.model))
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint:
-            step, scaler = load_optimizer(Path(checkpoint), self.optimizer, self.parameters)
-            self.lr_scheduler.step(step)
-            if self.do_grad_scaling and scaler:
-                self.scaler.load_state_dict({**scaler, "scale": np.array(scaler["scale"], dtype="float32")})
-
-
-def pack_seed(seed: int, step: int, pack: int) -> int:
-    """Seed of Paddle's generator for one pack: neither ranks nor interruptions change what dropout draws."""
-    return int(np.random.SeedSequence([seed, step, pack]).generate_state(1)[0])
-
-
-def peak_memory_gb() -> float:
-    """Most memory this process has held so far, in GB (10^9 bytes): its GPU's, or its resident set on CPU."""
-    if paddle.get_device().startswith("gpu"):
-        return paddle.device.cuda.max_memory_allocated() / 1e9
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+    def close(self) -> None:
+        """End what `train` started, also when it ended with an error."""
+        if self.loader is not None:
+            self.loader.close()
 
 
 def _arguments(config: TrainConfig, plan: Plan) -> TrainingArguments:
@@ -319,5 +353,4 @@ def _arguments(config: TrainConfig, plan: Plan) -> TrainingArguments:
         evaluation_strategy="no",
         disable_tqdm=True,
         report_to=[],
-        release_grads=True,  # None between steps instead of zeros, so that an unreached weight can be told
     )

@@ -27,6 +27,7 @@ from train.config.compose import to_yaml
 from train.config.load import check_divides, load_config, rehearsal_notice
 from train.config.schema import TrainConfig
 from train.machine.devices import use_device
+from train.machine.memory import peak_memory_gb
 from train.run.barrier import barrier
 from train.run.build import Data, build_base, build_data, count_parts, make_trainable
 from train.run.curve import draw_curve
@@ -236,7 +237,7 @@ def _fit(
                     provenance=replace(provenance, step=step),
                     config_yaml=to_yaml(config),
                     wandb_id=wandb_id,
-                    scaler=trainer.scaler.state_dict() if trainer.do_grad_scaling else None,
+                    scaler=trainer.scaler.state_dict() if trainer.scaler is not None else None,
                 )
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
 

@@ -1,10 +1,21 @@
-"""Which weights the first step must reach, and zeros for those it may leave out."""
+"""Which weights the first step must reach, zeros for those it may leave out, and clipping."""
+
+import math
 
 import numpy as np
 import paddle
 import pytest
 
-from train.run.gradients import ReachCheck, fill_zeros, gather_rows, sum_over_ranks
+from train.run.gradients import (
+    ReachCheck,
+    any_rank,
+    clip_gradients,
+    fill_zeros,
+    gather_rows,
+    gradient_norm,
+    has_overflow,
+    sum_over_ranks,
+)
 
 TEXT, IMAGE = "language.model.layers.0.self_attn.q_proj.lora_A", "projector.layers.0.lora_A"
 
@@ -44,3 +55,50 @@ def test_zeros_for_what_was_not_reached():
 def test_gathering_in_one_process():
     rows = np.arange(6.0).reshape(2, 3)
     assert gather_rows(rows) is rows
+
+
+def test_a_flag_of_one_process():
+    assert any_rank(True, False) == [True, False]
+
+
+@pytest.fixture
+def linear():
+    """Parameters of a layer with gradients: sums of x = (4, 6, 8, 10) in each of 3 columns, bias 2."""
+    layer = paddle.nn.Linear(4, 3)
+    layer(paddle.arange(8, dtype="float32").reshape([2, 4])).sum().backward()
+    return dict(layer.named_parameters())
+
+
+NORM = math.sqrt(3 * (16 + 36 + 64 + 100) + 3 * 4)
+
+
+def own_norm(parameters) -> float:
+    return math.sqrt(sum((p.grad.numpy().astype("float64") ** 2).sum() for p in parameters.values()))
+
+
+def test_clipping_scales_to_the_norm(linear):
+    norm = gradient_norm(linear)
+    assert norm == pytest.approx(NORM, rel=1e-6) == own_norm(linear)
+    clip_gradients(linear, norm, 0.5)
+    assert own_norm(linear) == pytest.approx(0.5, rel=1e-6)
+    assert linear["bias"].grad.numpy() == pytest.approx(2 * 0.5 / NORM, rel=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 30.0])
+def test_no_clipping_below_the_greatest_norm_or_with_zero(linear, max_norm):
+    clip_gradients(linear, gradient_norm(linear), max_norm)
+    assert own_norm(linear) == pytest.approx(NORM, rel=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_shows_in_the_norm(linear):
+    assert not has_overflow(linear)
+    linear["bias"].grad = paddle.to_tensor([2.0, math.nan, 2.0])
+    assert has_overflow(linear)
+    assert math.isnan(gradient_norm(linear))
+
+
+def test_a_norm_that_overflows_by_itself_is_no_overflow_of_a_gradient(linear):
+    """1e20 is finite in float32, its square is not: fp16's scaler would not leave such a step out."""
+    linear["bias"].grad = paddle.to_tensor([2.0, 1e20, 2.0])
+    assert math.isinf(gradient_norm(linear))
+    assert not has_overflow(linear)

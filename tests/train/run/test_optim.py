@@ -1,4 +1,4 @@
-"""Learning rate by step, clipping, weight decay, and the optimizer's state by structured name."""
+"""Learning rate by step, weight decay, and the optimizer's state by structured name."""
 
 import math
 
@@ -40,12 +40,12 @@ def layer_and_optimizer(seed: int = 0, **options):
     paddle.seed(seed)
     layer = paddle.nn.Linear(4, 3)
     parameters = dict(layer.named_parameters())
-    return layer, parameters, build_optimizer(parameters, lr=0.1, factor=lambda step: 1.0, **options)
+    return layer, parameters, build_optimizer(parameters, 0.1, **options)
 
 
-def step(layer, optimizer, scale: float = 1.0) -> None:
+def step(layer, optimizer) -> None:
     x = paddle.arange(8, dtype="float32").reshape([2, 4])
-    (layer(x) * scale).sum().backward()
+    layer(x).sum().backward()
     optimizer.step()
     optimizer.clear_grad(set_to_zero=False)
 
@@ -67,52 +67,17 @@ def test_vision_tower_learns_at_its_own_rate():
     paddle.seed(0)
     model = paddle.nn.LayerDict({"vision": paddle.nn.Linear(4, 3), "projector": paddle.nn.Linear(4, 3)})
     parameters = dict(model.named_parameters())
-    optimizer = build_optimizer(
-        parameters, lr=0.1, factor=lambda step: 0.5, weight_decay=0.2, eps=1e-12, vision_lr_scale=0.25
-    )
+    optimizer = build_optimizer(parameters, 0.05, weight_decay=0.2, eps=1e-12, vision_lr_scale=0.25)
     before = {name: p.numpy() for name, p in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = paddle.full_like(parameter, -3.0)
     optimizer.step()
     for name, scale in (("vision", 0.25), ("projector", 1.0)):
-        lr = 0.1 * 0.5 * scale
+        lr = 0.05 * scale
         weight, bias = f"{name}.weight", f"{name}.bias"
         expected = before[weight] * (1 - lr * 0.2) + lr
         assert np.allclose(parameters[weight].numpy(), expected, rtol=0, atol=1e-6), name
         assert np.allclose(parameters[bias].numpy(), before[bias] + lr, rtol=0, atol=1e-6), name
-
-
-def test_clipping_scales_to_the_norm_and_records_it():
-    """Gradients: weight sums of x = (4, 6, 8, 10) in each of 3 columns, bias 2: norm sqrt(3 * 216 + 3 * 4)."""
-    layer, _, optimizer = layer_and_optimizer(max_grad_norm=0.5)
-    seen = {}
-    original = optimizer._grad_clip._dygraph_clip
-
-    def watch(pairs):
-        result = original(pairs)
-        seen.update({p.name: grad.numpy() for p, grad in result})
-        return result
-
-    optimizer._grad_clip._dygraph_clip = watch
-    step(layer, optimizer)
-    assert optimizer._grad_clip.norm == pytest.approx(math.sqrt(660), rel=1e-6)
-    clipped = math.sqrt(sum((grad.astype("float64") ** 2).sum() for grad in seen.values()))
-    assert clipped == pytest.approx(0.5, rel=1e-6)
-
-
-def test_no_clipping_still_measures():
-    layer, _, optimizer = layer_and_optimizer(max_grad_norm=0.0)
-    step(layer, optimizer)
-    assert optimizer._grad_clip.norm == pytest.approx(math.sqrt(660), rel=1e-6)
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    layer, parameters, optimizer = layer_and_optimizer()
-    optimizer._grad_clip.describe = lambda problem: f"step 7: {problem}"
-    before = {name: p.numpy() for name, p in parameters.items()}
-    with pytest.raises(FloatingPointError, match="step 7: the gradient norm is nan"):
-        step(layer, optimizer, scale=math.nan)
-    assert all(np.array_equal(p.numpy(), before[name]) for name, p in parameters.items())
 
 
 def test_state_goes_on_in_a_second_model_of_the_process():

@@ -1,0 +1,93 @@
+"""One pack on one rank: its forward and backward pass, and the losses of a step's packs put together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from data.plan import Plan
+from train.run.gradients import gather_rows
+from train.run.pack_loader import Pack
+from vl2.balance import LoadBalance
+from vl2.prompt import IGNORE
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackLoss:
+    """What one pack added to its step."""
+
+    pack: int  # index in the plan
+    loss: paddle.Tensor  # sum over its supervised tokens
+    aux_loss: paddle.Tensor | float  # its part of the step's
+    has_images: bool  # and something supervised
+
+
+def train_pack(
+    model: nn.Layer,
+    inputs: Pack,
+    *,
+    plan: Plan,
+    step: int,
+    seed: int,
+    aux_weight: float,
+    loss_scale: float = 1.0,
+) -> PackLoss:
+    """Forward and backward of one pack; its gradients are added to those of the step's packs before it.
+
+    Gradients are summed over packs and ranks, so each pack's loss is divided by the numbers of the whole step: by its
+    supervised tokens, and for the load balance by its conversations.
+
+    Args:
+        model: in training mode.
+        inputs: an item of PackDataset.
+        plan: that the pack belongs to.
+        step: optimizer steps made before this one.
+        seed: of the run.
+        aux_weight: of the load-balance loss; 0 does not compute it.
+        loss_scale: of fp16.
+    """
+    batch = dict(inputs)
+    pack, supervised = int(batch.pop("pack")), int(batch.pop("supervised_in_step"))
+    paddle.seed(pack_seed(seed, step, pack))
+    balance = LoadBalance(batch["seq_lens"], batch["labels"] != IGNORE) if aux_weight else None
+    loss_sum, count = model.loss(batch, balance)
+    aux_loss: paddle.Tensor | float = 0.0
+    if count:
+        loss = loss_sum / supervised
+        if balance is not None:
+            term = balance.total() * (aux_weight / plan.samples(step))
+            loss, aux_loss = loss + term, term.detach()
+        (loss * loss_scale).backward()
+    return PackLoss(pack=pack, loss=loss_sum.detach(), aux_loss=aux_loss, has_images=count > 0 and "tiles" in batch)
+
+
+def gather_losses(done: Sequence[PackLoss]) -> np.ndarray:
+    """Losses of a step's packs over all ranks, in the plan's order, so that ranks do not change their sum. Collective.
+
+    Args:
+        done: the packs of this rank.
+
+    Returns:
+        float64 [packs of the step, 3]: index in the plan, loss, load-balance loss.
+    """
+    rows = gather_rows(np.array([[one.pack, float(one.loss), float(one.aux_loss)] for one in done], dtype="float64"))
+    return rows[np.argsort(rows[:, 0])]
+
+
+def first_not_finite(rows: np.ndarray) -> tuple[int, str] | None:
+    """The first pack of `gather_losses` with a loss that is not a finite number, and which loss, in words."""
+    for pack, *losses in rows:
+        for name, loss in zip(("loss", "load-balance loss"), losses, strict=True):
+            if not math.isfinite(loss):
+                return int(pack), f"the {name} of pack {int(pack)} is {loss}"
+    return None
+
+
+def pack_seed(seed: int, step: int, pack: int) -> int:
+    """Seed of Paddle's generator for one pack: neither ranks nor interruptions change what dropout draws."""
+    return int(np.random.SeedSequence([seed, step, pack]).generate_state(1)[0])
