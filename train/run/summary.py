@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from train.config.schema import TrainConfig
+from train.machine.memory import peak_memory_gb
 from train.run.report import pairs
-from train.run.trainer import peak_memory_gb
 from train.store.checkpoints import checkpoint_path
 from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS
 from train.store.run_state import History

@@ -9,7 +9,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 import paddle
 import paddle.distributed as dist
 from paddle import nn
+from paddlenlp.trainer import TrainerCallback
 
 from data.packs import PackDataset
 from train.ask.evaluate import ask_run
@@ -27,7 +28,6 @@ from train.config.compose import to_yaml
 from train.config.load import check_divides, load_config, rehearsal_notice
 from train.config.schema import TrainConfig
 from train.machine.devices import use_device
-from train.machine.memory import peak_memory_gb
 from train.run.barrier import barrier
 from train.run.build import Data, build_base, build_data, count_parts, make_trainable
 from train.run.curve import draw_curve
@@ -86,13 +86,20 @@ def ask_held_out(model: nn.Layer, data: Data, config: TrainConfig, when: str) ->
     )
 
 
-def train(config: TrainConfig, *, evaluate: Evaluate | None = ask_held_out, notice: str = "") -> int:
+def train(
+    config: TrainConfig,
+    *,
+    evaluate: Evaluate | None = ask_held_out,
+    notice: str = "",
+    callbacks: Sequence[TrainerCallback] = (),
+) -> int:
     """Run, or go on with, one training.
 
     Args:
         config: of the run.
         evaluate: asks the held-out questions; None asks nothing.
         notice: said first and last.
+        callbacks: of PaddleNLP's Trainer; what they ask for (a save, a stop) is done after the step.
 
     Returns:
         Exit code, see `main`.
@@ -108,10 +115,10 @@ def train(config: TrainConfig, *, evaluate: Evaluate | None = ask_held_out, noti
     check_divides(config.packs_per_step, dist.get_world_size())
     say(notice)
     with hold_run_dir(Path(config.run_dir)) if dist.get_rank() == 0 else nullcontext():
-        return _train(config, evaluate, notice)
+        return _train(config, evaluate, notice, callbacks)
 
 
-def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str) -> int:
+def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str, callbacks: Sequence[TrainerCallback]) -> int:
     """`train` in a run_dir that is ours alone."""
     run_dir, first = Path(config.run_dir), dist.get_rank() == 0
 
@@ -185,7 +192,7 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str) -> int:
     if first_step == data.plan.num_steps and checkpoint is not None:
         say(f"already at step {first_step} of {first_step}; raise max_steps or epochs to train further")
         load_trained(model, trained_folder(checkpoint, model))
-    elif code := _fit(config, data, model, who, provenance, checkpoint, first_step, history, wandb_id):
+    elif code := _fit(config, data, model, who, provenance, checkpoint, first_step, history, wandb_id, callbacks):
         return code
 
     # 4. Keep the result, ask again, sum up.
@@ -198,7 +205,7 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str) -> int:
         draw_curve(run_dir / METRICS, run_dir / CURVE, title=f"{config.recipe}, {config.model.path}")
         summary = summarise(config, history, before=before, after=after, trained=final)
         write_fact(run_dir / SUMMARY, summary)
-        update_marker(run_dir, status="finished", step=data.plan.num_steps)
+        update_marker(run_dir, status="finished", step=len(history.losses))  # fewer when a callback stopped it
         print("\n" + end_text(summary), flush=True)
         commands = next_commands(config.run_dir, data.questions or data.dataset.records)
         print(f"\nWhat can be typed now:\n{commands}", flush=True)
@@ -217,6 +224,7 @@ def _fit(
     first_step: int,
     history: History,
     wandb_id: str,
+    callbacks: Sequence[TrainerCallback],
 ) -> int:
     """The optimizer steps. Returns the exit code of what stopped them, 0 when they came to their end."""
     run_dir, first = Path(config.run_dir), dist.get_rank() == 0
@@ -269,6 +277,7 @@ def _fit(
             on_step=log.write if log else lambda metrics: None,
             save=save,
             history=history,
+            callbacks=callbacks,
         )
         try:
             barrier()  # wandb may have kept rank 0
