@@ -35,7 +35,7 @@ if [ -z "$python" ]; then
 fi
 
 case "${1:-help}" in
-  help) ;; # needs no installed package
+  help | -h | --help) ;; # needs no installed package
   *) python=$("$python" -I "$root/train/machine/environment.py" "${VENV:-$root/.venv}") ;;
 esac
 exec "$python" -m train.door.launch "$@"

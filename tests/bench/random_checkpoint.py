@@ -1,21 +1,23 @@
-"""`bash launch.sh random model=tiny`: a checkpoint with a published model's names, shapes and files, filled at random.
+"""`bash launch.sh bench random_checkpoint tiny`: a checkpoint with a published model's names, shapes and files.
 
-For trying out loading, training and export at real size without a download.
+The numbers are drawn. For trying out loading, training and export at real size without a download.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from tests.bench.random_files import Shard, plan_shards, tensor_bytes, tensor_shapes, write_shard
-from train.config.load import load_random_config
-from train.config.schema import RandomConfig
-from train.door.cli import run_cli
+from train.config.conf_files import groups
+from train.config.load import model_folder
+from train.config.schema import NANO
 from train.machine.disk import check_disk
 from train.machine.memory import gigabytes
 from train.store.whole_folder import check_empty, write_folder
@@ -28,15 +30,51 @@ from vl2.tokenizer import Tokenizer
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is asked for."""
+
+    model: str  # name of a published model on the hub, or a folder with a config.json
+    out: Path
+    numbers: str  # random, holes or none
+    tokenizer: Path
+    seed: int
+
+
+def read_arguments(arguments: list[str]) -> Order:
+    """The arguments of the command, names of conf/model resolved."""
+    parser = argparse.ArgumentParser(
+        prog="bash launch.sh bench random_checkpoint", description="Writes a checkpoint of random numbers at real size."
+    )
+    parser.add_argument("model", help=f"{', '.join(groups()['model'])}, or a folder with a config.json")
+    parser.add_argument("--out", type=Path, help="new folder to write (default outputs/random/NAME)")
+    parser.add_argument(
+        "--numbers",
+        default="random",
+        choices=("random", "holes", "none"),
+        help="random: drawn; holes: exact headers and sizes over zeros that take no disk space; none: print names, "
+        "types, shapes, bytes and files, write nothing",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, default=NANO, help="folder whose tokenizer is copied (default nano's)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the numbers (default 0)")
+    asked = parser.parse_args(arguments)
+    out = asked.out or Path("outputs", "random", Path(asked.model).name)
+    return Order(
+        model=model_folder(asked.model), out=out, numbers=asked.numbers, tokenizer=asked.tokenizer, seed=asked.seed
+    )
+
+
 def main(arguments: list[str]) -> int:
     """Entry script."""
-    config = load_random_config(arguments)
-    shards = shards_of(config.model)
-    if config.numbers == "none":
+    order = read_arguments(arguments)
+    shards = shards_of(order.model)
+    if order.numbers == "none":
         print("\n".join(listing(shards)))
     else:
-        write(config, shards)
-        print(f"written to {config.out}")
+        write(order, shards)
+        print(f"written to {order.out}")
     print(summary(shards))
     return 0
 
@@ -55,16 +93,16 @@ def shards_of(model: str) -> tuple[Shard, ...]:
     return plan_shards(shapes, shard_bytes=SHARD_BYTES, second_stage=known.second_stage if known else None)
 
 
-def write(config: RandomConfig, shards: tuple[Shard, ...]) -> None:
+def write(order: Order, shards: tuple[Shard, ...]) -> None:
     """Write the folder, under another name until it is whole.
 
     Raises:
         ValueError: `out` holds something, the disk has no room, or tokenizer and model do not fit.
     """
-    out, source, tokenizer = Path(config.out), _config_folder(config.model), Path(config.tokenizer)
+    out, source, tokenizer = order.out, _config_folder(order.model), order.tokenizer
     check_empty(out)
     check_vocabulary(Tokenizer.from_folder(tokenizer), VL2Config.from_folder(source), str(tokenizer))
-    holes = config.numbers == "holes"
+    holes = order.numbers == "holes"
     if not holes:
         check_disk(out, sum(shard.num_bytes for shard in shards), f"the checkpoint {out.name}")
 
@@ -75,14 +113,14 @@ def write(config: RandomConfig, shards: tuple[Shard, ...]) -> None:
         for name in _TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, folder / name)
-        (folder / "README.md").write_text(_readme(config), encoding="utf-8")
+        (folder / "README.md").write_text(_readme(order), encoding="utf-8")
         index = {
             "metadata": {"total_size": sum(shard.num_bytes for shard in shards)},
             "weight_map": {name: shard.file for shard in shards for name in sorted(shard.shapes)},
         }
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for shard in tqdm(shards, desc="write", unit="file", disable=None):
-            write_shard(folder / shard.file, shard, seed=config.seed, holes=holes)
+            write_shard(folder / shard.file, shard, seed=order.seed, holes=holes)
 
     write_folder(out, fill, manifest=False)
 
@@ -113,13 +151,9 @@ def _config_folder(model: str) -> Path:
     return known.config.parent if known else Path(model)
 
 
-def _readme(config: RandomConfig) -> str:
-    numbers = f"Random numbers (seed {config.seed})" if config.numbers == "random" else "Zeros that take no disk space"
+def _readme(order: Order) -> str:
+    numbers = f"Random numbers (seed {order.seed})" if order.numbers == "random" else "Zeros that take no disk space"
     return (
-        f"# Not a trained model\n\n{numbers} under the names, shapes and files of {config.model}, with a tokenizer\n"
+        f"# Not a trained model\n\n{numbers} under the names, shapes and files of {order.model}, with a tokenizer\n"
         "that may be another model's: for trying out loading, training and export at real size.\n"
     )
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -1,7 +1,8 @@
-"""`random`: a folder that loads like a downloaded one, written whole or not at all."""
+"""`bench random_checkpoint`: a folder that loads like a downloaded one, written whole or not at all."""
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -10,7 +11,6 @@ import pytest
 from tests.bench import random_checkpoint
 from tests.bench.random_files import tensor_shapes
 from tests.places import GOLDENS, NANO_BPE
-from train.config.load import load_random_config
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.load import load_model
 from vl2.config import VL2Config
@@ -20,7 +20,7 @@ from vl2.config import VL2Config
 def test_written_model_loads_and_computes(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(random_checkpoint, "SHARD_BYTES", 300_000)
     out = tmp_path / "parent" / "out"
-    random_checkpoint.main([f"model={GOLDENS / kind}", f"tokenizer={NANO_BPE}", f"out={out}", "seed=1"])
+    random_checkpoint.main([str(GOLDENS / kind), f"--tokenizer={NANO_BPE}", f"--out={out}", "--seed=1"])
     config = VL2Config.from_folder(out)
     stored = checkpoint_tensors(out)
     assert {name: tensor.shape for name, tensor in stored.items()} == tensor_shapes(config)
@@ -41,7 +41,7 @@ def test_written_model_loads_and_computes(kind, tmp_path, monkeypatch, capsys):
 
 def test_description_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    random_checkpoint.main(["model=base", "numbers=none"])
+    random_checkpoint.main(["base", "--numbers=none"])
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if "\tBF16\t" in line]) == 6973
     bias = (
@@ -55,7 +55,7 @@ def test_description_writes_nothing(tmp_path, monkeypatch, capsys):
 def test_holes_have_the_size_and_take_no_space(tmp_path, capsys):
     """All 32 GB of Small, in a temporary folder."""
     out = tmp_path / "small"
-    random_checkpoint.main(["model=small", f"out={out}", "numbers=holes"])
+    random_checkpoint.main(["small", f"--out={out}", "--numbers=holes"])
     assert sum(path.stat().st_size for path in out.glob("*.safetensors")) > 32.29e9
     assert sum(path.stat().st_blocks * 512 for path in out.iterdir()) < 5e6
     assert len(checkpoint_tensors(out)) == 5639
@@ -65,7 +65,7 @@ def test_holes_have_the_size_and_take_no_space(tmp_path, capsys):
 def test_folder_that_holds_something_is_refused(tmp_path):
     (tmp_path / "mine").touch()
     with pytest.raises(ValueError, match="there is something already; expected a new or empty folder"):
-        random_checkpoint.main(["model=nano", f"out={tmp_path}"])
+        random_checkpoint.main(["nano", f"--out={tmp_path}"])
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -73,7 +73,7 @@ def test_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=5_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with pytest.raises(ValueError, match=r"no room on the disk: the checkpoint x takes 6\.74 GB, 5\.00 GB are free"):
-        random_checkpoint.main(["model=tiny", f"out={tmp_path / 'x'}"])
+        random_checkpoint.main(["tiny", f"--out={tmp_path / 'x'}"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -82,13 +82,15 @@ def test_tokenizer_with_more_entries_than_the_embedding_is_refused(tmp_path):
     small["language_config"]["vocab_size"] = 100
     (tmp_path / "config.json").write_text(json.dumps(small))
     with pytest.raises(ValueError, match=r"the tokenizer has 984 entries, but language_config\.vocab_size is 100"):
-        random_checkpoint.main([f"model={tmp_path}", f"tokenizer={NANO_BPE}", f"out={tmp_path / 'x'}"])
+        random_checkpoint.main([str(tmp_path), f"--tokenizer={NANO_BPE}", f"--out={tmp_path / 'x'}"])
 
 
-def test_configuration():
-    assert load_random_config(["model=tiny"]).out == "outputs/random/tiny"
-    assert load_random_config(["model=tiny"]).model == "deepseek-ai/deepseek-vl2-tiny"
-    with pytest.raises(ValueError, match="random needs model=NAME, one of base, nano, small, tiny, or a folder"):
-        load_random_config([])
+def test_arguments(capsys):
+    order = random_checkpoint.read_arguments(["tiny"])
+    assert order.out == Path("outputs/random/tiny")
+    assert order.model == "deepseek-ai/deepseek-vl2-tiny"
+    with pytest.raises(SystemExit, match="2"):
+        random_checkpoint.read_arguments([])
+    assert "the following arguments are required: model" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"no config\.json there"):
-        random_checkpoint.main(["model=tny"])
+        random_checkpoint.main(["tny"])

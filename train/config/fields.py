@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from train.config.peers import OURS
 from vl2.errors import UserError
 
 
@@ -141,8 +142,9 @@ def _check_value(spec: Key, table_name: str | None, value: Any) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`, or nothing when no known name is near."""
-    known = list(known)
-    near = [full for full in known if full.split(".")[-1] == name.split(".")[-1]]  # `lr` for `optim.lr`
+    """`; did you mean X?`, or nothing when no known name is near; names that other programs use count as near."""
+    known, leaf = list(known), name.split(".")[-1]
+    near = [full for full in known if full.split(".")[-1] == leaf]  # `lr` for `optim.lr`
+    near = near or [full for full in known if full == OURS.get(leaf)]
     near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.config import compose
-from train.config.schema import NANO, EvaluateConfig, ExportConfig, InferConfig, RandomConfig, TrainConfig
+from train.config.conf_files import OVERLAY, Recipe, groups, open_recipe, recipes
+from train.config.schema import NANO, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from train.machine.devices import Machine, choose_device, find_machine
 from vl2.errors import UserError
 
@@ -19,7 +20,7 @@ def load_config(argv: Sequence[str], machine: Machine | None = None) -> TrainCon
     """The configuration of a training run: recipe < rehearsal overlay < command line.
 
     Args:
-        argv: `key=value` arguments, `conf=RECIPE` among them.
+        argv: `key=value` arguments, `conf=RECIPE` or `conf=FILE.yaml` among them.
         machine: What the probes saw; None: look.
 
     Raises:
@@ -27,32 +28,47 @@ def load_config(argv: Sequence[str], machine: Machine | None = None) -> TrainCon
     """
     line = compose.read_command_line(argv, TrainConfig)
     if line.conf is None:
-        raise UserError(f"no recipe: give conf=NAME, one of {', '.join(compose.recipes())}")
-    for name in ("recipe", "rehearsal"):
+        raise UserError(f"no recipe: give conf=NAME, one of {', '.join(recipes())}, or conf=FILE.yaml")
+    for name, instead in (("recipe", "; give conf=NAME"), ("rehearsal", "; give rehearse=true"), ("command", "")):
         if line.names(name):
-            raise UserError(f"{name} is set by the door; give {'conf=NAME' if name == 'recipe' else 'rehearse=true'}")
+            raise UserError(f"{name} is set by the door{instead}")
     machine = machine or find_machine()
-    config = compose.compose(line, TrainConfig, recipe=line.conf)
+    recipe = open_recipe(line.conf, resume=line.names("resume"))
+    config = compose.compose(line, TrainConfig, recipe=recipe)
     device = choose_device(config.device, machine)
-    rehearsal = is_rehearsal(config, line, machine)
-    if rehearsal:
-        config = compose.compose(line, TrainConfig, recipe=line.conf, overlay=compose.OVERLAY)
-    config.recipe, config.rehearsal = line.conf, rehearsal
+    rehearsal = is_rehearsal(config, line, machine, recipe)
+    if rehearsal and not recipe.rehearsal:
+        config = compose.compose(line, TrainConfig, recipe=recipe, overlay=OVERLAY)
+    config.recipe, config.rehearsal = recipe.name, rehearsal
+    config.command = shlex.join(["bash", "launch.sh", *argv])
     if line.names("epochs") and not line.names("max_steps"):  # what is typed goes before what a file says
         config.max_steps = None
     if line.names("max_steps") and not line.names("epochs"):
         config.epochs = None
     config.nproc = config.nproc or (machine.usable_gpus if device == "gpu" else 1)
-    config.run_dir = config.run_dir or str(Path("outputs", "rehearsal" if rehearsal else "", line.conf))
+    config.run_dir = config.run_dir or str(Path("outputs", "rehearsal" if rehearsal else "", recipe.name))
     _check_run(config, machine, device)
     return config
 
 
-def is_rehearsal(config: TrainConfig, line: compose.CommandLine, machine: Machine) -> bool:
-    """Whether the run is a rehearsal: by hand, or as there is no accelerator and nobody asked for the real thing."""
-    if config.rehearse is not None:
+def is_rehearsal(config: TrainConfig, line: compose.CommandLine, machine: Machine, recipe: Recipe) -> bool:
+    """Whether the run is a rehearsal: by hand, or as there is no accelerator and nobody asked for the real thing.
+
+    A run's own config.yaml repeats that run: a rehearsal, whose settings are nano's, stays one; a real run is real.
+
+    Raises:
+        UserError: rehearse=false with the configuration of a rehearsal.
+    """
+    named = line.names("model") or line.names("model.path")
+    if recipe.rehearsal and not named:
+        if line.names("rehearse") and config.rehearse is False:
+            raise UserError(
+                f"conf={line.conf}: the settings of a rehearsal, for nano; the real run is conf={recipe.name}"
+            )
+        return True
+    if config.rehearse is not None and (recipe.rehearsal is None or line.names("rehearse")):
         return config.rehearse
-    asked_for = line.names("model") or line.names("model.path") or line.names("device") or config.nnodes > 1
+    asked_for = named or line.names("device") or config.nnodes > 1 or recipe.rehearsal is not None
     return not machine.gpus and not asked_for and Path(config.model.path) != NANO
 
 
@@ -111,6 +127,8 @@ def rehearsal_notice(config: TrainConfig, arguments: Sequence[str]) -> str:
         arguments: What the user typed.
     """
     kept = [argument for argument in arguments if not argument.startswith("rehearse=")]
+    if config.recipe in recipes():  # also where conf= is the config.yaml of a rehearsal
+        kept = [f"conf={config.recipe}" if argument.startswith("conf=") else argument for argument in kept]
     lines = [
         f"REHEARSAL ({'no accelerator here' if config.rehearse is None else 'rehearse=true'}): "
         f"the recipe's data, code and files on the nano model, {_length(config)}.",
@@ -167,6 +185,8 @@ def load_infer_config(argv: Sequence[str]) -> InferConfig:
     _require(config.prompt or config.messages, "infer needs prompt=TEXT, or messages=FILE for a whole conversation")
     if config.prompt and config.messages:
         raise UserError("infer takes prompt= or messages=, not both")
+    if 0 < config.temperature < 0.001:
+        raise UserError(f"temperature={config.temperature}: expected 0, which is greedy, or at least 0.001")
     return config
 
 
@@ -179,21 +199,10 @@ def load_eval_config(argv: Sequence[str]) -> EvaluateConfig:
     return config
 
 
-def load_random_config(argv: Sequence[str]) -> RandomConfig:
-    """The configuration of `random`."""
-    config = compose.compose(compose.read_command_line(argv, RandomConfig), RandomConfig)
-    _require(config.model, f"random needs model=NAME, one of {', '.join(compose.model_names())}, or a folder")
-    config.out = config.out or str(Path("outputs", "random", Path(config.model).name))
-    config.model, config.tokenizer = model_folder(config.model), config.tokenizer or str(NANO)
-    return config
-
-
 def model_folder(model: str) -> str:
     """The path behind `model=`: a folder as typed, or the path of one of conf/model's names."""
-    if not Path(model).exists() and model in compose.model_names():
-        return compose.compose(
-            compose.CommandLine(conf=None, overrides=(f"+model={model}",), texts={}), TrainConfig
-        ).model.path
+    if not Path(model).exists() and model in groups()["model"]:
+        return compose.compose(compose.CommandLine(options={"model": model}), TrainConfig).model.path
     return model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from train.config import compose
+from train.config.conf_files import ROOT
 from train.config.fields import key
 
 LORA_GROUPS = ("attention", "experts", "shared_experts", "dense_mlp", "vision", "projector")
@@ -20,7 +20,10 @@ BASE_DOC = "Base model of a run or an adapter, where it does not name it or it l
 # One for infer, eval and runs: an answer that one of them cuts and another does not looks like another model.
 MAX_NEW_TOKENS = 512
 CHECK_DOC = "What is read of a model that has a manifest (an export) before it is used; adapters are read as a whole."
-NANO = compose.ROOT / "vl2" / "nano"
+NANO = ROOT / "vl2" / "nano"
+# Bounds where no smaller one has a reason: what fits a counter and a generator's seed everywhere.
+MANY, LAST_SEED = 10**9, 2**32 - 1
+LONGEST_TEXT = 1_000_000  # tokens; no model here has so long a context
 
 
 @dataclass(kw_only=True)
@@ -36,9 +39,9 @@ class ShapesConfig:
     """Pictures of shapes that are drawn when data.path is null."""
 
     task: str = key("chinese", "What is asked about the pictures.", choices=("chinese", "pretrain"))
-    train: int = key(2000, "Conversations to train on.", unit="conversations", low=1)
-    test: int = key(200, "Conversations held out for the accuracy.", unit="conversations", low=1)
-    seed: int = key(0, "Seed of the drawn pictures.", low=0)
+    train: int = key(2000, "Conversations to train on.", unit="conversations", low=1, high=1_000_000)
+    test: int = key(200, "Conversations held out for the accuracy.", unit="conversations", low=1, high=1_000_000)
+    seed: int = key(0, "Seed of the drawn pictures.", low=0, high=LAST_SEED)
 
 
 @dataclass(kw_only=True)
@@ -47,9 +50,11 @@ class DataConfig:
 
     path: str | None = key(None, "JSONL with messages and images; null: draw shapes (data.shapes).", path=True)
     eval_path: str | None = key(None, "JSONL of held-out questions; null: none, or the shapes' own.", path=True)
-    max_tokens: int = key(4096, "Budget of a pack; no conversation may be longer.", unit="tokens", low=64)
+    max_tokens: int = key(
+        4096, "Budget of a pack; no conversation may be longer.", unit="tokens", low=64, high=LONGEST_TEXT
+    )
     max_tiles: int = key(9, "Most local tiles of one image: the first to turn down.", unit="tiles", low=1, high=9)
-    max_tiles_per_pack: int = key(32, "Most tiles of a pack, global views counted.", unit="tiles", low=2)
+    max_tiles_per_pack: int = key(32, "Most tiles of a pack, global views counted.", unit="tiles", low=2, high=10_000)
     verify: str = key("header", "What is read of each image before training.", choices=("header", "decode"))
     order: str = key("random", "Rows in random order, or as in the file (a curriculum).", choices=("random", "file"))
     special_tokens: str = key(
@@ -58,8 +63,12 @@ class DataConfig:
     on_bad_record: str = key(
         "error", "A record that cannot be used stops the run, or is left out.", choices=("error", "skip")
     )
-    max_bad: int = key(100, "With on_bad_record=skip: more than that many stop the run.", unit="records", low=0)
-    workers: int = key(2, "Processes that measure and build packs; 0: the trainer itself.", unit="processes", low=0)
+    max_bad: int = key(
+        100, "With on_bad_record=skip: more than that many stop the run.", unit="records", low=0, high=MANY
+    )
+    workers: int = key(
+        2, "Processes that measure and build packs; 0: the trainer itself.", unit="processes", low=0, high=256
+    )
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
 
 
@@ -67,8 +76,8 @@ class DataConfig:
 class LoRAConfig:
     """Low-rank adapters; rank 0 trains the parts in `trainable` instead."""
 
-    rank: int = key(8, "Rank of the adapters; 0: no adapters, `trainable` is trained.", low=0)
-    alpha: float = key(16.0, "The update is scaled by alpha / rank.", low=0)
+    rank: int = key(8, "Rank of the adapters; 0: no adapters, `trainable` is trained.", low=0, high=4096)
+    alpha: float = key(16.0, "The update is scaled by alpha / rank.", low=0.001, high=65536)
     dropout: float = key(0.0, "Part of an adapter's inputs that is dropped.", low=0, high=0.95)
     groups: list[str] = key(
         factory=lambda: ["attention", "experts", "shared_experts", "dense_mlp"],
@@ -76,10 +85,14 @@ class LoRAConfig:
         choices=LORA_GROUPS,
     )
     ranks: dict[str, int] = key(
-        factory=dict, doc="Another rank for a group: lora.ranks.experts=4.", choices=LORA_GROUPS, low=1
+        factory=dict, doc="Another rank for a group: lora.ranks.experts=4.", choices=LORA_GROUPS, low=1, high=4096
     )
     alphas: dict[str, float] = key(
-        factory=dict, doc="Another alpha for a group: lora.alphas.experts=8.", choices=LORA_GROUPS, low=0
+        factory=dict,
+        doc="Another alpha for a group: lora.alphas.experts=8.",
+        choices=LORA_GROUPS,
+        low=0.001,
+        high=65536,
     )
     init: str = key(
         "", "Adapter (PEFT's too) to start from; empty: B is zero, so training starts at the base.", path=True
@@ -90,21 +103,22 @@ class LoRAConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    lr: float = key(1e-4, "Peak learning rate.", low=0)
+    lr: float = key(1e-4, "Peak learning rate.", low=0, high=1)
     schedule: str = key("cosine", "After the warm-up.", choices=("cosine", "constant"))
     warmup_ratio: float = key(0.03, "Linear warm-up.", unit="part of all optimizer steps", low=0, high=1)
     min_lr_ratio: float = key(0.1, "Where cosine ends.", unit="part of lr", low=0, high=1)
-    vision_lr_scale: float = key(1.0, "The vision tower (or its adapters) learns at lr times this.", low=0)
-    weight_decay: float = key(0.0, "Decoupled weight decay of matrices.", low=0)
+    vision_lr_scale: float = key(1.0, "The vision tower (or its adapters) learns at lr times this.", low=0, high=100)
+    weight_decay: float = key(0.0, "Decoupled weight decay of matrices.", low=0, high=10)
     beta1: float = key(0.9, "Adam's first moment.", low=0, high=0.9999)
     beta2: float = key(0.95, "Adam's second moment.", low=0, high=0.9999)
-    eps: float = key(1e-8, "Adam's epsilon.", low=1e-12)
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0: not.", low=0)
+    eps: float = key(1e-8, "Adam's epsilon.", low=1e-12, high=1)
+    max_grad_norm: float = key(1.0, "Gradients are clipped to this global norm; 0: not.", low=0, high=MANY)
     aux_loss: float = key(
         0.0,
         "Weight of the experts' load-balance loss, which is 1 for each layer of experts in balance, averaged over the "
         "conversations of a step; 0: off. DeepSeek took 0.001 for Tiny and Small, 0.0001 for the full model.",
         low=0,
+        high=100,
     )
 
 
@@ -112,8 +126,8 @@ class OptimConfig:
 class EvalConfig:
     """Greedy answers to held-out questions before and after training."""
 
-    questions: int = key(200, "How many are asked; 0: none.", unit="questions", low=0)
-    max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1)
+    questions: int = key(200, "How many are asked; 0: none.", unit="questions", low=0, high=MANY)
+    max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
     permuted: bool = key(True, "Ask again with the pictures exchanged: is it looking at them?")
 
 
@@ -132,19 +146,20 @@ class WandbConfig:
 class TrainConfig:
     """Training: `bash launch.sh conf=RECIPE key=value ...`"""
 
-    recipe: str = key("", "Set by conf=RECIPE.")
+    recipe: str = key("", "Set by conf=RECIPE or conf=FILE.yaml.")
     rehearsal: bool = key(False, "Set by the door: this run is a rehearsal on nano.")
+    command: str = key("", "Set by the door: the command that was typed.")
     run_dir: str = key("", "Where everything of the run lies; empty: outputs/[rehearsal/]RECIPE.", path=True)
     resume: str = key("", "auto: go on from the newest whole checkpoint in run_dir; or a checkpoint's path.", path=True)
     overwrite: bool = key(False, "Replace another run that lies in run_dir.")
     rehearse: bool | None = key(None, "true or false by hand; null: where there is no accelerator.")
 
     device: str = key("auto", "auto: the GPUs when there are any.", choices=DEVICES)
-    nproc: int = key(0, "Processes on this machine; 0: one a GPU, one on a CPU.", unit="processes", low=0)
-    nnodes: int = key(1, "Machines that train together.", unit="machines", low=1)
+    nproc: int = key(0, "Processes on this machine; 0: one a GPU, one on a CPU.", unit="processes", low=0, high=256)
+    nnodes: int = key(1, "Machines that train together.", unit="machines", low=1, high=1000)
     master: str = key("", "IP:PORT of machine 0, with nnodes > 1.")
-    rank: int = key(0, "Number of this machine, from 0.", low=0)
-    seed: int = key(42, "Order of the data, initialisation, dropout.", low=0)
+    rank: int = key(0, "Number of this machine, from 0.", low=0, high=999)
+    seed: int = key(42, "Order of the data, initialisation, dropout.", low=0, high=LAST_SEED)
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -154,23 +169,32 @@ class TrainConfig:
     )
     optim: OptimConfig = field(default_factory=OptimConfig)
 
-    epochs: float | None = key(1.0, "Passes over the data; null: max_steps alone decides.", unit="epochs", low=0)
+    epochs: float | None = key(
+        1.0, "Passes over the data; null: max_steps alone decides.", unit="epochs", low=0.001, high=1000
+    )
     max_steps: int | None = key(
         None,
         "The run ends after that many, or with its epochs. Typed alone, either sets the other aside.",
         unit="optimizer steps",
         low=1,
+        high=1_000_000,
     )
-    packs_per_step: int = key(8, "Batch size over all processes, which must divide it.", unit="packs", low=1)
+    packs_per_step: int = key(
+        8, "Batch size over all processes, which must divide it.", unit="packs", low=1, high=65536
+    )
     precision: str = key("bf16", "Frozen weights and, on a GPU, compute.", choices=PRECISIONS)
     recompute: int = key(
-        1, "Forget activations and compute them again: 0 none, n every n-th layer.", unit="layers", low=0
+        1, "Forget activations and compute them again: 0 none, n every n-th layer.", unit="layers", low=0, high=1000
     )
     save_steps: int = key(
-        200, "A checkpoint every so often, and at the end; 0: only at the end.", unit="optimizer steps", low=0
+        200,
+        "A checkpoint every so often, and at the end; 0: only at the end.",
+        unit="optimizer steps",
+        low=0,
+        high=MANY,
     )
-    keep_checkpoints: int = key(2, "Older ones are removed.", unit="checkpoints", low=1)
-    log_steps: int = key(1, "A line in metrics.jsonl every so often.", unit="optimizer steps", low=1)
+    keep_checkpoints: int = key(2, "Older ones are removed.", unit="checkpoints", low=1, high=MANY)
+    log_steps: int = key(1, "A line in metrics.jsonl every so often.", unit="optimizer steps", low=1, high=MANY)
     eval: EvalConfig = field(default_factory=EvalConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -213,13 +237,15 @@ class InferConfig:
     image: list[str] = key(factory=list, doc="An image; image=A image=B for several.", path=True)
     prompt: str = key("", "The question; <image> marks where images stand, else they come first.")
     messages: str = key("", "JSON file with a list of messages, instead of prompt.", path=True)
-    chunk: int = key(0, "Prefill in pieces of that size, which saves memory; 0: at once.", unit="tokens", low=0)
-    temperature: float = key(0.0, "0: greedy.", low=0)
-    top_p: float = key(1.0, "Sample from the likeliest tokens that add up to this.", low=0, high=1)
-    max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1)
+    chunk: int = key(
+        0, "Prefill in pieces of that size, which saves memory; 0: at once.", unit="tokens", low=0, high=LONGEST_TEXT
+    )
+    temperature: float = key(0.0, "0: greedy.", low=0, high=100)
+    top_p: float = key(1.0, "Sample from the likeliest tokens that add up to this.", low=0.001, high=1)
+    max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
     precision: str = key("auto", "auto: as the weights are stored.", choices=("auto", *PRECISIONS))
     json: bool = key(False, "Print one JSON object: ids, text, timing.")
-    seed: int = key(42, "Seed of the sampling.", low=0)
+    seed: int = key(42, "Seed of the sampling.", low=0, high=LAST_SEED)
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)
 
 
@@ -239,23 +265,7 @@ class EvaluateConfig:
     check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     out: str = key("predictions.jsonl", "File to write the answers to.", path=True)
-    limit: int | None = key(None, "Take only the first rows.", unit="rows", low=1)
-    max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1)
+    limit: int | None = key(None, "Take only the first rows.", unit="rows", low=1, high=MANY)
+    max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
     precision: str = key("auto", "auto: as the weights are stored.", choices=("auto", *PRECISIONS))
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)
-
-
-@dataclass(kw_only=True)
-class RandomConfig:
-    """A checkpoint of random numbers at real size: `bash launch.sh random model=tiny key=value ...`"""
-
-    model: str = key("", "A name (nano, tiny, small, base), or a folder with a config.json.", path=True)
-    out: str = key("", "New folder to write; empty: outputs/random/NAME.", path=True)
-    numbers: str = key(
-        "random",
-        "random: drawn; holes: exact headers and sizes over zeros that take no disk space; none: print names, types, "
-        "shapes, bytes and files, write nothing.",
-        choices=("random", "holes", "none"),
-    )
-    tokenizer: str = key("", "Folder whose tokenizer is copied; empty: nano's.", path=True)
-    seed: int = key(0, "Of the numbers.", low=0)

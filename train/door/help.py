@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
-from train.config.compose import recipes
+from train.config.conf_files import groups, recipes
 from train.config.fields import Key, did_you_mean, list_keys
-from train.config.schema import EvaluateConfig, ExportConfig, InferConfig, RandomConfig, TrainConfig
+from train.config.schema import EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from vl2.errors import UserError
 
 SCHEMAS = {
@@ -15,24 +16,26 @@ SCHEMAS = {
     "export": ExportConfig,
     "infer": InferConfig,
     "eval": EvaluateConfig,
-    "random": RandomConfig,
 }
 
 OVERVIEW = """\
 Fine-tunes DeepSeek-VL2 on PaddlePaddle.
 
-  bash launch.sh conf=RECIPE [key=value ...]       train
+  bash launch.sh conf=RECIPE [key=value ...]       train; conf=FILE.yaml takes a recipe, or a run's config.yaml
   bash launch.sh conf=RECIPE resume=auto           go on from the newest whole checkpoint
   bash launch.sh export run=FOLDER                 the merged weights of a run, or its adapter, verified
   bash launch.sh infer model=FOLDER image=FILE prompt=TEXT
   bash launch.sh eval model=FOLDER data.path=FILE  loss and exact match
-  bash launch.sh random model=NAME                 a checkpoint of random numbers at a model's real size
   bash launch.sh config [VERB] key=value ...       print the resolved configuration, run nothing
   bash launch.sh test [quick|lint] [pytest arguments]  linter, types and tests (without slow ones; without any)
-  bash launch.sh help VERB                         every key of train, export, infer, eval or random
+  bash launch.sh bench NAME [arguments]            a benchmark of tests/bench: step, packing, random_checkpoint
+  bash launch.sh help VERB                         every key of train, export, infer or eval
 
 Recipes (conf/*.yaml):
 {recipes}
+
+Groups (conf/GROUP/*.yaml): GROUP=NAME sets several keys at once, GROUP.KEY=VALUE one of them.
+{groups}
 
 Texts and paths arrive as typed: quote them for the shell, nothing else. A relative path starts where you type it.
 Other values follow Hydra's grammar: numbers, true, null, [a,b].
@@ -40,13 +43,17 @@ VENV=none uses the active Python (a Docker image with its own paddlepaddle-gpu);
 
 
 def overview() -> str:
-    """Verbs and recipes."""
-    width = max(map(len, recipes()))
-    lines = [
+    """Verbs, recipes and groups."""
+    known = {f"{group}=": ", ".join(options) for group, options in groups().items()}
+    return OVERVIEW.format(recipes=_columns(recipes()), groups=_columns(known))
+
+
+def _columns(texts: Mapping[str, str]) -> str:
+    width = max(map(len, texts))
+    return "\n".join(
         textwrap.fill(text, 118, initial_indent=f"  {name:{width}}  ", subsequent_indent=" " * (width + 4))
-        for name, text in recipes().items()
-    ]
-    return OVERVIEW.format(recipes="\n".join(lines))
+        for name, text in texts.items()
+    )
 
 
 def verb_help(verb: str) -> str:
@@ -60,8 +67,10 @@ def verb_help(verb: str) -> str:
     schema = SCHEMAS[verb]
     lines = [str(schema.__doc__), ""]
     if verb == "train":
-        lines.append(_entry("conf", "", "Recipe: conf/NAME.yaml."))
-        lines.append(_entry("model", "", "conf/model/NAME.yaml; a recipe names one. Sets model.path."))
+        lines.append(_entry("conf", "", "Recipe: conf/NAME.yaml; or a file, NAME.yaml or a run's config.yaml."))
+        for group, options in groups().items():
+            said = " ".join(f"{name}: {text}" for name, text in options.items())
+            lines.append(_entry(group, "", f"Sets {group}.* from conf/{group}/NAME.yaml. {said}"))
     for spec in list_keys(schema):
         lines.append(_entry(spec.name, _plain(spec.default), f"{spec.doc}{_facts(spec)}"))
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from train.config import load, schema
-from train.config.compose import ROOT, to_yaml
+from train.config.compose import to_yaml
+from train.config.conf_files import ROOT
 from train.config.fields import did_you_mean
 from train.door import help
 from train.machine.devices import choose_device, find_machine, physical_cores
@@ -21,16 +23,16 @@ LOADERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "export": load.load_export_config,
     "infer": load.load_infer_config,
     "eval": load.load_eval_config,
-    "random": load.load_random_config,
 }
 MODULES = {
     "train": "train.run.training",
     "export": "train.export.merged",
     "infer": "train.ask.infer",
     "eval": "train.ask.evaluate",
-    "random": "tests.bench.random_checkpoint",
 }
-VERBS = (*LOADERS, "config", "test", "help")
+BENCHMARKS = ("packing", "random_checkpoint", "step")  # tests/bench/NAME.py
+VERBS = (*LOADERS, "config", "test", "bench", "help")
+HELP = ("-h", "--help")
 # Of third parties, at import time; what this repository warns of is never among it.
 QUIET = (
     "ignore:No ccache found:UserWarning",
@@ -41,11 +43,16 @@ QUIET = (
 
 def main(argv: Sequence[str]) -> int:
     """Runs a verb; the working ones replace this process, so that signals and exit codes are theirs."""
-    verb, arguments = ("train", list(argv)) if argv and "=" in argv[0] else ((argv or ["help"])[0], list(argv[1:]))
+    first = argv[0] if argv else "help"
+    verb, arguments = ("train", list(argv)) if "=" in first else ("help" if first in HELP else first, list(argv[1:]))
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)} (verbs: {', '.join(VERBS)})")
+    if verb in (*LOADERS, "config") and any(argument in HELP for argument in arguments):
+        verb, arguments = "help", [verb] if verb in LOADERS else []
+    if verb in ("help", "config"):  # `| head` ends them without a word, as it ends any other program that prints
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if verb == "help":
-        print(help.verb_help(arguments[0]) if arguments else help.overview())
+        print(help.verb_help(arguments[0]) if arguments and arguments[0] not in HELP else help.overview())
         return 0
     if verb == "config":
         named = arguments.pop(0) if arguments and arguments[0] in LOADERS else "train"
@@ -53,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if verb == "test":
         return check(arguments)
-    command, environ = prepare(verb, arguments)
+    command, environ = prepare_benchmark(arguments) if verb == "bench" else prepare(verb, arguments)
     sys.stdout.flush()
     os.execve(command[0], command, environ)
 
@@ -69,8 +76,6 @@ def prepare(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, s
     machine = find_machine()
     settings = LOADERS[verb](arguments)
     work = ["-u", "-m", "train.door.cli", MODULES[verb], *arguments]
-    if isinstance(settings, schema.RandomConfig):  # computes nothing
-        return [sys.executable, *work], child_environment(os.environ, 1)
     device = choose_device(settings.device, machine)
     if not isinstance(settings, schema.TrainConfig):
         return [sys.executable, *work], child_environment(os.environ, 1)
@@ -88,6 +93,19 @@ def prepare(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, s
     if settings.nnodes > 1:
         launcher += ["--nnodes", str(settings.nnodes), "--master", settings.master, "--rank", str(settings.rank)]
     return [sys.executable, *launcher, sys.executable, *work], environ
+
+
+def prepare_benchmark(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line and environment of `bench NAME ...`: tests/bench/NAME.py under the settings of a run.
+
+    Raises:
+        UserError: no such benchmark.
+    """
+    name = arguments[0] if arguments else ""
+    if name not in BENCHMARKS:
+        raise UserError(f"bench {name}: expected one of {', '.join(BENCHMARKS)}{did_you_mean(name, BENCHMARKS)}")
+    work = ["-u", "-m", "train.door.cli", f"tests.bench.{name}", *arguments[1:]]
+    return [sys.executable, *work], child_environment(os.environ, 1)
 
 
 def child_environment(environ: Mapping[str, str], num_processes: int) -> dict[str, str]:

@@ -88,7 +88,7 @@ def build_data(config: TrainConfig) -> Data:
             max_bad=config.data.max_bad,
             verify=config.data.verify,  # type: ignore[arg-type]
             cache=default_cache(file),
-            workers=config.data.workers or None,
+            workers=config.data.workers,
         )
 
     dataset = open_file(path, config.data.max_tokens, config.data.max_tiles_per_pack)
@@ -102,7 +102,7 @@ def build_data(config: TrainConfig) -> Data:
         max_tiles_per_pack=config.data.max_tiles_per_pack,
         packs_per_step=config.packs_per_step,
         seed=config.seed,
-        epochs=None if config.max_steps else config.epochs,
+        epochs=config.epochs,
         max_steps=config.max_steps,
         order=config.data.order,
         data_fingerprint=dataset.fingerprint,

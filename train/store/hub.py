@@ -17,7 +17,7 @@ import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.utils import LocalEntryNotFoundError
 
-from train.config.compose import model_names
+from train.config.conf_files import groups
 from train.store.hub_checksums import some, verify_checksums
 from vl2.errors import UserError
 
@@ -86,7 +86,7 @@ def _is_path(name: str) -> bool:
 def _near(folder: Path) -> str:
     """` (did you mean X?)`, of the folders beside one that is not there and of the models with a short name."""
     beside = [str(path) for path in sorted(folder.parent.iterdir()) if path.is_dir()] if folder.parent.is_dir() else []
-    near = difflib.get_close_matches(str(folder), [*beside, *model_names()], n=3, cutoff=0.7)
+    near = difflib.get_close_matches(str(folder), [*beside, *groups()["model"]], n=3, cutoff=0.7)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 

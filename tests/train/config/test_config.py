@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.config import compose
+from train.config import compose, conf_files
 from train.config.fields import list_keys
 from train.config.load import (
     check_divides,
@@ -22,7 +22,7 @@ from train.machine.devices import Machine
 CPU = Machine(gpus=0)
 GPU = Machine(gpus=1, driver="CUDA Version: 12.6", gpu_paddle=True)
 FOUR_GPUS = Machine(gpus=4, driver="CUDA Version: 12.6", gpu_paddle=True)
-RECIPES = sorted(compose.recipes())
+RECIPES = sorted(conf_files.recipes())
 
 
 def train(*arguments, machine=GPU):
@@ -32,7 +32,7 @@ def train(*arguments, machine=GPU):
 def test_recipes_are_found():
     assert {"sft_tiny", "pretrain_nano"} <= set(RECIPES)
     assert "rehearsal" not in RECIPES  # the overlay is no recipe
-    assert all(compose.recipes().values()), "a recipe's first line is its description"
+    assert all(conf_files.recipes().values()), "a recipe's first line is its description"
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
@@ -43,7 +43,7 @@ def test_recipe_composes(recipe, machine):
     assert config.recipe == recipe
 
 
-@pytest.mark.parametrize("name", compose.model_names())
+@pytest.mark.parametrize("name", conf_files.groups()["model"])
 def test_model_composes(name):
     assert train(f"model={name}").model.path
 
@@ -185,17 +185,43 @@ def test_packs_are_shared_evenly():
         ("lr=3", r"^unknown key 'lr'; did you mean optim.lr\?$"),
         ("optim.lrr=3", r"^unknown key 'optim.lrr'; did you mean optim.lr\?$"),
         ("+new.key=3", r"^unknown key 'new.key'"),
+        ("+lora.rank=4", r"^\+lora.rank=4: \+ adds what is not there, and lora.rank is: give lora.rank=4 or \+\+lora"),
+        ("+data.path=x", r"^\+data.path=x: \+ adds what is not there, and data.path is: give data.path=x"),
+        (
+            "~lora.rank",
+            r"^~lora.rank: ~ takes an option or a table's entry away, and lora.rank is a key: give lora.rank=",
+        ),
+        (
+            "~data.path",
+            r"^~data.path: ~ takes an option or a table's entry away, and data.path is a key: give data.path",
+        ),
+        (
+            "~lora.ranks.experts",
+            r"^~lora.ranks.experts: Could not delete from config. 'lora.ranks.experts' does not exist",
+        ),
+        ("~lr", r"^unknown key 'lr'; did you mean optim.lr\?$"),
+        ("max_steps=${nope}", r"^max_steps=\$\{nope\}: expected a whole number.*; Interpolation key 'nope' not found$"),
+        ("command=x", r"^command is set by the door$"),
         ("hydra.run.dir=x", r"^unknown key 'hydra.run.dir'"),
-        ("optim=3", r"^optim=3: optim is a group of keys; set one of them, like optim.lr=...$"),
+        ("optim=3", r"^optim=3: expected one of deepseek_sft_base, .*\(one key of it is optim.KEY=VALUE\)$"),
         ("optim.lr", r"'optim.lr': expected key=value"),
         ("--multirun", r"'--multirun': expected key=value"),
-        ("optim.lr=fast", r"^optim.lr=fast: expected a number$"),
-        ("optim.lr=1,2", r"^optim.lr=1,2: expected a number$"),
-        ("optim.lr=a(b", r"^optim.lr=a\(b: expected a number$"),
-        ("max_steps=5.5", r"^max_steps=5.5: expected a whole number \(optimizer steps\) or null$"),
+        (
+            "optim.lr=fast",
+            r"^optim.lr=fast: expected a number; Value 'fast' of type 'str' could not be converted to Float$",
+        ),
+        ("optim.lr=1,2", r"^optim.lr=1,2: expected a number; Ambiguous value for argument 'optim.lr=1,2'$"),
+        ("optim.lr=a(b", r"^optim.lr=a\(b: expected a number; no viable alternative at input 'a\(b'$"),
+        (
+            "max_steps=5.5",
+            r"^max_steps=5.5: expected a whole number \(optimizer steps\) or null; Value '5.5' of type 'float'",
+        ),
         ("max_steps=${optim.lr}", r"^max_steps=\$\{optim.lr\}: expected a whole number"),
-        ("rehearse=maybe", r"^rehearse=maybe: expected true or false or null$"),
-        ("lora.groups=attention", r"^lora.groups=attention: expected a list \[a,b\]$"),
+        ("rehearse=maybe", r"^rehearse=maybe: expected true or false or null; Value 'maybe' is not a valid bool"),
+        (
+            "lora.groups=attention",
+            r"^lora.groups=attention: expected a list \[a,b\]; .*str is not a ListConfig, list or tuple",
+        ),
         ("lora.groups=[atention]", r"^lora.groups=atention: expected one of .*; did you mean attention\?$"),
         ("lora.groups=[]", r"^lora.groups=\[\]: nothing would train"),
         ("lora.ranks.experts=x", r"^lora.ranks.experts=x: expected a table"),
@@ -255,7 +281,7 @@ def test_unknown_recipe_lists_recipes():
 )
 def test_mistake_in_a_recipe(text, message, tmp_path, monkeypatch):
     (tmp_path / "broken.yaml").write_text(f"# A recipe with a mistake.\n{text}\n")
-    monkeypatch.setattr(compose, "CONF", tmp_path)
+    monkeypatch.setattr(conf_files, "CONF", tmp_path)
     with pytest.raises(ValueError, match=message):
         load_config(["conf=broken"], GPU)
 

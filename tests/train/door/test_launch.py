@@ -117,7 +117,7 @@ def test_repository_in_an_awkward_place(tmp_path):
     place.mkdir()
     for name in ("launch.sh", "requirements.lock"):
         shutil.copy(ROOT / name, place)
-    for name in ("conf", "train"):
+    for name in ("conf", "train", "vl2"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     shown = subprocess.run(

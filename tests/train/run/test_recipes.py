@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.places import ROOT
-from train.config import compose
+from train.config import conf_files
 from train.config.load import load_config
 from train.config.schema import NANO
 from train.machine.devices import Machine
@@ -20,7 +20,7 @@ from vl2.checkpoint.tensor_files import read_header
 from vl2.config import VL2Config
 
 GPU = Machine(gpus=1, driver="CUDA Version: 12.6", gpu_paddle=True)
-RECIPES = [name for name in compose.recipes() if name.startswith("sft_")]
+RECIPES = [name for name in conf_files.recipes() if name.startswith("sft_")]
 MODELS = {"tiny": "deepseek-vl2-tiny", "small": "deepseek-vl2-small", "base": "deepseek-vl2"}
 
 
@@ -46,7 +46,7 @@ def test_comment_says_what_a_process_holds(recipe):
     entry = published(config.model.path)
     assert entry and entry.name == MODELS[recipe.split("_")[1]]
     figure = training_need(VL2Config.from_folder(entry.config.parent), config).num_bytes / 1e9
-    said = re.search(r"holds ([\d.]+) GB before activations; estimated: ", compose.recipes()[recipe])
+    said = re.search(r"holds ([\d.]+) GB before activations; estimated: ", conf_files.recipes()[recipe])
     assert said and float(said[1]) == pytest.approx(figure, abs=0.05)
     (row,) = re.findall(rf"^\| `conf={recipe}` .*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert f"{math.floor(float(said[1]) + 0.5)} GB" in row

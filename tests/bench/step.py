@@ -1,40 +1,44 @@
-"""Seconds and peak memory of a LoRA step, by hand: `OMP_NUM_THREADS=2 python tests/bench/bench_step.py [mha|mla]`.
+"""Seconds and peak memory of a LoRA step, by hand: `bash launch.sh bench step [mha|mla]`.
 
 A mid-size model (hidden 512, 6 layers, 32 + 2 experts of 352, SigLIP 4 x 384) on 1024 tokens with one image of three
 tiles, LoRA of rank 8 on attention, routed and shared experts, labels on the last 343 tokens. Ratios are against a
 forward pass of the same run: the machine's own speed cancels out.
 """
 
+import argparse
 import resource
-import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import paddle
 
 from vl2.config import VL2Config
 from vl2.generate import generate
-from vl2.lora import apply_lora
+from vl2.lora import VL2LoRAModel, apply_lora
 from vl2.lora_settings import LoRASettings
 from vl2.parameters import init_model
 
 LATENT = {"use_mla": True, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
 IMAGE_ID = 5
-REPEATS = 5
+# hidden, layers, experts, expert width, dense width, heads; width and layers of the vision tower
+SIZES = {"mid": (512, 6, 32, 352, 2736, 8, 384, 4), "toy": (64, 2, 4, 16, 64, 2, 48, 1)}
 
 
-def build(attention: str):
+def build(attention: str, size: str) -> VL2LoRAModel:
+    """The model with its adapters; attention is mha or mla, size one of SIZES."""
+    hidden, layers, experts, expert_width, dense_width, heads, vision_width, vision_layers = SIZES[size]
     language = {
         "vocab_size": 8192,
-        "hidden_size": 512,
-        "intermediate_size": 2736,
-        "moe_intermediate_size": 352,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "n_routed_experts": 32,
+        "hidden_size": hidden,
+        "intermediate_size": dense_width,
+        "moe_intermediate_size": expert_width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "n_routed_experts": experts,
         "n_shared_experts": 2,
-        "num_experts_per_tok": 6,
+        "num_experts_per_tok": min(6, experts),
         "first_k_dense_replace": 1,
         "q_lora_rank": None,
         "use_mla": False,
@@ -42,8 +46,8 @@ def build(attention: str):
     }
     raw = {
         "language_config": language,
-        "vision_config": {"width": 384, "layers": 4, "heads": 6},
-        "projector_config": {"input_dim": 384, "n_embed": 512},
+        "vision_config": {"width": vision_width, "layers": vision_layers, "heads": 6},
+        "projector_config": {"input_dim": vision_width, "n_embed": hidden},
         "candidate_resolutions": [[384, 384], [768, 384]],
     }
     model = init_model(VL2Config.from_dict(raw), IMAGE_ID, seed=0)
@@ -51,6 +55,7 @@ def build(attention: str):
 
 
 def batch(tokens: int = 1024, supervised: int = 343) -> dict[str, np.ndarray]:
+    """One pack of one conversation with one image."""
     rng = np.random.default_rng(0)
     ids = rng.integers(10, 8000, tokens)
     ids[8 : 8 + 617] = IMAGE_ID
@@ -66,22 +71,29 @@ def batch(tokens: int = 1024, supervised: int = 343) -> dict[str, np.ndarray]:
     }
 
 
-def median(work) -> float:
+def median(work: Callable[[], object], repeats: int) -> float:
+    """Seconds of `work`, the median of so many runs after a first one."""
     seconds = []
-    for _ in range(REPEATS + 1):
+    for _ in range(repeats + 1):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[1:]))  # the first one warms up
 
 
-def main() -> None:
-    attention = sys.argv[1] if len(sys.argv) > 1 else "mha"
-    lora, data = build(attention), batch()
+def main(arguments: list[str]) -> None:
+    """Entry script."""
+    parser = argparse.ArgumentParser(prog="bash launch.sh bench step", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("attention", nargs="?", default="mha", choices=("mha", "mla"))
+    parser.add_argument("--size", default="mid", choices=SIZES, help="of the model (default mid)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median counts (default 5)")
+    asked = parser.parse_args(arguments)
+    attention, repeats = asked.attention, asked.repeats
+    lora, data = build(attention, asked.size), batch()
     factors = [p for p in lora.factors().values() if not p.stop_gradient]
     optimizer = paddle.optimizer.AdamW(1e-4, parameters=factors)
     lora.train()
-    forward = median(lambda: lora.model.loss(data))
+    forward = median(lambda: lora.model.loss(data), repeats)
 
     def step() -> None:
         loss_sum, count = lora.model.loss(data)
@@ -89,20 +101,16 @@ def main() -> None:
         optimizer.step()
         optimizer.clear_grad()
 
-    whole = median(step)
+    whole = median(step, repeats)
     lora.eval()
     with paddle.no_grad():
-        vision = median(lambda: lora.model.vision(paddle.to_tensor(data["tiles"]), "float32"))
+        vision = median(lambda: lora.model.vision(paddle.to_tensor(data["tiles"]), "float32"), repeats)
     short = {key: value for key, value in data.items() if key in ("input_ids", "tiles", "grids")}
-    one = median(lambda: generate(lora.model, [short], eos_id=-1, max_new_tokens=1))
-    many = median(lambda: generate(lora.model, [short], eos_id=-1, max_new_tokens=17))
+    one = median(lambda: generate(lora.model, [short], eos_id=-1, max_new_tokens=1), repeats)
+    many = median(lambda: generate(lora.model, [short], eos_id=-1, max_new_tokens=17), repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     print(f"{attention}: step {whole:.2f} s (forward {forward:.2f}, step/forward {whole / forward:.2f})")
     print(f"  {1024 / whole:.0f} tokens/s, peak {peak:.0f} MB")
     print(
         f"  inference: vision {vision:.2f} s, vision + prefill {one:.2f} s, {1000 * (many - one) / 16:.0f} ms a token"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,11 @@
 """Prints how many packs mixed samples take, how full they are, and how long planning and measuring take.
 
-Run by hand: `python -m tests.bench.bench_packing` or, from another folder, with PYTHONPATH at the repository.
+By hand: `bash launch.sh bench packing`.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 
@@ -19,12 +20,18 @@ from vl2.tokenizer import Tokenizer
 MAX_TOKENS = 4096
 
 
-def main() -> None:
-    """Print one line a case."""
+def main(arguments: list[str]) -> None:
+    """Entry script: prints one line a case."""
+    parser = argparse.ArgumentParser(
+        prog="bash launch.sh bench packing", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--samples", type=int, nargs="+", default=[2_000, 100_000], help="how many are packed")
+    parser.add_argument("--records", type=int, default=10_000, help="how many are measured")
+    asked = parser.parse_args(arguments)
     print(
         f"{'samples':>8} {'max_tiles_per_pack':>18} {'packs':>6} {'least':>6} {'ratio':>6} {'fill':>6} {'seconds':>8}"
     )
-    for count in (2_000, 100_000):
+    for count in asked.samples:
         sizes = mixed_sizes(count, seed=0)
         least = math.ceil(sum(size.tokens for size in sizes) / MAX_TOKENS)
         for max_tiles in (32, 20):
@@ -37,14 +44,12 @@ def main() -> None:
             print(f"{columns} {plan.num_packs / least:>6.4f} {plan.fill:>6.4f} {seconds:>8.2f}")
 
     messages = (Message("user", "What is it? " * 30), Message("assistant", "A mixture of experts. " * 30))
-    records = [Record(messages=messages, images=(), source="bench", row=i) for i in range(10_000)]
+    records = [Record(messages=messages, images=(), source="bench", row=i) for i in range(asked.records)]
     for workers in (1, None):
         start = time.perf_counter()
         sizes_or_none = measure(records, Tokenizer.from_folder(NANO_BPE), CANDIDATES, workers=workers)
         seconds = time.perf_counter() - start
         tokens = sum(size.tokens for size in sizes_or_none if size)
-        print(f"measuring 10,000 records of {tokens // 10_000} tokens, workers={workers}: {seconds:.2f} s")
-
-
-if __name__ == "__main__":
-    main()
+        print(
+            f"measuring {asked.records} records of {tokens // asked.records} tokens, workers={workers}: {seconds:.2f} s"
+        )

@@ -1,0 +1,55 @@
+"""The benchmarks run as their docstrings say, here on their smallest sizes."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bench import packing, step
+from train.door.launch import BENCHMARKS, prepare_benchmark
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("attention", ["mha", "mla"])
+def test_step(attention, capsys):
+    step.main([attention, "--size=toy", "--repeats=1"])
+    said = capsys.readouterr().out
+    assert f"{attention}: step " in said
+    assert "tokens/s, peak " in said
+
+
+def test_packing(capsys):
+    packing.main(["--samples", "50", "--records", "20"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["samples", "50", "50", "measuring", "measuring"]
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_docstring_names_the_command(name):
+    module = importlib.import_module(f"tests.bench.{name}")
+    assert f"bash launch.sh bench {name}" in module.__doc__
+    assert callable(module.main)
+
+
+def test_benchmark_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"^bench stp: expected one of packing, .*; did you mean step\?$"):
+        prepare_benchmark(["stp"])
+
+
+def test_the_door_runs_a_benchmark_from_any_folder(tmp_path):
+    """As the step's docstring had it, that one ended in ModuleNotFoundError, and without the door's settings."""
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch.sh"), "bench", "packing", "--samples", "50", "--records", "20"],
+        cwd=tmp_path,
+        env={**os.environ, "VENV": "none", "PATH": search},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "measuring 20 records" in done.stdout

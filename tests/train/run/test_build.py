@@ -1,0 +1,34 @@
+"""What a run is built of, as its settings say."""
+
+import pytest
+
+from train.config.load import load_config
+from train.run.build import build_data
+
+
+@pytest.fixture
+def plan(arguments, tmp_path):
+    """plan("key=value", ...): the plan of a run, without making it."""
+    return lambda *more: build_data(load_config(arguments(tmp_path / "run", *more))).plan
+
+
+def test_epochs_and_max_steps_whichever_comes_first(plan):
+    """epochs=1 max_steps=6 made two epochs: with max_steps given, epochs was dropped."""
+    one_epoch = plan("max_steps=null", "epochs=1").num_steps
+    assert one_epoch < 6
+    assert plan("epochs=1", "max_steps=6").num_steps == one_epoch
+    assert plan("epochs=100", "max_steps=6").num_steps == 6
+
+
+def test_no_workers_measures_in_the_process_itself(plan, monkeypatch, tmp_path):
+    """data.workers=0 measured with all cores."""
+
+    def start(*_, **__):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing has been measured yet
+    monkeypatch.setattr("data.measure._MIN_PARALLEL", 1)
+    monkeypatch.setattr("data.measure.ProcessPoolExecutor", start)
+    with pytest.raises(AssertionError, match="a process was started"):
+        plan("data.workers=2", "max_steps=1")
+    assert plan("data.workers=0", "max_steps=1").num_steps == 1
