@@ -46,7 +46,7 @@ def safetensors_name(dtype: str) -> str:
 
 
 def bits_type(dtype: str) -> type[np.generic]:
-    """numpy's type that holds a type's values; for bfloat16, which numpy does not have, their bits."""
+    """Numpy's type that holds a type's values; for bfloat16, which numpy does not have, their bits."""
     return _BY_NAME[dtype].bits
 
 

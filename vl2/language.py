@@ -59,6 +59,7 @@ class Embedding(nn.Layer):
         self.weight = self.create_parameter([config.vocab_size, config.hidden_size])
 
     def forward(self, ids_T: paddle.Tensor) -> paddle.Tensor:
+        """Ids [T] -> rows [T, D], in the stored dtype."""
         return F.embedding(ids_T, self.weight)
 
 

@@ -28,7 +28,7 @@ class _FrozenMatmul(PyLayer):
 
 
 def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None) -> paddle.Tensor:
-    """x @ weight + bias in x's dtype, whatever dtype the parameters are stored in.
+    """X @ weight + bias in x's dtype, whatever dtype the parameters are stored in.
 
     Args:
         x: [..., in].
@@ -54,6 +54,7 @@ class Linear(nn.Linear):
     """paddle.nn.Linear whose forward is `linear`, so that stored and computing precision may differ."""
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[..., in] -> [..., out]."""
         return linear(x, self.weight, self.bias)
 
     def effective_weight(self, dtype: Any) -> paddle.Tensor:

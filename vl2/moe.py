@@ -191,6 +191,7 @@ class Router(nn.Layer):
             self.e_score_correction_bias = self.create_parameter([self.num_experts], is_bias=True)
 
     def forward(self, x_TD: paddle.Tensor) -> Routing:
+        """Scores of every expert and the choice for each token, in float32."""
         logits_TE = paddle.matmul(x_TD.astype("float32"), self.weight.astype("float32"), transpose_y=True)
         scores_TE = F.sigmoid(logits_TE) if self.sigmoid else F.softmax(logits_TE, axis=-1)
         experts_TC = self.choose(scores_TE)
@@ -252,6 +253,7 @@ class MLP(nn.Layer):
         self.down_proj = Linear(inner, size, bias_attr=False)
 
     def forward(self, x_TD: paddle.Tensor) -> paddle.Tensor:
+        """[T, D] -> [T, D]."""
         return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 

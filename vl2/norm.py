@@ -46,4 +46,5 @@ class RMSNorm(nn.Layer):
         self.weight = self.create_parameter([size], default_initializer=nn.initializer.Constant(1.0))
 
     def forward(self, x_TD: paddle.Tensor) -> paddle.Tensor:
+        """[..., D] -> [..., D], in the input's dtype."""
         return _RMSNorm.apply(x_TD, self.weight, self.eps)

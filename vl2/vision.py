@@ -26,6 +26,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(size, epsilon=LAYER_NORM_EPS)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[..., D] -> [..., D], in the input's dtype."""
         shape, weight, bias = [x.shape[-1]], self.weight.astype("float32"), self.bias.astype("float32")
         return F.layer_norm(x.astype("float32"), shape, weight, bias, LAYER_NORM_EPS).astype(x.dtype)
 
@@ -40,6 +41,7 @@ class VisionAttention(nn.Layer):
         self.proj = Linear(config.width, config.width)
 
     def forward(self, x_NPD: paddle.Tensor) -> paddle.Tensor:
+        """N tiles of P patches: [N, P, D] -> [N, P, D]; every patch of a tile sees every other."""
         n, p, d = x_NPD.shape
         qkv = self.qkv(x_NPD).reshape([n * p, 3, self.num_heads, d // self.num_heads])
         q, k, v = qkv.unbind(axis=1)
@@ -56,6 +58,7 @@ class VisionMLP(nn.Layer):
         self.fc2 = Linear(inner, width)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        """[N, P, D] -> [N, P, D]."""
         return self.fc2(F.gelu(self.fc1(x), approximate=True))
 
 
@@ -70,6 +73,7 @@ class VisionBlock(nn.Layer):
         self.mlp = VisionMLP(config.width, config.mlp_width)
 
     def forward(self, x_NPD: paddle.Tensor) -> paddle.Tensor:
+        """[N, P, D] -> [N, P, D]."""
         x_NPD = x_NPD + self.attn(self.norm1(x_NPD))
         return x_NPD + self.mlp(self.norm2(x_NPD))
 

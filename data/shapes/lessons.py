@@ -43,7 +43,7 @@ _BETWEEN = (" ",) * 8 + ("", "", ", ", ", ", "\n", "\n\n", ".\n", ". ")
 
 
 def repeat_lesson(rng: random.Random) -> Question:
-    """ "Repeat:" and 1 to 4 random pieces of text on the next line, which are the answer."""
+    """A "Repeat:" and 1 to 4 random pieces of text on the next line, which are the answer."""
     text = _piece(rng)
     for _ in range(rng.randint(0, 3)):
         text += rng.choice(_BETWEEN) + _piece(rng)

@@ -1,0 +1,1 @@
+"""From a model's folder to answers: load, generate, score."""

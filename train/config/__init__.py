@@ -1,0 +1,1 @@
+"""Settings: the keys, their bounds, how recipe and command line are composed."""

@@ -65,6 +65,7 @@ class Key:
 
     @property
     def is_list(self) -> bool:
+        """Whether the value is a list of texts."""
         return get_origin(self.type) is list
 
     @property

@@ -144,7 +144,7 @@ class WandbConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Training: `bash launch.sh conf=RECIPE key=value ...`"""
+    """Training: `bash launch.sh conf=RECIPE key=value ...`."""
 
     recipe: str = key("", "Set by conf=RECIPE or conf=FILE.yaml.")
     rehearsal: bool = key(False, "Set by the door: this run is a rehearsal on nano.")
@@ -201,7 +201,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    """Merged weights: `bash launch.sh export run=FOLDER key=value ...`"""
+    """Merged weights: `bash launch.sh export run=FOLDER key=value ...`."""
 
     run: str = key("", "Folder of a run, of one of its checkpoints, or of an adapter (PEFT's too).", path=True)
     model: str = key("", "Instead of run: a model to write in another layout or dtype; its folder or name.", path=True)
@@ -229,7 +229,7 @@ class ExportConfig:
 
 @dataclass(kw_only=True)
 class InferConfig:
-    """One answer: `bash launch.sh infer model=FOLDER image=FILE prompt=TEXT key=value ...`"""
+    """One answer: `bash launch.sh infer model=FOLDER image=FILE prompt=TEXT key=value ...`."""
 
     model: str = key("", MODEL_DOC, path=True)
     base: str = key("", BASE_DOC, path=True)
@@ -258,7 +258,7 @@ class EvalDataConfig:
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """Loss and exact match: `bash launch.sh eval model=FOLDER data.path=FILE key=value ...`"""
+    """Loss and exact match: `bash launch.sh eval model=FOLDER data.path=FILE key=value ...`."""
 
     model: str = key("", MODEL_DOC, path=True)
     base: str = key("", BASE_DOC, path=True)

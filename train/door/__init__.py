@@ -1,0 +1,1 @@
+"""Launch, help, command line, ranks."""

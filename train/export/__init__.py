@@ -1,0 +1,1 @@
+"""Merged weights and adapters out, verified."""

@@ -70,8 +70,10 @@ def write_weights(folder: Path, merge: Merge, plan: Plan, layout: Layout, done: 
 
 
 def write_companions(folder: Path, source: Source, merge: Merge) -> None:
-    """Everything beside the weights: tokenizer, licence and so on as the base has them; config and processor with the
-    resolutions that were in force in training."""
+    """Write everything beside the weights.
+
+    Tokenizer, licence and so on as the base has them; config and processor with the resolutions of the training.
+    """
     for file in sorted(source.base.iterdir()):
         if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _OWN_FILES:
             shutil.copyfile(file, folder / file.name)

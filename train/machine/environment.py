@@ -89,7 +89,7 @@ def detect_build() -> str:
 
 
 def paddle_wheel(build: str) -> list[str]:
-    """pip's arguments for the pinned Paddle; GPU builds are on Paddle's own index only."""
+    """Pip's arguments for the pinned Paddle; GPU builds are on Paddle's own index only."""
     (version,) = read_lock()[0]["paddlepaddle"]
     if build == "cpu":
         return [f"paddlepaddle=={version}"]

@@ -1,0 +1,1 @@
+"""One training: data, the loop, optimizer, gradients, state, metrics, report."""

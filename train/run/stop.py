@@ -22,7 +22,7 @@ class StopRequest:
     process at once.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.code = 0
         self._before: dict[int, object] = {}
 
@@ -32,7 +32,7 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._handle) for number in taken}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

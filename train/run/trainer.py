@@ -187,7 +187,7 @@ class VL2Trainer(Trainer):
 
     # ---- parts of a step
 
-    def training_step(self, model, inputs) -> PackLoss:
+    def training_step(self, model: paddle.nn.Layer, inputs: Pack) -> PackLoss:  # type: ignore[override]
         """Forward and backward of one pack."""
         model.train()
         return train_pack(
@@ -319,7 +319,7 @@ class VL2Trainer(Trainer):
             vision_lr_scale=optim.vision_lr_scale,
         )
 
-    def _wrap_model(self, model, training=True):
+    def _wrap_model(self, model: paddle.nn.Layer, training: bool = True) -> paddle.nn.Layer:
         """The model itself, with rank 0's trainable weights on all ranks, which loaded the same base.
 
         Trainer's own, the one private member overridden, would wrap it in a DataParallel, whose reducer wants a

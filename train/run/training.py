@@ -1,4 +1,4 @@
-"""The training run: `bash launch.sh conf=RECIPE key=value ...`
+"""The training run: `bash launch.sh conf=RECIPE key=value ...`.
 
 Everything that can be wrong is looked at before anything in run_dir is changed.
 """

@@ -1,0 +1,1 @@
+"""Folders on disk: names, whole-or-absent writing, checkpoints, the hub, who made what."""

@@ -1,0 +1,1 @@
+"""Files of adapters: ours, PEFT's, PaddleNLP's."""

@@ -1,0 +1,1 @@
+"""Files of weights: layouts, safetensors and .pdparams, loading, fingerprints."""

@@ -7,6 +7,7 @@ import pytest
 
 from train.machine.disk import check_disk
 from train.machine.memory import Room, check_memory, gigabytes, gpu_room, ram_room
+from vl2.errors import UserError
 
 
 def system(root: Path, available_kb: int, cgroup: str, **files: str) -> Path:
@@ -74,7 +75,7 @@ def test_free_memory_of_a_gpu():
 def test_too_little_memory_is_said_with_both_figures():
     room = Room(num_bytes=24 * 10**9, where="RAM, MemAvailable")
     check_memory(24 * 10**9, "it", "go", room)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         check_memory(24 * 10**9 + 1, "X takes 30 GB", "take less", room)
     assert str(error.value) == (
         "no room in memory: X takes 30 GB, 24.00 GB at the least, and 24.00 GB are available (RAM, MemAvailable); "

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 
 from train.store import hub, hub_checksums
 from train.store.hub import resolve_model
+from vl2.errors import UserError
 
 NAME = "someone/some-model"
 COMMIT = "c0ffee" + "0" * 34
@@ -266,7 +267,7 @@ def test_checksums_are_computed_once(server, monkeypatch):
 
 def test_an_unreachable_hub_gives_the_list_of_what_was_tried(server, unreachable, tmp_path):
     unreachable()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         resolve_model(NAME)
     lines = str(error.value).splitlines()
     assert lines[0] == f"the model {NAME} cannot be had. Tried:"

@@ -13,6 +13,7 @@ from vl2.checkpoint.fingerprint import model_fingerprint, stored_fingerprint
 from vl2.checkpoint.folder import checkpoint_tensors
 from vl2.checkpoint.load import load_model, open_model
 from vl2.checkpoint.tensor_files import write_safetensors
+from vl2.errors import UserError
 
 # Written out by hand, from PaddleMIX's modules: what is a paddle.nn.Linear, and the router.
 MATRICES = re.compile(
@@ -93,7 +94,7 @@ def test_missing_and_unknown_names_of_the_other_layout_are_listed(folder):
     arrays["language.model.layers.0.mlp.gate_up_fused_proj.weight"] = np.zeros([2, 2], np.uint16)
     arrays["language.model.layers.1.mlp.gate.weight"] = arrays["language.model.layers.1.mlp.gate.weight"][:, :-1]
     write_safetensors(folder / "model.safetensors", arrays, dict.fromkeys(arrays, "bfloat16"), {"format": "np"})
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_model(folder)
     assert "missing (1): vision.attn_pool.kv.weight" in str(error.value)
     assert "unknown (1): language.model.layers.0.mlp.gate_up_fused_proj.weight" in str(error.value)

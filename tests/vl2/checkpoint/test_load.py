@@ -14,6 +14,7 @@ from vl2.checkpoint.load import load_model
 from vl2.checkpoint.planned_files import Wanted, plan_new
 from vl2.checkpoint.tensor_files import read_header, write_safetensors
 from vl2.config import VL2Config
+from vl2.errors import UserError
 from vl2.parameters import init_model
 
 
@@ -79,7 +80,7 @@ def test_missing_unknown_and_wrongly_shaped_tensors_are_listed(folder):
         arrays["image_newline"] = np.zeros([5], np.uint16)
 
     rewrite(folder, damage)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_model(folder)
     text = str(error.value)
     assert "missing (1): language.model.layers.1.mlp.experts.3.up_proj.weight" in text
@@ -193,7 +194,7 @@ def test_config_of_another_model_is_refused(folder):
     config["language_config"]["num_hidden_layers"] -= 1
     config["language_config"]["n_routed_experts"] += 1
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_model(folder)
     text = str(error.value)
     assert "the weights are not those of the model that config.json describes" in text
