@@ -22,7 +22,7 @@ from train.machine.disk import check_disk
 from train.machine.memory import gigabytes
 from train.store.whole_folder import check_empty, write_folder
 from vl2.checkpoint.folder import INDEX_FILE
-from vl2.checkpoint.load import check_vocabulary
+from vl2.checkpoint.model_folder import check_vocabulary
 from vl2.checkpoint.published import PROCESSOR_CONFIG, SHARD_BYTES, published
 from vl2.config import VL2Config
 from vl2.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ import pytest
 from tests.bench import random_checkpoint
 from tests.bench.random_files import tensor_shapes
 from tests.places import GOLDENS, NANO_BPE
-from vl2.checkpoint.folder import checkpoint_tensors
+from vl2.checkpoint.folder import read_checkpoint
 from vl2.checkpoint.load import load_model
 from vl2.config import VL2Config
 
@@ -22,7 +22,7 @@ def test_written_model_loads_and_computes(kind, tmp_path, monkeypatch, capsys):
     out = tmp_path / "parent" / "out"
     random_checkpoint.main([str(GOLDENS / kind), f"--tokenizer={NANO_BPE}", f"--out={out}", "--seed=1"])
     config = VL2Config.from_folder(out)
-    stored = checkpoint_tensors(out)
+    stored = read_checkpoint(out).tensors
     assert {name: tensor.shape for name, tensor in stored.items()} == tensor_shapes(config)
     files = sorted(path.name for path in out.glob("*.safetensors"))
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -58,7 +58,7 @@ def test_holes_have_the_size_and_take_no_space(tmp_path, capsys):
     random_checkpoint.main(["small", f"--out={out}", "--numbers=holes"])
     assert sum(path.stat().st_size for path in out.glob("*.safetensors")) > 32.29e9
     assert sum(path.stat().st_blocks * 512 for path in out.iterdir()) < 5e6
-    assert len(checkpoint_tensors(out)) == 5639
+    assert len(read_checkpoint(out).tensors) == 5639
     assert "Zeros" in (out / "README.md").read_text()
 
 

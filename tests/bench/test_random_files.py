@@ -125,8 +125,8 @@ def test_a_shard_reads_back(tmp_path):
     (shard,) = plan_shards(tensor_shapes(config), shard_bytes=SHARD_BYTES)
     write_shard(tmp_path / "whole", shard, seed=5)
     write_shard(tmp_path / "holes", shard, seed=5, holes=True)
-    whole, metadata = read_header(tmp_path / "whole")
-    holes, _ = read_header(tmp_path / "holes")
+    whole, metadata, _ = read_header(tmp_path / "whole")
+    holes = read_header(tmp_path / "holes").tensors
     assert metadata == {"format": "pt"}
     assert {name: tensor.shape for name, tensor in whole.items()} == shard.shapes
     assert {tensor.dtype for tensor in whole.values()} == {"bfloat16"}

@@ -6,7 +6,7 @@ from typing import Any
 from train.store.facts import to_document
 from train.store.provenance import Provenance
 from vl2.checkpoint.fingerprint import stored_fingerprint
-from vl2.checkpoint.load import open_model
+from vl2.checkpoint.model_folder import open_folder
 
 
 def provenance(base: Path, **changes: Any) -> dict[str, Any]:
@@ -25,5 +25,5 @@ def provenance(base: Path, **changes: Any) -> dict[str, Any]:
         **changes,
     }
     if "base_fingerprint" not in fields:
-        fields["base_fingerprint"] = stored_fingerprint(open_model(base), "bfloat16")
+        fields["base_fingerprint"] = stored_fingerprint(open_folder(base).weights, "bfloat16")
     return to_document(Provenance(**fields))

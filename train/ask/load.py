@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import paddle
+import paddle.distributed as dist
+from tqdm import tqdm
 
-from train.ask.model_memory import check_inference
+from train.ask.model_memory import check_inference, inference_need
 from train.ask.note import note
 from train.ask.resolutions import resolutions_in_force
-from train.ask.source import Source, find_source, stored_dtype
+from train.ask.source import Source, find_source
 from train.store.hub import resolve_model
 from train.store.names import WEIGHTS_FILE
 from vl2.checkpoint.fingerprint import model_fingerprint, stored_fingerprint
-from vl2.checkpoint.load import load_model, open_model
+from vl2.checkpoint.load import load_model
+from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.checkpoint.published import published
 from vl2.checkpoint.tensor_files import read_header
 from vl2.config import VL2Config
-from vl2.dtypes import DTYPE_OF_SETTING
+from vl2.dtypes import DTYPE_OF_SETTING, WEIGHT_DTYPES
 from vl2.errors import UserError
 from vl2.model import DeepseekVL2
 from vl2.parameters import init_model, set_parameter
 from vl2.tiles import Resolution
 from vl2.tokenizer import Tokenizer
+
+# From here on, loading takes long enough to show a bar.
+_BAR_BYTES = 500_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,40 +60,57 @@ def load(folder: str | Path, precision: str = "auto", base: str = "", check: str
     Raises:
         UserError: see `resolve_model`, `find_source` and `load_model`; an adapter of another base.
     """
-    if published(folder):  # before it is fetched
-        check_inference(folder, DTYPE_OF_SETTING.get(precision, "bfloat16"))
+    if known := published(folder):  # before it is fetched
+        wanted = DTYPE_OF_SETTING.get(precision, "bfloat16")
+        check_inference(folder, VL2Config.from_folder(known.config.parent), wanted)
     source = find_source(resolve_model(folder), base, checksums=check == "full")
-    tokenizer = Tokenizer.from_folder(source.base)
-    dtype = DTYPE_OF_SETTING[precision] if precision != "auto" else stored_dtype(source.base)
-    check_inference(source.base, dtype)
-    model = load_base(source, tokenizer, dtype)
+    opened = open_folder(source.base)
+    dtype = DTYPE_OF_SETTING[precision] if precision != "auto" else stored_dtype(opened)
+    check_inference(source.base, opened.config, dtype)
+    model = load_base(source, opened, dtype)
     if source.kind == "adapter":
         from vl2.adapter.folder import load_adapter  # here: it imports PaddleNLP, which takes seconds
 
         assert source.trained is not None
-        load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, model), say=note)
+        load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, opened, model), say=note)
     candidates = resolutions_in_force(source, model.config)
     model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
     model.eval()
-    return Loaded(source=source, model=model, tokenizer=tokenizer)
+    return Loaded(source=source, model=model, tokenizer=opened.tokenizer)
 
 
-def base_fingerprint(source: Source, model: DeepseekVL2) -> str:
+def stored_dtype(folder: ModelFolder) -> str:
+    """The type that most weights of a model are stored in; bfloat16 when there are none."""
+    try:
+        dtype = folder.checkpoint.dtype
+    except UserError:
+        return "bfloat16"
+    return dtype if dtype in WEIGHT_DTYPES else "bfloat16"
+
+
+def load_with_bar(folder: ModelFolder, dtype: str) -> DeepseekVL2:
+    """`load_model` with a progress bar on stderr, where there is enough to wait for; one of several ranks shows it."""
+    num_bytes = inference_need(folder.config, dtype).num_bytes
+    style = {"desc": "load weights", "unit": "B", "unit_scale": True, "mininterval": 1.0, "file": sys.stderr}
+    with tqdm(total=num_bytes, disable=num_bytes < _BAR_BYTES or dist.get_rank() != 0, **style) as bar:
+        return load_model(folder, dtype=dtype, done=bar.update)
+
+
+def base_fingerprint(source: Source, folder: ModelFolder, model: DeepseekVL2) -> str:
     """Fingerprint of an adapter's base in the precision of the training, whatever the model is stored in now."""
     if source.random_seed is not None or source.precision is None:
         return model_fingerprint(model)
-    return stored_fingerprint(open_model(source.base), DTYPE_OF_SETTING[source.precision])
+    return stored_fingerprint(folder.weights, DTYPE_OF_SETTING[source.precision])
 
 
-def load_base(source: Source, tokenizer: Tokenizer, dtype: str) -> DeepseekVL2:
+def load_base(source: Source, folder: ModelFolder, dtype: str) -> DeepseekVL2:
     """The base of a source; with a full fine-tune's weights in place, all frozen."""
     if source.random_seed is not None:
-        config = VL2Config.from_folder(source.base)
-        model = init_model(config, tokenizer.image_id, seed=source.random_seed, dtype=dtype)
+        model = init_model(folder.config, folder.tokenizer.image_id, seed=source.random_seed, dtype=dtype)
     else:
-        model = load_model(source.base, dtype=dtype)
+        model = load_with_bar(folder, dtype)
     if source.kind == "weights":
         assert source.trained is not None
         _load_weights(model, source.trained, dtype)

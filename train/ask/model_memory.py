@@ -12,7 +12,6 @@ from pathlib import Path
 from paddle import nn
 
 from train.machine.memory import check_memory, gigabytes
-from vl2.checkpoint.published import published
 from vl2.config import VL2Config
 from vl2.dtypes import item_bytes
 from vl2.parameters import build_model
@@ -44,24 +43,25 @@ def inference_need(config: VL2Config, dtype: str) -> Need:
     Args:
         dtype: stored type of the weights.
     """
-    return Need(frozen=sum(_sizes(build_model(config, 0)).values()) * item_bytes(dtype), trained=0)
+    return Need(frozen=sum(weight_sizes(build_model(config, 0)).values()) * item_bytes(dtype), trained=0)
 
 
-def check_inference(model: str | Path, dtype: str) -> None:
+def check_inference(model: str | Path, config: VL2Config, dtype: str) -> None:
     """Refuse to load what does not fit into memory.
 
     Args:
-        model: folder, or name of a published model.
+        model: its name, for the error.
+        config: what is in it.
         dtype: stored type of the weights.
 
     Raises:
         UserError: with the figures and what would need less.
     """
-    known = published(model)
-    need = inference_need(VL2Config.from_folder(known.config.parent if known else model), dtype)
+    need = inference_need(config, dtype)
     advice = "use a machine with more, or a smaller model" + (", or precision=bf16" if dtype == "float32" else "")
     check_memory(need.num_bytes, f"{model} in {dtype} takes {need}", advice)
 
 
-def _sizes(model: nn.Layer) -> dict[str, int]:
+def weight_sizes(model: nn.Layer) -> dict[str, int]:
+    """Numbers in each weight."""
     return {name: math.prod(parameter.shape) for name, parameter in model.named_parameters()}

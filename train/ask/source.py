@@ -13,8 +13,6 @@ from train.store.names import ADAPTER, EXPORT_REPORT, WEIGHTS, WEIGHTS_METADATA
 from train.store.provenance import ExportReport, Provenance
 from train.store.whole_folder import MANIFEST, damage
 from vl2.adapter.formats import PADDLE_CONFIG, PEFT_CONFIG, adapter_format, adapter_metadata
-from vl2.checkpoint.folder import checkpoint_tensors
-from vl2.dtypes import WEIGHT_DTYPES
 from vl2.errors import UserError
 
 
@@ -166,14 +164,3 @@ def _base_of(trained: Path, provenance: Provenance | None, name: str, given: str
     raise UserError(
         f"{trained}: was trained on the base model {name}, which is not there now ({problem}); give base=FOLDER"
     )
-
-
-def stored_dtype(folder: Path) -> str:
-    """The type that most weights of a checkpoint are stored in; bfloat16 when there are none."""
-    try:
-        stored = checkpoint_tensors(folder)
-    except ValueError:
-        return "bfloat16"
-    kinds = [tensor.dtype for tensor in stored.values()]
-    most = max(set(kinds), key=kinds.count, default="bfloat16")
-    return most if most in WEIGHT_DTYPES else "bfloat16"

@@ -45,13 +45,12 @@ from vl2.adapter.peft_format import PEFT_NAMES, peft_config
 from vl2.adapter.rows import changed_rows, written_rows
 from vl2.adapter.slots import Slot, slots
 from vl2.checkpoint import published
-from vl2.checkpoint.load import open_model
+from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.config import VL2Config
 from vl2.errors import UserError
 from vl2.lora_settings import LoRASettings
 from vl2.parameters import build_model, init_model
-from vl2.tokenizer import Tokenizer
 
 # One float32 rounding of B where it takes in another scaling; none where the scaling stays.
 _ROUNDING = 2.0**-23
@@ -79,7 +78,8 @@ def export_adapter(config: ExportConfig) -> ExportReport:
     if source.kind != "adapter" or source.trained is None:
         raise UserError(f"run={config.run}: there is no adapter, so adapter={config.adapter} has nothing to write")
     check_out(out, source, overwrite=config.overwrite)
-    skeleton = build_model(VL2Config.from_folder(source.base), image_token_id=0)
+    base = open_folder(source.base)
+    skeleton = build_model(base.config, base.tokenizer.image_id)
     adapter, found = open_adapter(source.trained, skeleton), slots(skeleton)
     peft = config.adapter == PEFT
     written = adapter.settings if peft else common_settings(adapter.settings)
@@ -87,8 +87,8 @@ def export_adapter(config: ExportConfig) -> ExportReport:
         note(f"{untuned}; zeros are written for them")
     tensors = foreign_tensors(adapter, found, PEFT_NAMES if peft else PADDLE_NAMES, written)
     if not peft:
-        tensors.update(written_rows(adapter, base_values(source)))
-    elif adapter.rows and (rows := changed_rows(adapter, base_values(source))):
+        tensors.update(written_rows(adapter, base_values(source, base)))
+    elif adapter.rows and (rows := changed_rows(adapter, base_values(source, base))):
         raise UserError(
             f"run={config.run}: it has trained {' and '.join(rows)} too, which PEFT's files cannot hold; export merged "
             "weights (without adapter=), or adapter=paddle"
@@ -109,9 +109,9 @@ def export_adapter(config: ExportConfig) -> ExportReport:
 
     def write(folder: Path) -> None:
         nonlocal report
-        base = source.base_name or str(source.base)
+        name = source.base_name or str(source.base)
         about = to_document(source.provenance) if source.provenance else {}
-        (write_peft if peft else write_paddle)(folder, tensors, written, base, about)
+        (write_peft if peft else write_paddle)(folder, tensors, written, name, about)
         write_processor(folder, source, skeleton.config)
         report = replace(report, verified=verify(folder, skeleton, adapter, tensors))
         write_fact(folder / EXPORT_REPORT, report)
@@ -121,16 +121,15 @@ def export_adapter(config: ExportConfig) -> ExportReport:
     return report
 
 
-def base_values(source: Source) -> Callable[[str], paddle.Tensor]:
+def base_values(source: Source, base: ModelFolder) -> Callable[[str], paddle.Tensor]:
     """Gives a parameter of the base by its path; no other is read.
 
     Raises:
         UserError: the base's weights are not there.
     """
     if source.random_seed is None:
-        return open_model(source.base).parameter
-    config, tokenizer = VL2Config.from_folder(source.base), Tokenizer.from_folder(source.base)
-    model = init_model(config, tokenizer.image_id, seed=source.random_seed)
+        return base.weights.parameter
+    model = init_model(base.config, base.tokenizer.image_id, seed=source.random_seed)
     return lambda path: getattr(model, path)
 
 

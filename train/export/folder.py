@@ -22,7 +22,6 @@ from train.store.whole_folder import MANIFEST, strangers
 from vl2.checkpoint.folder import INDEX_FILE
 from vl2.checkpoint.layouts import Layout, official_parts
 from vl2.checkpoint.planned_files import Plan, Wanted, plan_like, plan_new
-from vl2.checkpoint.tensor_files import StoredTensor
 from vl2.errors import UserError
 
 # Weights of any kind: those of the base are not copied.
@@ -40,9 +39,8 @@ def plan_export(merge: Merge, layout: Layout) -> Plan:
         shape = base.tensors[part.name].shape
         turned = part.transposed != pieces[part.name].transposed
         wanted[part.name] = Wanted(merge.dtype_of(part.name), tuple(reversed(shape)) if turned else shape)
-    files = {name: tensor for name, tensor in base.tensors.items() if isinstance(tensor, StoredTensor)}
-    if files.keys() == wanted.keys() and all(tensor.path.suffix == ".safetensors" for tensor in files.values()):
-        return plan_like(base.folder, files, wanted, layout)
+    if base.checkpoint and base.checkpoint.headers:
+        return plan_like(base.checkpoint, wanted, layout)
     return plan_new(wanted, layout)
 
 

@@ -9,22 +9,22 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from train.ask.load import stored_dtype
 from train.ask.note import note
-from train.ask.source import Source, stored_dtype
+from train.ask.source import Source
 from train.store.names import WEIGHTS_FILE
 from vl2.adapter.folder import check_base, load_factors, open_adapter
 from vl2.adapter.foreign import untuned_modules
 from vl2.adapter.rows import changed_rows
 from vl2.checkpoint.fingerprint import stored_fingerprint
 from vl2.checkpoint.layouts import Part
-from vl2.checkpoint.load import StoredModel, hold_model, open_model
+from vl2.checkpoint.model_folder import open_folder
+from vl2.checkpoint.stored_model import StoredModel, hold_model
 from vl2.checkpoint.tensor_files import MemoryTensor, StoredTensor, cast, read_header
-from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.lora import Delta, VL2LoRAModel, apply_lora, deltas
 from vl2.parameters import build_model, init_model
-from vl2.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,19 +100,19 @@ def open_merge(source: Source, dtype: str | None) -> Merge:
     Raises:
         UserError: when base or training do not fit their names and shapes, or each other.
     """
+    folder = open_folder(source.base)
     if source.random_seed is not None:
-        tokenizer = Tokenizer.from_folder(source.base)
         assert source.precision is not None
         kind = "float32" if source.kind == "weights" else DTYPE_OF_SETTING[source.precision]
-        model = init_model(VL2Config.from_folder(source.base), tokenizer.image_id, seed=source.random_seed, dtype=kind)
+        model = init_model(folder.config, folder.tokenizer.image_id, seed=source.random_seed, dtype=kind)
         base = hold_model(source.base, model, kind)
-        dtype = dtype or stored_dtype(source.base)
+        dtype = dtype or stored_dtype(folder)
     else:
-        base = open_model(source.base)
+        base = folder.weights
     if source.kind == "adapter":
         assert source.trained is not None
         skeleton = build_model(base.skeleton.config, base.skeleton.image_token_id)
-        kind = DTYPE_OF_SETTING[source.precision] if source.precision else stored_dtype(source.base)
+        kind = DTYPE_OF_SETTING[source.precision] if source.precision else stored_dtype(folder)
         check_base(source.trained, stored_fingerprint(base, kind))
         adapter = open_adapter(source.trained, skeleton)
         lora = apply_lora(skeleton, adapter.settings)

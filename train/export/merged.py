@@ -31,11 +31,10 @@ from train.store.provenance import ExportReport
 from train.store.versions import versions
 from train.store.whole_folder import write_folder
 from vl2.checkpoint.layouts import Layout
-from vl2.checkpoint.load import open_model
+from vl2.checkpoint.model_folder import open_folder
 from vl2.checkpoint.planned_files import Plan
 from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
-from vl2.tokenizer import Tokenizer
 
 
 def main(arguments: list[str]) -> int:
@@ -133,12 +132,13 @@ def verify(folder: Path, merge: Merge, plan: Plan) -> dict[str, Any]:
         UserError: when it is not what it should be.
     """
     try:
-        written = open_model(folder)
+        opened = open_folder(folder)
+        written = opened.weights
     except ValueError as problem:
         raise UserError(f"the export was refused: it cannot be read back: {problem}") from problem
     with _bar("verify tensors", plan.num_bytes) as bar:
         tensors = verify_tensors(written, merge, bar.update)
-    probe = make_probe(Tokenizer.from_folder(folder), written.skeleton.config.candidate_resolutions)
+    probe = make_probe(opened.tokenizer, opened.config.candidate_resolutions)
 
     def passes(models: list[Any]) -> tqdm:
         return tqdm(models, desc="verify logits", unit="model", file=sys.stderr)

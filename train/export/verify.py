@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 
 from train.export.merge import Merge
-from vl2.checkpoint.load import StoredModel
+from vl2.checkpoint.stored_model import StoredModel
 from vl2.checkpoint.stream import stream_weights
 from vl2.errors import UserError
 from vl2.model import DeepseekVL2

@@ -15,6 +15,7 @@ from data.dataset import Dataset, default_cache, open_dataset
 from data.plan import Plan, make_plan
 from data.record import Record
 from data.shapes.write import write_shapes
+from train.ask.load import load_with_bar
 from train.config.schema import TrainConfig
 from train.run.say import say
 from train.run.state import trainable_parameters
@@ -22,8 +23,7 @@ from train.store.hub import resolve_model
 from vl2.adapter.folder import check_base, load_factors, open_adapter
 from vl2.adapter.foreign import untuned_modules
 from vl2.adapter.rows import changed_rows
-from vl2.checkpoint.load import load_model
-from vl2.config import VL2Config
+from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.lora import GroupReport, apply_lora
@@ -54,17 +54,27 @@ class Data:
     questions: tuple[Record, ...]  # held out; empty when nothing is asked
 
 
-def build_data(config: TrainConfig) -> Data:
-    """Read, measure and plan the data; draws the shapes when there is no data.path.
+def open_base(config: TrainConfig) -> ModelFolder:
+    """The base model's folder; fetched first, where the model is given by its name on the hub.
 
     Raises:
-        UserError: a model that cannot be had, no config.json or tokenizer in its folder, a record that cannot be used,
-            an empty data set.
+        UserError: a model that cannot be had, no config.json or tokenizer in its folder.
     """
-    folder = resolve_model(config.model.path)
-    tokenizer = Tokenizer.from_folder(folder)
-    model_config = VL2Config.from_folder(folder)
-    candidates = limit_candidates(model_config.candidate_resolutions, config.data.max_tiles)
+    return open_folder(resolve_model(config.model.path))
+
+
+def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
+    """Read, measure and plan the data; draws the shapes when there is no data.path.
+
+    Args:
+        config: of the run.
+        folder: of the base model, from `open_base`.
+
+    Raises:
+        UserError: a record that cannot be used, an empty data set.
+    """
+    tokenizer = folder.tokenizer
+    candidates = limit_candidates(folder.config.candidate_resolutions, config.data.max_tiles)
     path, questions_path = config.data.path, config.data.eval_path
     if path is None:
         shapes = config.data.shapes
@@ -94,7 +104,7 @@ def build_data(config: TrainConfig) -> Data:
     dataset = open_file(path, config.data.max_tokens, config.data.max_tiles_per_pack)
     questions: tuple[Record, ...] = ()
     if questions_path is not None and config.eval.questions:
-        context = model_config.language.max_position_embeddings
+        context = folder.config.language.max_position_embeddings
         questions = open_file(questions_path, None, None, context).records[: config.eval.questions]
     plan = make_plan(
         dataset.sizes,
@@ -117,18 +127,17 @@ def build_data(config: TrainConfig) -> Data:
     )
 
 
-def build_base(config: TrainConfig, tokenizer: Tokenizer) -> DeepseekVL2:
+def build_base(config: TrainConfig, folder: ModelFolder) -> DeepseekVL2:
     """The base model, all weights frozen and stored in the run's precision.
 
     Raises:
-        UserError: a folder without config.json, or with missing, unknown or wrongly shaped tensors.
+        UserError: a folder without weights, or with missing, unknown or wrongly shaped tensors.
     """
     dtype = DTYPE_OF_SETTING[config.precision]
-    folder = resolve_model(config.model.path)  # in the cache since build_data, where it was a name
     if config.model.init == "random":
-        model = init_model(VL2Config.from_folder(folder), tokenizer.image_id, seed=config.seed, dtype=dtype)
+        model = init_model(folder.config, folder.tokenizer.image_id, seed=config.seed, dtype=dtype)
     else:
-        model = load_model(folder, dtype=dtype)
+        model = load_with_bar(folder, dtype)
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
     model.set_recompute(config.recompute)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from train.ask.model_memory import Need, _sizes
+from train.ask.model_memory import Need, weight_sizes
 from train.config.schema import TrainConfig
 from train.machine.memory import check_memory
 from train.run.build import lora_settings, trained_names
-from train.store.hub import resolve_model
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
@@ -24,7 +23,7 @@ def training_need(model: VL2Config, config: TrainConfig) -> Need:
         UserError: a LoRA group that matches nothing in this model.
     """
     skeleton = build_model(model, 0)
-    sizes = _sizes(skeleton)
+    sizes = weight_sizes(skeleton)
     if config.lora.rank == 0:
         learned = sum(sizes[name] for name in trained_names(sizes, config.trainable))
         frozen = sum(sizes.values()) - learned
@@ -34,17 +33,23 @@ def training_need(model: VL2Config, config: TrainConfig) -> Need:
     return Need(frozen=frozen * item_bytes(DTYPE_OF_SETTING[config.precision]), trained=learned * TRAINED_BYTES)
 
 
-def check_training(config: TrainConfig, num_processes: int) -> None:
-    """Refuse to train what does not fit into memory; a published model even before it is fetched.
+def check_published(config: TrainConfig, num_processes: int) -> None:
+    """`check_training` of a published model before it is fetched; does nothing with any other."""
+    if known := published(config.model.path):
+        check_training(config, VL2Config.from_folder(known.config.parent), num_processes)
+
+
+def check_training(config: TrainConfig, model: VL2Config, num_processes: int) -> None:
+    """Refuse to train what does not fit into memory.
 
     Args:
+        config: of the run.
+        model: the base model.
         num_processes: that share the memory: those of this machine on a CPU, 1 on a GPU.
 
     Raises:
         UserError: with the figures and what would need less.
     """
-    known = published(config.model.path)
-    model = VL2Config.from_folder(known.config.parent if known else resolve_model(config.model.path))
     need = training_need(model, config)
     each = f", in each of {num_processes} processes" if num_processes > 1 else ""
     advice = "use a machine with more, or a smaller model"

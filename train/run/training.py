@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import paddle
@@ -29,11 +30,11 @@ from train.config.load import check_divides, load_config, rehearsal_notice
 from train.config.schema import TrainConfig
 from train.machine.devices import use_device
 from train.run.barrier import barrier
-from train.run.build import Data, build_base, build_data, count_parts, make_trainable
+from train.run.build import Data, build_base, build_data, count_parts, make_trainable, open_base
 from train.run.curve import draw_curve
 from train.run.gradients import gather_rows
 from train.run.identity import identity
-from train.run.memory import check_training
+from train.run.memory import check_published, check_training
 from train.run.metrics import MetricsLog
 from train.run.next_commands import next_commands
 from train.run.report import start_report, start_text
@@ -56,6 +57,7 @@ from train.store.whole_folder import write_folder
 from vl2.checkpoint.fingerprint import model_fingerprint
 from vl2.lora import VL2LoRAModel
 
+Built = TypeVar("Built")
 # Asks a model the held-out questions, "before" or "after" training: numbers with at least `exact_match` in [0, 1].
 Evaluate = Callable[[nn.Layer, Data, TrainConfig, str], Mapping[str, float]]
 
@@ -126,12 +128,16 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str, callback
     previous = None
     if first:
         previous = check_run_dir(run_dir, resume=config.resume, overwrite=config.overwrite)
-        check_training(config, 1 if paddle.get_device().startswith("gpu") else config.nproc)
+        sharing = 1 if paddle.get_device().startswith("gpu") else config.nproc
+        check_published(config, sharing)
         check_model(resolve_model(config.model.path), checksums=False)
         if config.lora.init:
             check_trained(Path(config.lora.init))
-    data = _first_rank_first(lambda: build_data(config))
-    base = build_base(config, data.tokenizer)
+    folder = _first_rank_first(lambda: open_base(config))
+    if first:
+        check_training(config, folder.config, sharing)
+    data = _first_rank_first(lambda: build_data(config, folder))
+    base = build_base(config, folder)
     fingerprint = model_fingerprint(base)
     who = identity(config, fingerprint=fingerprint, tokenizer=data.tokenizer, plan=data.plan)
     model, groups = make_trainable(base, config, candidates=data.candidates, base_fingerprint=fingerprint)
@@ -330,7 +336,7 @@ def _evaluate_once(
     return found
 
 
-def _first_rank_first(build: Callable[[], Data]) -> Data:
+def _first_rank_first(build: Callable[[], Built]) -> Built:
     built = build() if dist.get_rank() == 0 else None
     barrier()
     return built or build()

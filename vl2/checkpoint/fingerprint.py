@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from vl2.checkpoint.load import StoredModel
+from vl2.checkpoint.stored_model import StoredModel
 
 _PROBES = 64  # numbers taken of each weight
 

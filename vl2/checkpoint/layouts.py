@@ -7,13 +7,13 @@ are [out, in], and PaddleMIX's ("paddle"), whose Linear weights are [in, out] an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 from paddle import nn
 
-from vl2.checkpoint.tensor_files import StoredTensor, read_header
+from vl2.checkpoint.folder import Checkpoint
 from vl2.dtypes import WEIGHT_DTYPES
 from vl2.errors import UserError
 from vl2.linear import Linear
@@ -81,7 +81,7 @@ def official_shapes(model: nn.Layer, layout: Layout = "hf") -> dict[str, tuple[i
     return {part.name: _part_shape(shapes[path], part) for path, parts in pieces for part in parts}
 
 
-def find_layout(model: nn.Layer, stored: Mapping[str, StoredTensor], where: str) -> Layout:
+def find_layout(model: nn.Layer, checkpoint: Checkpoint, where: str) -> Layout:
     """Tell the layout of a checkpoint: by the matrices that are not square, which decide for those that are.
 
     Without any, by the files' metadata; "np" alone, or a .pdparams, means PaddleNLP, which writes it.
@@ -89,6 +89,7 @@ def find_layout(model: nn.Layer, stored: Mapping[str, StoredTensor], where: str)
     Raises:
         UserError: when matrices disagree among themselves or with the metadata.
     """
+    stored = checkpoint.tensors
     shapes = {path: parameter.shape for path, parameter in model.named_parameters()}
     lying: dict[Layout, list[str]] = {"hf": [], "paddle": []}
     for (path, parts), (_, others) in zip(official_parts(model, "hf"), official_parts(model, "paddle")):
@@ -97,8 +98,7 @@ def find_layout(model: nn.Layer, stored: Mapping[str, StoredTensor], where: str)
                 official, paddles = _part_shape(shapes[path], part), _part_shape(shapes[path], other)
                 if official != paddles and stored[part.name].shape in (official, paddles):
                     lying["hf" if stored[part.name].shape == official else "paddle"].append(part.name)
-    files = {tensor.path for tensor in stored.values() if tensor.path.suffix == ".safetensors"}
-    formats = {read_header(file)[1].get("format", "") for file in files}
+    formats = {header.metadata.get("format", "") for header in checkpoint.headers.values()}
     stated = {FORMATS[name] for name in formats if name in FORMATS}
     if lying["hf"] and lying["paddle"]:
         raise UserError(
@@ -118,7 +118,7 @@ def find_layout(model: nn.Layer, stored: Mapping[str, StoredTensor], where: str)
     return "paddle" if formats <= {"np"} else "hf"  # no format at all: a .pdparams, which Paddle wrote
 
 
-def check_tensors(model: nn.Layer, stored: Mapping[str, StoredTensor], where: str) -> Layout:
+def check_tensors(model: nn.Layer, checkpoint: Checkpoint, where: str) -> Layout:
     """Every official tensor there, none besides, each of the model's shape in one of the two layouts.
 
     Returns:
@@ -127,7 +127,7 @@ def check_tensors(model: nn.Layer, stored: Mapping[str, StoredTensor], where: st
     Raises:
         UserError: listing missing, unknown and wrongly shaped names; or see `find_layout`.
     """
-    layout = find_layout(model, stored, where)
+    layout, stored = find_layout(model, checkpoint, where), checkpoint.tensors
     expected = official_shapes(model, layout)
     mistyped = [f"{name} is {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in WEIGHT_DTYPES]
     missing = [name for name in expected if name not in stored]

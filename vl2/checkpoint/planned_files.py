@@ -6,16 +6,15 @@ A plan keeps the files, order and metadata of the checkpoint it comes from: what
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vl2.checkpoint.folder import INDEX_FILE, SINGLE_FILE
+from vl2.checkpoint.folder import SINGLE_FILE, Checkpoint
 from vl2.checkpoint.layouts import Layout
-from vl2.checkpoint.tensor_files import StoredTensor, read_header
 from vl2.dtypes import item_bytes, safetensors_name
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -68,26 +67,26 @@ class Plan:
     num_bytes: int  # of all of them
 
 
-def plan_like(folder: Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, Wanted], layout: Layout) -> Plan:
+def plan_like(checkpoint: Checkpoint, wanted: Mapping[str, Wanted], layout: Layout) -> Plan:
     """The same files, order and metadata as a checkpoint's, with other types or shapes where they are wanted.
 
     Args:
-        folder: of the checkpoint.
-        stored: its tensors.
-        wanted: what shall be written of each.
+        checkpoint: of safetensors files.
+        wanted: what shall be written of each of its tensors.
         layout: what shall be written; the `format` of a header is set only where that changes.
     """
-    files = []
-    for path in sorted({tensor.path for tensor in stored.values()}):
-        raw, document = _raw_header(path)
-        names = sorted(read_header(path)[0], key=lambda name: stored[name].offset)
+    files, stored = [], checkpoint.tensors
+    for path, header in checkpoint.headers.items():
+        names = sorted(header.tensors, key=lambda name: stored[name].offset)
         same = all(wanted[name] == (stored[name].dtype, stored[name].shape) for name in names)
-        files.append(_plan_file(path.name, document, names, wanted, layout, raw if same else None))
-    index = (folder / INDEX_FILE).read_bytes() if (folder / INDEX_FILE).is_file() else None
+        raw = header.raw if same else None
+        files.append(_plan_file(path.name, header.metadata, list(header.tensors), names, wanted, layout, raw))
+    index = checkpoint.index
     total = sum(want.num_bytes for want in wanted.values())
     if index is not None and total != sum(tensor.num_bytes for tensor in stored.values()):
         document = json.loads(index)
-        document["metadata"] = {**document.get("metadata", {}), "total_size": total}
+        metadata = document.get("metadata")
+        document["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
         index = _json_text(document)
     return _plan(files, index, total)
 
@@ -106,8 +105,7 @@ def plan_new(wanted: Mapping[str, Wanted], layout: Layout) -> Plan:
     count = len(shards)
     titles = [SINGLE_FILE] if count == 1 else [f"model-{i + 1:05d}-of-{count:06d}.safetensors" for i in range(count)]
     files = [
-        _plan_file(title, {"__metadata__": {"format": ""}, **{name: {} for name in names}}, names, wanted, layout, None)
-        for title, names in zip(titles, shards)
+        _plan_file(title, {"format": ""}, names, names, wanted, layout, None) for title, names in zip(titles, shards)
     ]
     if count == 1:
         return _plan(files, None, total)
@@ -122,13 +120,14 @@ def _plan(files: Sequence[PlannedFile], index: bytes | None, values_bytes: int) 
 
 def _plan_file(
     title: str,
-    document: Mapping[str, Any],
-    names: Iterable[str],
+    metadata: Mapping[str, str],
+    order: Sequence[str],
+    names: Sequence[str],
     wanted: Mapping[str, Wanted],
     layout: Layout,
     raw: bytes | None,
 ) -> PlannedFile:
-    metadata = document.get("__metadata__", {})
+    """One file; `order` is that of the header's entries, `names` that of the values."""
     if raw is None or not _says(metadata, layout):
         offsets, start = {}, 0
         for name in names:
@@ -137,14 +136,10 @@ def _plan_file(
         if not _says(metadata, layout):
             metadata = {**metadata, "format": FORMAT_OF[layout]}
         header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-        for name in document:
-            if name != "__metadata__":
-                want = wanted[name]
-                header[name] = {
-                    "dtype": safetensors_name(want.dtype),
-                    "shape": list(want.shape),
-                    "data_offsets": offsets[name],
-                }
+        for name in order:
+            want = wanted[name]
+            kind = safetensors_name(want.dtype)
+            header[name] = {"dtype": kind, "shape": list(want.shape), "data_offsets": offsets[name]}
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)
     return PlannedFile(name=title, header=len(raw).to_bytes(8, "little") + raw, tensors=tuple(names))
@@ -154,12 +149,6 @@ def _says(metadata: Mapping[str, str], layout: Layout) -> bool:
     """Whether a header's metadata may stay as it is."""
     found = metadata.get("format")
     return found == FORMAT_OF[layout] or (found is None and layout == "hf") or (found == "pd" and layout == "paddle")
-
-
-def _raw_header(path: Path) -> tuple[bytes, dict[str, Any]]:
-    with path.open("rb") as file:
-        raw = file.read(int.from_bytes(file.read(8), "little"))
-    return raw, json.loads(raw)
 
 
 def _json_text(document: Mapping[str, Any]) -> bytes:

@@ -27,6 +27,7 @@ from train.config.load import load_config
 from train.config.schema import EvaluateConfig, InferConfig
 from train.machine.devices import Machine
 from train.run.build import build_data
+from vl2.checkpoint.model_folder import open_folder
 from vl2.prompt import Message
 
 
@@ -117,9 +118,11 @@ def test_conversation_beyond_the_context_is_refused(model_folder, data_file, arg
     with pytest.raises(RecordError, match=expected):
         entry.main([f"model={folder}", f"data.path={data_file}", f"out={tmp_path / 'out'}", "device=cpu"])
     settings = arguments(tmp_path / "run", f"model.path={folder}")
-    assert len(build_data(load_config(settings)).dataset.records) == 20  # training may go beyond them
+    assert (
+        len(build_data(load_config(settings), open_folder(folder)).dataset.records) == 20
+    )  # training may go beyond them
     with pytest.raises(RecordError, match=expected):
-        build_data(load_config([*settings, f"data.eval_path={data_file}"]))
+        build_data(load_config([*settings, f"data.eval_path={data_file}"]), open_folder(folder))
 
 
 def test_image_that_breaks_after_it_was_measured_names_its_row(loaded, records, tmp_path):

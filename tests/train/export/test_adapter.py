@@ -20,7 +20,7 @@ from train.export.merged import export, main
 from train.run.build import make_trainable
 from vl2.adapter.formats import PEFT_CONFIG, PEFT_FILE
 from vl2.checkpoint.fingerprint import model_fingerprint
-from vl2.checkpoint.folder import checkpoint_tensors
+from vl2.checkpoint.folder import read_checkpoint
 from vl2.checkpoint.load import load_model
 from vl2.checkpoint.tensor_files import read_header, write_safetensors
 from vl2.errors import UserError
@@ -58,7 +58,7 @@ def test_names_and_shapes_are_those_peft_gives_the_official_modules(base, peft):
         if not re.search(r"lm_head|attn_pool", module):
             expected[f"base_model.model.{module}.lora_A.weight"] = (rank(module), size)
             expected[f"base_model.model.{module}.lora_B.weight"] = (out, rank(module))
-    stored, metadata = read_header(peft / PEFT_FILE)
+    stored, metadata, _ = read_header(peft / PEFT_FILE)
     assert {name: tensor.shape for name, tensor in stored.items()} == expected
     assert any(".experts.3.gate_proj." in name for name in expected) and metadata["format"] == "pt"
     assert {tensor.dtype for tensor in stored.values()} == {"float32"}
@@ -112,7 +112,7 @@ def test_peft_there_and_back_gives_the_same_bits(run, peft):
 def test_export_merges_a_peft_adapter_like_the_run(run, peft, tmp_path):
     for name, source in (("ours", run), ("theirs", peft)):
         export(ExportConfig(run=str(source), out=str(tmp_path / name), dtype="fp32"))
-    ours, theirs = (checkpoint_tensors(tmp_path / name) for name in ("ours", "theirs"))
+    ours, theirs = (read_checkpoint(tmp_path / name).tensors for name in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name].read(), theirs[name].read()) for name in ours)
 

@@ -17,7 +17,7 @@ from train.export.merged import export
 from train.export.verify import logits_of, make_probe
 from vl2.adapter.folder import save_adapter
 from vl2.checkpoint.fingerprint import model_fingerprint
-from vl2.checkpoint.folder import checkpoint_tensors
+from vl2.checkpoint.folder import read_checkpoint
 from vl2.checkpoint.load import load_model
 from vl2.checkpoint.tensor_files import read_header
 from vl2.lora import apply_lora
@@ -75,7 +75,7 @@ def test_export_report_and_files(run, exported, base):
     report = json.loads((exported / "export.json").read_text())
     assert report["rehearsal"] is True and report["recipe"] == "sft_tiny"
     verified = report["verified"]
-    assert verified["tensors"] == len(checkpoint_tensors(base))
+    assert verified["tensors"] == len(read_checkpoint(base).tensors)
     assert verified["merge_error"] < 1e-5
     assert verified["rounding_kl"] < 1e-6
     assert verified["trained_used"] == len(read_header(run / "adapter" / "peft_model.safetensors")[0])
@@ -92,7 +92,7 @@ def test_export_report_and_files(run, exported, base):
 def test_export_in_the_base_dtype_leaves_untouched_tensors_bit_for_bit(run, base, tmp_path):
     report = export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
     assert report.dtype == "bfloat16"
-    before, after = checkpoint_tensors(base), checkpoint_tensors(tmp_path / "out")
+    before, after = read_checkpoint(base).tensors, read_checkpoint(tmp_path / "out").tensors
     same = {name for name in before if np.array_equal(before[name].read(), after[name].read())}
     changed = before.keys() - same
     assert changed and all(any(part in name for part in ("self_attn", "mlp")) for name in changed)
@@ -108,7 +108,7 @@ def test_export_is_refused_and_leaves_nothing_when_a_tensor_reads_back_wrong(run
 
     def damage(folder, *more):
         written(folder, *more)
-        tensor = checkpoint_tensors(folder)["language.model.norm.weight"]
+        tensor = read_checkpoint(folder).tensors["language.model.norm.weight"]
         with tensor.path.open("r+b") as file:
             file.seek(tensor.offset + 7)
             file.write(b"\x11")

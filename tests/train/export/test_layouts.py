@@ -18,8 +18,9 @@ from train.ask.load import load
 from train.config.load import load_export_config
 from train.config.schema import ExportConfig
 from train.export.merged import export
-from vl2.checkpoint.folder import checkpoint_tensors
-from vl2.checkpoint.load import load_model, open_model
+from vl2.checkpoint.folder import read_checkpoint
+from vl2.checkpoint.load import load_model
+from vl2.checkpoint.model_folder import open_folder
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.parameters import init_model
 
@@ -39,7 +40,7 @@ def make_base(golden_folder):
         (folder / "processor_config.json").write_text('{"patch_size": 14,\n\n"mask_prompt": false}')
         (folder / "README.md").write_text("the base's card\n")
         if shards > 1:
-            tensors = checkpoint_tensors(folder)
+            tensors = read_checkpoint(folder).tensors
             names = sorted(tensors, key=lambda name: hash_of(name))  # an order that no rule of ours makes
             files = {name: f"model-{i % shards + 1:05d}-of-{shards:06d}.safetensors" for i, name in enumerate(names)}
             for file in sorted(set(files.values())):
@@ -67,7 +68,8 @@ def test_hf_to_hf_and_through_paddle_and_back_is_byte_identical(kind, shards, tm
     base = make_base(kind, tmp_path / "base", shards=shards)
     report = export(ExportConfig(model=str(base), out=str(tmp_path / "hf")))
     assert contents(tmp_path / "hf") == contents(base) and len(contents(base)) >= 7
-    assert report.verified["tensors"] == len(checkpoint_tensors(base)) and report.verified["tensors_changed"] == 0
+    assert report.verified["tensors"] == len(read_checkpoint(base).tensors)
+    assert report.verified["tensors_changed"] == 0
     assert report.verified["rounding_mean_logit_change"] == 0.0
     assert report.verified["rounding_next_token_agreement"] == 1.0
 
@@ -80,7 +82,7 @@ def test_hf_to_hf_and_through_paddle_and_back_is_byte_identical(kind, shards, tm
 
 def check_paddle_layout(base: Path, folder: Path) -> None:
     """Official names; matrices and the router [in, out], all else as it was; "np", which PaddleNLP's loader wants."""
-    before, after = checkpoint_tensors(base), checkpoint_tensors(folder)
+    before, after = read_checkpoint(base).tensors, read_checkpoint(folder).tensors
     assert before.keys() == after.keys()
     turned = set()
     for name, tensor in before.items():
@@ -104,17 +106,17 @@ def check_paddle_layout(base: Path, folder: Path) -> None:
 def test_pdparams_of_paddlemix_become_safetensors(tmp_path, make_base):
     """PaddleNLP's file of old, [in, out] inside, has no order or metadata to keep: the model's order is taken."""
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
-    expected = {name: tensor.read() for name, tensor in checkpoint_tensors(base).items()}
+    expected = {name: tensor.read() for name, tensor in read_checkpoint(base).tensors.items()}
     export(ExportConfig(model=str(base), out=str(tmp_path / "paddle"), layout="paddle"))
     old = tmp_path / "old"
     shutil.copytree(tmp_path / "paddle", old)
-    tensors = checkpoint_tensors(old)
+    tensors = read_checkpoint(old).tensors
     paddle.save({n: paddle.to_tensor(t.read()) for n, t in tensors.items()}, str(old / "model_state.pdparams"))
     for name in ("model.safetensors", "manifest.json"):  # PaddleNLP writes no manifest
         (old / name).unlink()
     report = export(ExportConfig(model=str(old), out=str(tmp_path / "hf")))
     assert report.verified["rounding_mean_logit_change"] == 0.0
-    found = checkpoint_tensors(tmp_path / "hf")
+    found = read_checkpoint(tmp_path / "hf").tensors
     assert {name: tensor.dtype for name, tensor in found.items()} == dict.fromkeys(expected, "bfloat16")
     assert all(np.array_equal(found[name].read(), values) for name, values in expected.items())
     assert not list((tmp_path / "hf").glob("*.pdparams"))
@@ -130,21 +132,21 @@ def test_another_type_is_rounded_and_said_in_the_config(tmp_path, make_base):
     after = json.loads((tmp_path / "fp16" / "config.json").read_text())
     assert after["torch_dtype"] == after["language_config"]["torch_dtype"] == "float16"
     export(ExportConfig(model=str(base), out=str(tmp_path / "fp32"), dtype="fp32"))
-    tensors, base_tensors = checkpoint_tensors(tmp_path / "fp32"), checkpoint_tensors(base)
+    tensors, base_tensors = read_checkpoint(tmp_path / "fp32").tensors, read_checkpoint(base).tensors
     index = json.loads((tmp_path / "fp32" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.num_bytes for t in tensors.values())
     assert {name: t.path.name for name, t in tensors.items()} == {n: t.path.name for n, t in base_tensors.items()}
     assert {t.dtype for t in tensors.values()} == {"float32"}
     # bfloat16 -> float32 -> bfloat16 loses nothing
     export(ExportConfig(model=str(tmp_path / "fp32"), out=str(tmp_path / "back"), dtype="bf16"))
-    back = checkpoint_tensors(tmp_path / "back")
+    back = read_checkpoint(tmp_path / "back").tensors
     assert all(np.array_equal(back[name].read(), tensor.read()) for name, tensor in base_tensors.items())
 
 
 def test_each_tensor_keeps_its_own_type(tmp_path, make_base):
     """A correction bias in float32 beside bfloat16 weights stays float32."""
     base = make_base("nano_base", tmp_path / "base", shards=1)
-    tensors = checkpoint_tensors(base)
+    tensors = read_checkpoint(base).tensors
     bias = "language.model.layers.1.mlp.gate.e_score_correction_bias"
     arrays = {name: tensor.read() for name, tensor in tensors.items()}
     arrays[bias] = np.linspace(0, 1, arrays[bias].size).astype(np.float32)
@@ -152,7 +154,7 @@ def test_each_tensor_keeps_its_own_type(tmp_path, make_base):
     write_safetensors(base / "model.safetensors", arrays, dtypes)
     report = export(ExportConfig(model=str(base), out=str(tmp_path / "out"), layout="paddle"))
     assert report.dtype == "bfloat16/float32"
-    found = checkpoint_tensors(tmp_path / "out")[bias]
+    found = read_checkpoint(tmp_path / "out").tensors[bias]
     assert found.dtype == "float32" and np.array_equal(found.read(), arrays[bias])
 
 
@@ -161,7 +163,7 @@ def test_full_fine_tune_from_random_weights_is_exported(tmp_path, make_base):
     base = make_base("nano_small", tmp_path / "base", shards=1)
     run = tmp_path / "run" / "weights"
     run.mkdir(parents=True)
-    skeleton = open_model(base).skeleton
+    skeleton = open_folder(base).weights.skeleton
     model = init_model(skeleton.config, skeleton.image_token_id, seed=5)
     rng = np.random.default_rng(0)
     trained = {

@@ -12,7 +12,7 @@ import pytest
 from tests.places import GOLDENS, NANO_BPE, ROOT
 from tests.train.provenance import provenance
 from vl2.adapter.folder import save_adapter
-from vl2.checkpoint.folder import checkpoint_tensors
+from vl2.checkpoint.folder import read_checkpoint
 from vl2.checkpoint.layouts import official_parts
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.config import VL2Config
@@ -85,7 +85,7 @@ def test_peak_of_writing_and_of_verifying(run, tmp_path):
     peaks = json.loads(ended.stdout.splitlines()[-1])
     above = {phase: peak - peaks["baseline"] for phase, peak in peaks.items()}
     base = Path(json.loads((run / "adapter" / "lora_config.json").read_text())["vl2"]["metadata"]["base"])
-    tensors = checkpoint_tensors(base)
+    tensors = read_checkpoint(base).tensors
     total = sum(tensor.num_bytes for tensor in tensors.values())
     shard = max(path.stat().st_size for path in base.glob("*.safetensors"))
     adapter = (run / "adapter" / "peft_model.safetensors").stat().st_size

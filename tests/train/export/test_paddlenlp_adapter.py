@@ -22,7 +22,7 @@ from train.run.build import make_trainable
 from train.store.whole_folder import MANIFEST
 from vl2.adapter.formats import PADDLE_CONFIG, PADDLE_PICKLE, PADDLE_SHARD
 from vl2.adapter.rows import ROWS
-from vl2.checkpoint.folder import checkpoint_tensors
+from vl2.checkpoint.folder import read_checkpoint
 from vl2.checkpoint.load import load_model
 from vl2.checkpoint.tensor_files import read_header, write_safetensors
 from vl2.errors import UserError
@@ -98,7 +98,7 @@ def test_paddlenlp_reads_what_is_written_for_it(base, run, written):
     found = {name: p for name, p in model.model.state_dict().items() if "lora_" in name or name in ROWS}
     assert found.keys() == stored.keys() == model.get_trainable_state_dict().keys()
     assert all(np.array_equal(p.numpy(), stored[name].read()) for name, p in found.items())
-    assert all(np.array_equal(found[name].numpy(), read_float32(checkpoint_tensors(base)[name])) for name in ROWS)
+    assert all(np.array_equal(found[name].numpy(), read_float32(read_checkpoint(base).tensors[name])) for name in ROWS)
     layer = model.model.language.model.layers._sub_layers["1"].mlp.experts._sub_layers["2"].down_proj
     ours = factors_of(load(run))
     name = "language.model.layers.1.mlp.experts.lora.down_{}"
@@ -150,16 +150,16 @@ def test_rows_that_were_trained_are_part_of_the_adapter(base, run, written, tmp_
     said = capsys.readouterr().err
     assert f"note: {folder}: the adapter has a trained image_newline, which replaces the base's\n" in said
     assert "view_seperator" not in said
-    row = paddle.to_tensor(checkpoint_tensors(base)["image_newline"].read()).astype("float32") + 0.5
+    row = paddle.to_tensor(read_checkpoint(base).tensors["image_newline"].read()).astype("float32") + 0.5
     assert np.array_equal(loaded.model.image_newline.numpy(), row.astype(loaded.model.image_newline.dtype).numpy())
     ours, theirs = logits(run), logits_of(loaded.model, make_probe(loaded.tokenizer, loaded.candidates))
     assert np.abs(ours - theirs).max() > 1e-3 * np.abs(ours).max()
     config = {"run": str(folder), "base": str(base)}
     report = export(ExportConfig(**config, out=str(tmp_path / "merged"), dtype="fp32"))
     assert report.verified["trained_used"] == len(factors_of(loaded)) + 1
-    merged = checkpoint_tensors(tmp_path / "merged")
+    merged, stored = (read_checkpoint(path).tensors for path in (tmp_path / "merged", base))
     assert np.array_equal(merged["image_newline"].read(), row.numpy())
-    assert np.array_equal(merged["view_seperator"].read(), read_float32(checkpoint_tensors(base)["view_seperator"]))
+    assert np.array_equal(merged["view_seperator"].read(), read_float32(stored["view_seperator"]))
     export(ExportConfig(**config, out=str(tmp_path / "again"), adapter="paddle"))
     assert np.array_equal(read_header(tmp_path / "again" / PADDLE_SHARD)[0]["image_newline"].read(), row.numpy())
     with pytest.raises(UserError, match=r"it has trained image_newline too, which PEFT's files cannot hold"):

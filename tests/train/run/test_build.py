@@ -3,13 +3,18 @@
 import pytest
 
 from train.config.load import load_config
-from train.run.build import build_data
+from train.run.build import build_data, open_base
 
 
 @pytest.fixture
 def plan(arguments, tmp_path):
     """plan("key=value", ...): the plan of a run, without making it."""
-    return lambda *more: build_data(load_config(arguments(tmp_path / "run", *more))).plan
+
+    def build(*more):
+        config = load_config(arguments(tmp_path / "run", *more))
+        return build_data(config, open_base(config)).plan
+
+    return build
 
 
 def test_epochs_and_max_steps_whichever_comes_first(plan):

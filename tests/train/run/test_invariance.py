@@ -15,7 +15,7 @@ import pytest
 from data.packs import PackDataset
 from data.plan import PackSpec, Plan
 from train.config.load import load_config
-from train.run.build import build_base, build_data, make_trainable
+from train.run.build import build_base, build_data, make_trainable, open_base
 from train.run.optim import lr_factor
 from vl2.checkpoint.tensor_files import read_header
 
@@ -28,8 +28,8 @@ def parts(arguments, tmp_path_factory):
     groups = "[attention,experts,shared_experts,dense_mlp,vision,projector]"
     run_dir = tmp_path_factory.mktemp("run")
     config = load_config(arguments(run_dir, "lora.dropout=0", f"lora.groups={groups}", "data.max_tokens=8192"))
-    data = build_data(config)
-    base = build_base(config, data.tokenizer)
+    folder = open_base(config)
+    data, base = build_data(config, folder), build_base(config, folder)
     model, _ = make_trainable(base, config, candidates=data.candidates, base_fingerprint="")
     draw = np.random.default_rng(3)
     for parameter in model.factors().values():

@@ -7,10 +7,10 @@ from train.ask.model_memory import Need, check_inference, inference_need
 from train.config.load import load_config
 from train.machine import memory as room
 from train.run.build import build_base, count_parts, make_trainable
-from train.run.memory import check_training, training_need
+from train.run.memory import check_published, training_need
+from vl2.checkpoint.model_folder import open_folder
 from vl2.checkpoint.published import PUBLISHED
 from vl2.config import VL2Config
-from vl2.tokenizer import Tokenizer
 
 SETTINGS = {
     "lora": ["lora.groups=[attention,experts,shared_experts,dense_mlp,vision,projector]", "lora.ranks.experts=4"],
@@ -26,7 +26,7 @@ def test_need_is_what_a_run_holds(kind, precision, settings, tmp_path, arguments
     folder = golden_folder(kind)
     path = f"model.path={folder}"
     config = load_config(arguments(tmp_path / "run", path, f"precision={precision}", *SETTINGS[settings]))
-    base = build_base(config, Tokenizer.from_folder(folder))
+    base = build_base(config, open_folder(folder))
     candidates = base.config.candidate_resolutions
     model, _ = make_trainable(base, config, candidates=candidates, base_fingerprint="")
     parts = count_parts(model)
@@ -45,7 +45,7 @@ def test_published_model_that_has_no_room_is_not_even_fetched(name, figure, monk
     path = f"deepseek-ai/deepseek-vl2{'' if name == 'base' else '-' + name}"
     config = load_config(["conf=sft_tiny", f"model={name}", "device=cpu", f"run_dir={tmp_path}"])
     with pytest.raises(ValueError, match=rf"training {path} takes {figure} GB of frozen weights and .*5\.00 GB are av"):
-        check_training(config, 1)
+        check_published(config, 1)
     with pytest.raises(ValueError, match=rf"{path} in bfloat16 takes {figure} GB .*5\.00 GB are available"):
         load(path)
 
@@ -54,23 +54,23 @@ def test_advice_fits_the_settings(monkeypatch):
     monkeypatch.setattr(room, "find_room", lambda: room.Room(num_bytes=10**10, where="RAM, MemAvailable"))
     config = load_config(["conf=sft_tiny", "device=cpu", "lora.rank=0", "precision=fp32"])
     with pytest.raises(ValueError, match=r"in each of 2 processes, .*\(lora\.rank=8\), or precision=bf16$"):
-        check_training(config, 2)
+        check_published(config, 2)
     with pytest.raises(ValueError, match=r"float32 takes 13\.48 GB .*, or precision=bf16$"):
-        check_inference(PUBLISHED["deepseek-vl2-tiny"].config.parent, "float32")
+        check_inference("tiny", VL2Config.from_folder(PUBLISHED["deepseek-vl2-tiny"].config.parent), "float32")
 
 
 def test_processes_that_share_memory_add_up(monkeypatch):
     """Two LoRA runs of Tiny, 7.4 GB each, do not fit into 10 GB; one does."""
     monkeypatch.setattr(room, "find_room", lambda: room.Room(num_bytes=10**10, where="RAM, MemAvailable"))
     config = load_config(["conf=sft_tiny", "device=cpu"])
-    check_training(config, 1)
+    check_published(config, 1)
     with pytest.raises(ValueError, match=r"14\.7\d GB at the least, and 10\.00 GB"):
-        check_training(config, 2)
+        check_published(config, 2)
 
 
 def test_run_that_has_no_room_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(room, "find_room", lambda: room.Room(num_bytes=10**6, where="RAM, MemAvailable"))
-    monkeypatch.setattr("train.run.build.load_model", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr("train.ask.load.load_model", lambda *a, **k: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match=r"no room in memory: training .*1\.0 MB are available"):
         run(tmp_path / "run")
     assert not (tmp_path / "run").exists()

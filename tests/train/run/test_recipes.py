@@ -14,7 +14,7 @@ from train.config.schema import NANO
 from train.machine.devices import Machine
 from train.run.memory import training_need
 from train.run.training import train
-from vl2.checkpoint.folder import checkpoint_tensors
+from vl2.checkpoint.folder import read_checkpoint
 from vl2.checkpoint.published import published
 from vl2.checkpoint.tensor_files import read_header
 from vl2.config import VL2Config
@@ -67,7 +67,7 @@ def test_full_recipe_trains_everything_but_what_never_trains(tmp_path, data_file
     arguments += ["device=cpu", "max_steps=2", "packs_per_step=4", "data.max_tokens=640", "data.workers=0"]
     assert train(load_config(["conf=sft_base_full", *arguments, "wandb.mode=disabled"])) == 0
     trained = read_header(tmp_path / "run" / "weights" / "trained.safetensors")[0]
-    base = checkpoint_tensors(model)
+    base = read_checkpoint(model).tensors
     frozen = [name for name in base if "experts." not in name and name not in trained]
     assert frozen and all("vision.attn_pool." in name or "e_score_correction_bias" in name for name in frozen)
     moved = {}

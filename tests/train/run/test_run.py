@@ -18,7 +18,7 @@ import pytest
 
 from tests.places import GOLDENS, ROOT
 from train.config.load import load_config
-from train.run.build import build_data
+from train.run.build import build_data, open_base
 from train.run.metrics import MetricsLog
 from train.run.report import StartReport
 from train.run.summary import Summary
@@ -300,7 +300,8 @@ def test_two_processes_equal_one(run, arguments, tmp_path):
     """
     run_dir, whole = tmp_path / "two", tmp_path / "one"
     assert run(whole, "optim.aux_loss=0.1") == 0
-    plan = build_data(load_config(arguments(run_dir))).plan
+    config = load_config(arguments(run_dir))
+    plan = build_data(config, open_base(config)).plan
     pictured = [[any(plan.packs[pack].tiles for pack in own) for own in plan.rank_order(step, 2)] for step in range(6)]
     assert [True, False] in pictured
     launcher = ["-m", "train.door.ranks", "cpu", "--nproc_per_node", "2", "--log_dir", str(tmp_path / "log")]

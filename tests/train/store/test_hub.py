@@ -342,14 +342,14 @@ def test_training_and_adapters_take_a_name(server, arguments, model_folder, tmp_
     """One name in the configuration and in the adapter's metadata; the folder may lie elsewhere on each machine."""
     from train.ask.source import find_source
     from train.config.load import load_config
-    from train.run.build import build_base, build_data
+    from train.run.build import build_base, open_base
     from train.store.facts import write_fact
     from train.store.names import WEIGHTS_METADATA
     from train.store.provenance import Provenance
 
     server.files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
     config = load_config(arguments(tmp_path / "run", f"model.path={NAME}"))
-    model = build_base(config, build_data(config).tokenizer)
+    model = build_base(config, open_base(config))
     assert config.model.path == NAME and model.parameters()
     assert [name for name, _ in server.fetched()].count("model.safetensors") == 1
     made = Provenance(

@@ -10,8 +10,9 @@ import pytest
 
 from tests.places import FAMILIES, GOLDENS
 from vl2.checkpoint.fingerprint import model_fingerprint, stored_fingerprint
-from vl2.checkpoint.folder import checkpoint_tensors
-from vl2.checkpoint.load import load_model, open_model
+from vl2.checkpoint.folder import read_checkpoint
+from vl2.checkpoint.load import load_model
+from vl2.checkpoint.model_folder import open_folder
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.errors import UserError
 
@@ -35,7 +36,7 @@ def to_paddle(folder: Path, *, form: str | None = "np", keep: str = "", shards: 
         shards: files to spread the tensors over.
     """
     arrays = {}
-    for name, tensor in checkpoint_tensors(folder).items():
+    for name, tensor in read_checkpoint(folder).tensors.items():
         turn = MATRICES.fullmatch(name) and tensor.read().ndim == 2 and not (keep and keep in name)
         arrays[name] = tensor.read().T if turn else tensor.read()
     (folder / "model.safetensors").unlink()
@@ -57,7 +58,7 @@ def test_both_layouts_give_the_same_model(kind, golden_folder):
     official = load_model(folder, dtype="bfloat16")
     expected = {name: p.numpy() for name, p in official.named_parameters()}
     to_paddle(folder, shards=3)
-    assert open_model(folder).layout == "paddle"
+    assert open_folder(folder).weights.layout == "paddle"
     found = {name: p.numpy() for name, p in load_model(folder, dtype="bfloat16").named_parameters()}
     assert found.keys() == expected.keys() and len(found) > 90
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
@@ -67,12 +68,12 @@ def test_both_layouts_give_the_same_model(kind, golden_folder):
 @pytest.mark.parametrize("form", ["np", "pd", None])
 def test_shapes_decide_whatever_the_metadata_leaves_open(form, folder):
     to_paddle(folder, form=form)
-    assert open_model(folder).layout == "paddle"
+    assert open_folder(folder).weights.layout == "paddle"
     shutil.copy(GOLDENS / "nano_tiny" / "model.safetensors", folder)
-    arrays = {name: tensor.read() for name, tensor in checkpoint_tensors(folder).items()}
+    arrays = {name: tensor.read() for name, tensor in read_checkpoint(folder).tensors.items()}
     metadata = {"format": "np"} if form == "np" else {"written": "by hand"}
     write_safetensors(folder / "model.safetensors", arrays, dict.fromkeys(arrays, "bfloat16"), metadata)
-    assert open_model(folder).layout == "hf"
+    assert open_folder(folder).weights.layout == "hf"
 
 
 def test_contradictions_are_errors_and_not_guesses(folder):
@@ -89,7 +90,7 @@ def test_contradictions_are_errors_and_not_guesses(folder):
 
 def test_missing_and_unknown_names_of_the_other_layout_are_listed(folder):
     to_paddle(folder)
-    arrays = {name: tensor.read() for name, tensor in checkpoint_tensors(folder).items()}
+    arrays = {name: tensor.read() for name, tensor in read_checkpoint(folder).tensors.items()}
     del arrays["vision.attn_pool.kv.weight"]
     arrays["language.model.layers.0.mlp.gate_up_fused_proj.weight"] = np.zeros([2, 2], np.uint16)
     arrays["language.model.layers.1.mlp.gate.weight"] = arrays["language.model.layers.1.mlp.gate.weight"][:, :-1]
@@ -106,9 +107,9 @@ def test_fingerprint_of_the_files_is_that_of_the_model(kind, golden_folder):
     """An adapter is bound to its base by it, in either layout and whatever precision it was trained in."""
     folder = golden_folder(kind)
     expected = {dtype: model_fingerprint(load_model(folder, dtype=dtype)) for dtype in ("float32", "float16")}
-    assert {dtype: stored_fingerprint(open_model(folder), dtype) for dtype in expected} == expected
+    assert {dtype: stored_fingerprint(open_folder(folder).weights, dtype) for dtype in expected} == expected
     to_paddle(folder)
-    assert {dtype: stored_fingerprint(open_model(folder), dtype) for dtype in expected} == expected
+    assert {dtype: stored_fingerprint(open_folder(folder).weights, dtype) for dtype in expected} == expected
 
 
 def test_tensors_of_other_types_are_refused(folder):
@@ -122,4 +123,4 @@ def test_tensors_of_other_types_are_refused(folder):
     with pytest.raises(
         ValueError, match=r"wrong type, expected float32, float16, bfloat16 \(1\): image_newline is int64"
     ):
-        open_model(folder)
+        load_model(folder)
