@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from train.machine.disk import is_full
 from vl2.errors import UserError
 
 # Printed by `import paddle` itself, so that no warning filter reaches it.  Threads are set by the door on purpose.
@@ -22,14 +23,20 @@ NOISE = ("WARNING: OMP_NUM_THREADS set to", "PLEASE USE OMP_NUM_THREADS WISELY")
 def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Runs an entry script's `main(arguments)` and exits with its code.
 
-    A UserError is the user's to mend: `error: ...` and exit code 2.  Anything else is a fault of ours and keeps its
-    traceback.
+    A UserError, or a full disk, is the user's to mend: `error: ...` and exit code 2.  Anything else is a fault of ours
+    and keeps its traceback.
     """
     import_paddle_quietly()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
+        code = 2
+    except OSError as problem:
+        if not is_full(problem):
+            raise
+        where = f"{problem.filename}: " if problem.filename else ""
+        print(f"error: {where}the disk is full; free some space, what was saved before is whole", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

@@ -1,11 +1,13 @@
 """How an entry script ends."""
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
 
+from data.shapes.write import write_shapes
 from tests.places import ROOT
 from train.door.cli import run_cli
 from train.door.launch import child_environment
@@ -32,6 +34,24 @@ def test_exit_code_of_main(monkeypatch):
         with pytest.raises(SystemExit) as ended:
             run_cli(lambda argv, returned=returned: returned)
         assert ended.value.code == code
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_is_one_line(number, monkeypatch, capsys, tmp_path):
+    """A disk that filled up while shapes were drawn, or while the curve was, ended in a traceback."""
+
+    def draw(self, *_, **__):
+        raise OSError(number, "No space left on device", str(tmp_path / "0.png"))
+
+    monkeypatch.setattr("train.door.cli.import_paddle_quietly", lambda: None)
+    monkeypatch.setattr("PIL.Image.Image.save", draw)
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda argv: write_shapes(tmp_path / "data", task="chinese", split="test", count=1, seed=0) and None)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / '0.png'}: the disk is full; free some space, what was saved before is whole\n"
+    )
+    assert list((tmp_path / "data").iterdir()) == []  # nothing half drawn is taken for data later
 
 
 def test_worker_that_ignores_signals_does_not_keep_the_process(tmp_path):
