@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.bench import packing, step
+from tests.places import ROOT
 from train.door.launch import BENCHMARKS, prepare_benchmark
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("attention", ["mha", "mla"])

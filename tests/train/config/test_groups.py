@@ -2,16 +2,16 @@
 
 import json
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
 
 import pytest
 
+from tests.places import GOLDENS
 from train.config import conf_files
 from train.config.load import load_config
 from train.config.schema import TrainConfig
 from train.machine.devices import Machine
 
-GOLDEN = Path(__file__).parents[2] / "goldens" / "config" / "recipes.json"
+GOLDEN = GOLDENS / "config" / "recipes.json"
 MACHINES = {
     "gpu": Machine(gpus=1, driver="CUDA Version: 12.6", gpu_paddle=True),
     "no accelerator": Machine(gpus=0),

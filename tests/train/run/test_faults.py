@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from train.config.load import load_config
+from train.run.training import train
 
 
 def test_an_adapter_that_nothing_uses_stops_the_first_step(arguments, tmp_path, monkeypatch):
@@ -23,9 +24,11 @@ def test_an_adapter_that_nothing_uses_stops_the_first_step(arguments, tmp_path, 
         entry.train(load_config(arguments(tmp_path / "run")))
 
 
-def test_divergence_names_the_step_and_saves_nothing(run, tmp_path):
+def test_divergence_names_the_step_and_saves_nothing(arguments, tmp_path):
+    config = load_config(arguments(tmp_path / "run", "optim.max_grad_norm=0", "max_steps=6"))
+    config.optim.lr = 1e30  # beyond the bound of the key, so that it diverges at once
     with pytest.raises(FloatingPointError, match=r"step 2: the gradient norm is (nan|inf)\. Lower optim\.lr=1e\+30"):
-        run(tmp_path / "run", "optim.lr=1e30", "optim.max_grad_norm=0", "max_steps=6")
+        train(config)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
