@@ -21,7 +21,7 @@ from vl2.errors import UserError
 
 # The format's own limit, so that a damaged length does not have the whole file read; and numpy's.
 _MAX_HEADER_BYTES = 100_000_000
-_MAX_DIMS = 32
+MAX_DIMS = 32
 
 
 class StoredTensor(NamedTuple):
@@ -141,9 +141,9 @@ def _located(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in DTYPE_OF_SAFETENSORS:
         raise UserError(f"{where} has type {shown(kind)}; expected one of {', '.join(DTYPE_OF_SAFETENSORS)}")
-    if not _are_counts(shape) or len(shape) > _MAX_DIMS:
-        raise UserError(f"{where} has the shape {shown(shape)}; expected a list of at most {_MAX_DIMS} sizes")
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not are_counts(shape) or len(shape) > MAX_DIMS:
+        raise UserError(f"{where} has the shape {shown(shape)}; expected a list of at most {MAX_DIMS} sizes")
+    if not are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise UserError(f"{where} has data_offsets {shown(offsets)}; expected [first byte, byte after the last]")
     dtype, num_bytes = DTYPE_OF_SAFETENSORS[kind], offsets[1] - offsets[0]
     if num_bytes != math.prod(shape) * item_bytes(dtype):
@@ -166,8 +166,8 @@ def _check_filled(path: Path, tensors: Mapping[str, StoredTensor], start: int, s
         raise UserError(f"{path}: {size - end} bytes follow {last}, which ends the values; not a safetensors file")
 
 
-def _are_counts(value: Any) -> bool:
-    """A list of whole numbers that numpy can count with; `true` is none."""
+def are_counts(value: Any) -> bool:
+    """Whether this is a list of whole numbers that numpy can count with; `true` is none."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 

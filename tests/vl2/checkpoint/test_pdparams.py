@@ -3,13 +3,18 @@
 import collections
 import os
 import pickle
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 
+from tests.places import ROOT
 from vl2.checkpoint.pdparams import locate_arrays, read_pdparams
+from vl2.errors import UserError
 
 
 @pytest.fixture
@@ -107,6 +112,12 @@ def raw(*instructions: bytes) -> bytes:
 
 
 NDARRAY, DTYPE = b"cnumpy\nndarray\n", b"cnumpy\ndtype\n"
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n" + NDARRAY + b"\x85R"  # to be filled
+
+
+def filled(shape: bytes) -> bytes:
+    """Fills an array of float32 with this shape and no bytes."""
+    return b"(K\x01" + shape + DTYPE + b"\x8c\x02f4\x85R" + b"\x89" + b"C\x00" + b"tb"
 
 
 @pytest.mark.parametrize(
@@ -121,6 +132,15 @@ NDARRAY, DTYPE = b"cnumpy\nndarray\n", b"cnumpy\ndtype\n"
         (raw(b"}", b"\x8c\x01a", b"K\x01", b"s"), "expected arrays by name, found a int at 'a'"),
         (raw(b"K\x05"), "expected a dictionary of arrays, found a int"),
         (raw(b"s"), "damaged at byte"),
+        (raw(b"}", b"(\x8c\x01au"), "damaged at byte"),  # a name without a value
+        (raw(b"}", b"K\x01K\x02s"), "damaged at byte .*a name that is no text"),
+        (raw(ARRAY, b"K\x01\x85b"), "damaged at byte"),
+        (raw(ARRAY, filled(b"K\x03")), r"damaged at byte .*a shape of 3"),
+        (raw(ARRAY, filled(b"\x88\x85")), r"damaged at byte .*a shape of \(True,\)"),
+        (raw(ARRAY, filled(b"(" + b"K\x01" * 33 + b"t")), r"damaged at byte .*a shape of \(1, 1, 1, 1, 1, 1, \.\.\.\)"),
+        (raw(ARRAY, filled(b"\x8a\x09" + bytes(8) + b"\x01\x85")), r"a shape of \(18446744073709551616,\)"),
+        (raw(b"}", b"\x8c\x03a\nb", b"K\x01", b"s"), r"found a int at 'a\\nb'$"),
+        (raw(b")" + b"\x85" * 10_000, b")R"), r"a call of \(+\.\.\.\),.* at byte 10005 is no part"),
         (raw(b"h\x09"), "damaged at byte"),
         (b"\x80\x02}.", "expected a pickle of protocol 3 or 4"),
         (b"PK\x03\x04", "expected a pickle of protocol 3 or 4"),
@@ -164,3 +184,42 @@ def test_shape_that_its_bytes_do_not_fill(tmp_path):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(ValueError, match=r"a has 924 bytes, which do not fill \[78, 3\] of float32"):
         read_pdparams(tmp_path / "x")
+
+
+def test_names_nested_a_million_deep_do_not_end_the_process(tmp_path):
+    """Python hashes a tuple's tuples without counting how deep it is: a file of 1 MB ended infer by a segmentation
+    fault. In a process of its own, because that would end the tests too."""
+    (tmp_path / "x").write_bytes(raw(b"}", b")" + b"\x85" * 1_000_000, b"K\x01s"))
+    program = "import sys; from vl2.checkpoint.pdparams import locate_arrays; locate_arrays(sys.argv[1])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, str(tmp_path / "x")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "damaged at byte 1000007 (a name that is no text)" in done.stderr
+
+
+def test_more_instructions_than_a_model_takes(tmp_path, monkeypatch):
+    """A gigabyte of one-byte instructions filled the memory for an hour before it was refused."""
+    monkeypatch.setattr("vl2.checkpoint.pdparams._MAX_STEPS", 1000)
+    (tmp_path / "x").write_bytes(raw(b"N" * 2000))
+    with pytest.raises(UserError, match="over 1000 instructions, more than any model's weights take"):
+        read_pdparams(tmp_path / "x")
+
+
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_damaged_pickles_give_arrays_or_a_users_error(protocol, tmp_path):
+    """Odd numbers of entries and states of four parts ended in tracebacks."""
+    saved = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": ("generated_0", np.zeros(3, np.uint16))}
+    whole, draw, path = pickle.dumps(saved, protocol=protocol), random.Random(11), tmp_path / "x"
+    refused = 0
+    for _ in range(400):
+        content = bytearray(whole)
+        for _ in range(draw.choice((1, 1, 2, 4, 8))):
+            # Instructions that the reader knows bring it further than other bytes do.
+            content[draw.randrange(2, len(whole))] = draw.choice((draw.randrange(256), *b"}])NK(\x85tsuaRbcXC\x94hq.e"))
+        path.write_bytes(content)
+        try:
+            assert all(isinstance(array, np.ndarray) for array in read_pdparams(path).values())
+        except UserError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+    assert 200 < refused < 400
