@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Sequence
 from functools import cached_property
 from os import PathLike
@@ -55,14 +56,16 @@ class Tokenizer:
         try:
             self._as_read: dict[str, Any] = json.loads(tokenizer_json)
             self._matching = tokenizers.Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises a bare Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises a bare Exception, and where it panics not even that
             raise UserError(f"{source}: expected a tokenizer of the `tokenizers` library, found: {error}") from error
         # Neither kind of text may be cut or filled by settings that somebody left in the file.
         self._matching.no_truncation()
         self._matching.no_padding()
 
         self._bos, self._eos, self._pad = (
-            _token_name(config, key, default)
+            _token_name(config, key, default, source)
             for key, default in (("bos_token", BOS_TOKEN), ("eos_token", EOS_TOKEN), ("pad_token", PAD_TOKEN))
         )
         for key, token in (("bos_token", self._bos), ("eos_token", self._eos)):
@@ -93,18 +96,21 @@ class Tokenizer:
         """Read tokenizer.json and tokenizer_config.json of a model folder.
 
         Raises:
-            UserError: if tokenizer.json is missing or broken.
+            UserError: if tokenizer.json is missing, or one of the two is broken.
         """
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{folder}: expected a tokenizer.json, found none; is this a DeepSeek-VL2 model folder?")
-        config_path = path.with_name("tokenizer_config.json")
-        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-        return cls(path.read_text(encoding="utf-8"), config, source=str(path))
+        return cls(_read_text(path), _read_config(path.with_name("tokenizer_config.json")), source=str(path))
 
     def __len__(self) -> int:
-        """Number of entries, added tokens included; the embedding may have more rows."""
+        """Number of entries, added tokens included."""
         return self._matching.get_vocab_size(with_added_tokens=True)
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows that an embedding must have at least: one more than the highest id."""
+        return 1 + max(self._matching.get_vocab(with_added_tokens=True).values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -204,14 +210,41 @@ def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer: those of a sequence, itself alone, or none."""
     if part is None:
         return []
+    if not isinstance(part, dict):  # the library takes a list of fields too
+        return [{"type": None}]
     return [step for inner in part[name] for step in _steps(inner, name)] if part["type"] == "Sequence" else [part]
 
 
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else token
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected JSON in UTF-8, found other bytes ({error})") from error
 
 
-def _token_name(config: dict[str, Any], key: str, default: str) -> str:
+def _read_config(path: Path) -> dict[str, Any]:
+    """What a tokenizer_config.json says; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(_read_text(path))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: expected an object, found {reprlib.repr(config)}")
+    return config
+
+
+def _token_name(config: dict[str, Any], key: str, default: str, source: str) -> str:
     """Name of a special token in a tokenizer_config: a string, the dictionary of an AddedToken, or not there."""
     value = config.get(key)
-    return _content(value) if value else default
+    name = value.get("content") if isinstance(value, dict) else default if value in (None, "") else value
+    # JSON can spell half a surrogate pair, which is no text that could be encoded.
+    if not isinstance(name, str) or not name or any("\ud800" <= character <= "\udfff" for character in name):
+        raise UserError(
+            f"{source}: {key} of its tokenizer_config.json: expected a token's text, or an object with it as content, "
+            f"found {reprlib.repr(value)}"
+        )
+    return name

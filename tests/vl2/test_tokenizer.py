@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from tests.places import GOLDENS, NANO_BPE
+from vl2.errors import UserError
 from vl2.tokenizer import GROUNDING_TOKENS, PAD_TOKEN, Tokenizer
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -125,6 +126,66 @@ def test_tokenizer_without_bos(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>"}')
     with pytest.raises(ValueError, match=r"expected the bos_token '<s>' in the vocabulary"):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe{}", r"tokenizer_config\.json: expected JSON in UTF-8"),
+        (b"{", r"tokenizer_config\.json: not JSON"),
+        (b"[" * 100_000, r"tokenizer_config\.json: not JSON"),
+        (b"[]", r"tokenizer_config\.json: expected an object, found \[\]"),
+        (b'{"bos_token": 3}', r"bos_token of its tokenizer_config\.json: expected a token's text, .* found 3"),
+        (b'{"eos_token": {"content": [1]}}', r"eos_token of its .* found \{'content': \[1\]\}"),
+        (b'{"eos_token": {}}', r"eos_token of its .* found \{\}"),
+        (b'{"pad_token": true}', r"pad_token of its .* found True"),
+        (b'{"pad_token": "\\ud800"}', r"pad_token of its .* found '\\ud800'"),
+    ],
+)
+def test_broken_tokenizer_config(content, message, tmp_path):
+    """Another encoding, a list, or a number for a token ended in a traceback."""
+    shutil.copy(NANO_BPE / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        Tokenizer.from_folder(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tokens_that_a_tokenizer_config_leaves_open(tmp_path, tokenizer):
+    shutil.copy(NANO_BPE / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "pad_token": ""}')
+    assert Tokenizer.from_folder(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"", b"[]", b"[" * 100_000, b'{"model": ' + b"9" * 5000 + b"}"])
+def test_file_that_is_no_tokenizer(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json: expected (JSON in UTF-8|a tokenizer of the `tokenizers`)"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_any_value_gives_a_tokenizer_or_a_users_error():
+    """Each key with a few foreign values: a list of steps ended in a traceback, a prefix that the merges do not have in
+    the library's panic, which is not even an Exception."""
+    raw = (NANO_BPE / "tokenizer.json").read_text()
+    foreign = [None, True, -1, 2**40, 0.5, "", "x", "\ud800", [], [[]], {}, {"type": "x"}]
+    parts = json.loads(raw)
+    places = [(key,) for key in parts] + [("model", key) for key in parts["model"]]
+    places += [("added_tokens", 0, key) for key in parts["added_tokens"][0]]
+    refused = 0
+    for place in places:
+        for value in foreign:
+            changed = part = json.loads(raw)
+            for key in place[:-1]:
+                part = part[key]
+            part[place[-1]] = value
+            try:
+                found = Tokenizer(json.dumps(changed))
+                assert len(found.fingerprint) == 64 and found.encode("<|User|>: hi") and found.least_tokens("hi") >= 0
+            except UserError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert 150 < refused < len(places) * len(foreign)
 
 
 @pytest.mark.parametrize("folder", [NANO_BPE, GOLDENS.parents[1] / "vl2" / "nano"])

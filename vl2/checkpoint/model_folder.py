@@ -59,8 +59,9 @@ def check_vocabulary(tokenizer: Tokenizer, config: VL2Config, where: str) -> Non
     Raises:
         UserError: with both numbers.
     """
-    if len(tokenizer) > config.language.vocab_size:
+    if tokenizer.num_rows > config.language.vocab_size:
         raise UserError(
-            f"{where}: the tokenizer has {len(tokenizer)} entries, but language_config.vocab_size is "
-            f"{config.language.vocab_size}; tokenizer.json and config.json must belong together"
+            f"{where}: the tokenizer has {len(tokenizer)} entries, up to the id {tokenizer.num_rows - 1}, but "
+            f"language_config.vocab_size is {config.language.vocab_size}; tokenizer.json and config.json must belong "
+            "together"
         )

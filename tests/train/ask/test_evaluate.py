@@ -118,9 +118,8 @@ def test_conversation_beyond_the_context_is_refused(model_folder, data_file, arg
     with pytest.raises(RecordError, match=expected):
         entry.main([f"model={folder}", f"data.path={data_file}", f"out={tmp_path / 'out'}", "device=cpu"])
     settings = arguments(tmp_path / "run", f"model.path={folder}")
-    assert (
-        len(build_data(load_config(settings), open_folder(folder)).dataset.records) == 20
-    )  # training may go beyond them
+    data = build_data(load_config(settings), open_folder(folder))
+    assert len(data.dataset.records) == 20  # training may go beyond them
     with pytest.raises(RecordError, match=expected):
         build_data(load_config([*settings, f"data.eval_path={data_file}"]), open_folder(folder))
 

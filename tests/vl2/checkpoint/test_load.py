@@ -177,7 +177,20 @@ def test_tokenizer_of_another_model_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config["language_config"]["vocab_size"] = 500
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"984 entries, but language_config\.vocab_size is 500; .* belong together"):
+    with pytest.raises(
+        ValueError, match=r"984 entries, up to the id 983, but language_config\.vocab_size is 500; .* belong"
+    ):
+        load_model(folder)
+
+
+def test_ids_beyond_the_embedding_are_refused(folder):
+    """Few enough entries, one with an id that the embedding has no row for: it failed in the middle of an answer."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["beyond"] = 4_000_000_000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        UserError, match=r"985 entries, up to the id 4000000000, but language_config\.vocab_size is 1024"
+    ):
         load_model(folder)
 
 
