@@ -7,7 +7,6 @@ numbers far beyond any model: a config of a million layers would be built for ho
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vl2.errors import UserError
+from vl2.json_object import read_json_object
 from vl2.tiles import TILE_SIZE
 
 # The published models have up to 9 tiles, in 23 ways.
@@ -160,11 +160,8 @@ class VL2Config:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise UserError(f"{folder}: no config.json there; expected the folder of a DeepSeek-VL2 checkpoint")
-        try:
-            raw = json.loads(path.read_bytes().decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not JSON ({error})") from error
-        if not isinstance(raw, dict) or "language_config" not in raw:
+        raw = read_json_object(path)
+        if "language_config" not in raw:
             raise UserError(f"{path}: no language_config in it; expected the config of a DeepSeek-VL2")
         return cls.from_dict(raw, str(path))
 

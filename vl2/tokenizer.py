@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 
 from vl2.errors import UserError
+from vl2.json_object import read_json_object
 
 BOS_TOKEN = "<｜begin▁of▁sentence｜>"
 EOS_TOKEN = "<｜end▁of▁sentence｜>"
@@ -101,7 +102,8 @@ class Tokenizer:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise UserError(f"{folder}: expected a tokenizer.json, found none; is this a DeepSeek-VL2 model folder?")
-        return cls(_read_text(path), _read_config(path.with_name("tokenizer_config.json")), source=str(path))
+        config = path.with_name("tokenizer_config.json")
+        return cls(_read_text(path), read_json_object(config) if config.is_file() else {}, source=str(path))
 
     def __len__(self) -> int:
         """Number of entries, added tokens included."""
@@ -220,21 +222,6 @@ def _read_text(path: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected JSON in UTF-8, found other bytes ({error})") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """What a tokenizer_config.json says; nothing where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(_read_text(path))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected an object, found {reprlib.repr(config)}")
-    return config
 
 
 def _token_name(config: dict[str, Any], key: str, default: str, source: str) -> str:

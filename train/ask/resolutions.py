@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from train.ask.source import Source
-from vl2.adapter.formats import read_json
 from vl2.config import VL2Config
 from vl2.errors import UserError
+from vl2.json_object import read_json_object
 from vl2.tiles import TILE_SIZE, Resolution, limit_candidates
 
 PROCESSOR_CONFIG = "processor_config.json"
@@ -25,7 +25,7 @@ def resolutions_in_force(source: Source, config: VL2Config) -> tuple[Resolution,
     """
     if source.kind == "adapter" and source.trained is not None and (source.trained / PROCESSOR_CONFIG).is_file():
         path = source.trained / PROCESSOR_CONFIG
-        found = read_json(path).get("candidate_resolutions")
+        found = read_json_object(path).get("candidate_resolutions")
         if found is not None:
             if not isinstance(found, list) or not found or not all(map(_is_resolution, found)):
                 raise UserError(

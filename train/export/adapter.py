@@ -38,7 +38,6 @@ from vl2.adapter.formats import (
     PEFT_FILE,
     adapter_format,
     adapter_tensors,
-    read_json,
 )
 from vl2.adapter.paddle_format import PADDLE_NAMES, common_settings, paddle_config, paddle_index
 from vl2.adapter.peft_format import PEFT_NAMES, peft_config
@@ -49,6 +48,7 @@ from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.config import VL2Config
 from vl2.errors import UserError
+from vl2.json_object import read_json_object
 from vl2.lora_settings import LoRASettings
 from vl2.parameters import build_model, init_model
 
@@ -136,7 +136,7 @@ def base_values(source: Source, base: ModelFolder) -> Callable[[str], paddle.Ten
 def write_processor(folder: Path, source: Source, config: VL2Config) -> None:
     """processor_config.json with the resolutions in force: at others an image becomes other tokens than in training."""
     own = source.base / PROCESSOR_CONFIG
-    document = read_json(own if own.is_file() else published.PROCESSOR_CONFIG)
+    document = read_json_object(own if own.is_file() else published.PROCESSOR_CONFIG)
     document["candidate_resolutions"] = [list(pair) for pair in resolutions_in_force(source, config)]
     (folder / PROCESSOR_CONFIG).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -23,6 +23,7 @@ from vl2.checkpoint.folder import INDEX_FILE
 from vl2.checkpoint.layouts import Layout, official_parts
 from vl2.checkpoint.planned_files import Plan, Wanted, plan_like, plan_new
 from vl2.errors import UserError
+from vl2.json_object import read_json_object
 
 # Weights of any kind: those of the base are not copied.
 _WEIGHTS = (".safetensors", ".index.json", ".pdparams", ".bin", ".pt", ".pth")
@@ -83,7 +84,7 @@ def write_companions(folder: Path, source: Source, merge: Merge) -> None:
     _write_json(folder / "config.json", document, source.base / "config.json")
     processor = source.base / "processor_config.json"
     if processor.is_file():
-        document = json.loads(processor.read_text(encoding="utf-8"))
+        document = read_json_object(processor)
         if candidates != [list(c) for c in config.candidate_resolutions]:
             document["candidate_resolutions"] = candidates
         _write_json(folder / "processor_config.json", document, processor)
@@ -97,7 +98,7 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def _write_json(target: Path, document: Mapping[str, Any], original: Path) -> None:
     """Write JSON; where it says what the original says, the original's bytes."""
-    if json.loads(original.read_text(encoding="utf-8")) == document:
+    if read_json_object(original) == document:
         shutil.copyfile(original, target)
     else:
         target.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

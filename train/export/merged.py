@@ -87,9 +87,9 @@ def export(config: ExportConfig) -> ExportReport:
     def write(folder: Path) -> None:
         nonlocal report
         started = time.perf_counter()
+        write_companions(folder, source, merge)  # first: a broken file of the base is said before all is written
         with _bar("merge and write", plan.num_bytes) as bar:
             write_weights(folder, merge, plan, layout, bar.update)
-        write_companions(folder, source, merge)
         written = time.perf_counter()
         verified = verify(folder, merge, plan)
         cost = {

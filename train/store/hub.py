@@ -123,8 +123,8 @@ def missing_files(folder: Path) -> list[str]:
     index = folder / _INDEX
     if index.is_file():
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
+            shards = {str(name) for name in json.loads(index.read_bytes().decode("utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             return [*missing, f"a readable {_INDEX}"]
         return missing + [shard for shard in sorted(shards) if not (folder / shard).is_file()]
     there = (folder / _SINGLE).is_file() or (folder / _PDPARAMS).is_file()

@@ -25,7 +25,6 @@ from vl2.adapter.formats import (
     adapter_format,
     adapter_metadata,
     adapter_tensors,
-    read_json,
 )
 from vl2.adapter.paddle_format import PADDLE_NAMES, read_paddle_config
 from vl2.adapter.peft_format import PEFT_NAMES, read_peft_config
@@ -34,6 +33,7 @@ from vl2.adapter.slots import UNTUNED, difference, factor_shapes, slots
 from vl2.adapter.values import alpha, dropout, rank, table, text, texts
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.errors import UserError
+from vl2.json_object import read_json_object
 from vl2.lora import VL2LoRAModel, apply_lora
 from vl2.lora_settings import LoRASettings
 from vl2.parameters import set_parameter
@@ -93,7 +93,7 @@ def open_adapter(folder: str | Path, model: nn.Layer) -> Adapter:
 def _own_settings(folder: Path) -> LoRASettings:
     path = folder / PADDLE_CONFIG
     where = f"{ENTRY}.settings"
-    entry = table(path, where, read_json(path)[ENTRY].get("settings"), "the settings of an adapter made here")
+    entry = table(path, where, read_json_object(path)[ENTRY].get("settings"), "the settings of an adapter made here")
     if strange := entry.keys() ^ {field.name for field in fields(LoRASettings)}:
         raise UserError(
             f"{path}: not the configuration of an adapter made here ({where} has or lacks {', '.join(sorted(strange))})"

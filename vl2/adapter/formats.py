@@ -8,7 +8,6 @@ paddle   lora_config.json, peft_model.safetensors.index.json and its shards, Pad
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from vl2.adapter.values import shown, table, text, texts
 from vl2.checkpoint.pdparams import locate_arrays
 from vl2.checkpoint.tensor_files import StoredTensor, read_header
 from vl2.errors import UserError
+from vl2.json_object import parse_json_object, read_json_object
 
 OWN, PEFT, PADDLE = "own", "peft", "paddle"
 PADDLE_CONFIG, PEFT_CONFIG = "lora_config.json", "adapter_config.json"
@@ -37,7 +37,7 @@ def adapter_format(folder: str | Path) -> str | None:
     if (folder / PEFT_CONFIG).is_file():
         return PEFT
     if (folder / PADDLE_CONFIG).is_file():
-        return OWN if ENTRY in read_json(folder / PADDLE_CONFIG) else PADDLE
+        return OWN if ENTRY in read_json_object(folder / PADDLE_CONFIG) else PADDLE
     return None
 
 
@@ -56,7 +56,7 @@ def adapter_metadata(folder: str | Path) -> dict[str, Any]:
     if form is None:
         raise UserError(f"{folder}: no {PADDLE_CONFIG} or {PEFT_CONFIG} there; expected the folder of an adapter")
     config = folder / (PEFT_CONFIG if form == PEFT else PADDLE_CONFIG)
-    document = read_json(config)
+    document = read_json_object(config)
     if form == OWN:
         entry = document[ENTRY]
         if not isinstance(entry, dict) or not isinstance(entry.get("metadata"), dict):
@@ -67,7 +67,7 @@ def adapter_metadata(folder: str | Path) -> dict[str, Any]:
             continue
         entry = read_header(file)[1].get(ENTRY)
         if entry is not None:
-            return _parsed(entry, f"{file}: the entry {ENTRY!r} of its header")
+            return parse_json_object(entry, f"{file}: the entry {ENTRY!r} of its header")
     return {"base": text(config, "base_model_name_or_path", document.get("base_model_name_or_path"))}
 
 
@@ -88,7 +88,7 @@ def adapter_tensors(folder: Path, form: str) -> dict[str, StoredTensor]:
 def _weight_files(folder: Path, form: str) -> list[Path]:
     if form == PADDLE and (folder / PADDLE_INDEX).is_file():
         index = folder / PADDLE_INDEX
-        places = table(index, "weight_map", read_json(index).get("weight_map"), "a table of tensors to files")
+        places = table(index, "weight_map", read_json_object(index).get("weight_map"), "a table of tensors to files")
         names = sorted(set(texts(index, "weight_map", list(places.values()), "a table of tensors to files")))
         if outside := [name for name in names if Path(name).name != name]:
             raise UserError(f"{index}: weight_map names {shown(outside[0])}; expected files of this folder")
@@ -102,22 +102,3 @@ def _weight_files(folder: Path, form: str) -> list[Path]:
     if missing or not names:
         raise UserError(f"{folder}: no {', '.join(missing) or 'shard in ' + PADDLE_INDEX} there")
     return [folder / name for name in names]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        UserError: it is none.
-    """
-    return _parsed(path.read_bytes(), str(path))
-
-
-def _parsed(content: str | bytes, where: str) -> dict[str, Any]:
-    try:
-        document = json.loads(content if isinstance(content, str) else content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError
-        raise UserError(f"{where}: not JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise UserError(f"{where}: expected a JSON object, found a {type(document).__name__}")
-    return document

@@ -15,10 +15,11 @@ import numpy as np
 from paddlenlp.peft import LoRAConfig
 
 from vl2.adapter.foreign import Declaration, Names
-from vl2.adapter.formats import PADDLE_CONFIG, PADDLE_SHARD, read_json
+from vl2.adapter.formats import PADDLE_CONFIG, PADDLE_SHARD
 from vl2.adapter.module_patterns import Expression, matched
 from vl2.adapter.peft_format import number, official_pattern
 from vl2.adapter.values import alpha, dropout, rank, refuse, texts
+from vl2.json_object import read_json_object
 from vl2.lora_settings import LoRASettings
 
 PADDLE_NAMES = Names(lambda module, letter: f"{module}.lora_{letter}", transposed=False)
@@ -77,7 +78,7 @@ def read_paddle_config(folder: Path, modules: Sequence[str]) -> Declaration:
         UserError: another method than plain LoRA, or a value that cannot be; names the key.
     """
     path = folder / PADDLE_CONFIG
-    document = read_json(path)
+    document = read_json_object(path)
     if (degree := document.get("tensor_parallel_degree")) not in (None, -1, 0, 1):
         refuse(path, "tensor_parallel_degree", degree, "merge its parts first")
     for key, value in document.items():

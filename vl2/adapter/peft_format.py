@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vl2.adapter.foreign import Declaration, Names
-from vl2.adapter.formats import PEFT_CONFIG, read_json
+from vl2.adapter.formats import PEFT_CONFIG
 from vl2.adapter.module_patterns import Expression, matched
 from vl2.adapter.values import alpha, dropout, rank, refuse, shown, table, texts
+from vl2.json_object import read_json_object
 from vl2.lora_settings import GROUPS, LoRASettings
 
 Number = TypeVar("Number", int, float)
@@ -94,7 +95,7 @@ def read_peft_config(folder: Path, modules: Sequence[str]) -> Declaration:
         UserError: another method than plain LoRA, or a value that cannot be; names the key.
     """
     path = folder / PEFT_CONFIG
-    document = read_json(path)
+    document = read_json_object(path)
     if document.get("peft_type") != "LORA":
         refuse(path, "peft_type", document.get("peft_type"), "expected LORA")
     if (document.get("bias") or "none") != "none":

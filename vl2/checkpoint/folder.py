@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from vl2.checkpoint.pdparams import locate_arrays
 from vl2.checkpoint.tensor_files import Header, StoredTensor, read_header, shown
 from vl2.errors import UserError
+from vl2.json_object import parse_json_object
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -54,13 +54,11 @@ def read_weight_map(index: Path) -> tuple[bytes, dict[str, str]]:
     Raises:
         UserError: no index, or one that names files outside of its folder.
     """
-    try:
-        raw = index.read_bytes()
-        places = json.loads(raw.decode("utf-8"))["weight_map"]
-        entries = [*places.items()]
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{index}: expected an index with a weight_map of tensors to files ({error!r})") from error
-    for name, file in entries:
+    raw = index.read_bytes()
+    places = parse_json_object(raw, str(index)).get("weight_map")
+    if not isinstance(places, dict):
+        raise UserError(f"{index}: weight_map is {shown(places)}; expected a table of tensors to files")
+    for name, file in places.items():
         # Shards lie beside their index: a name with a folder in it would have us read from anywhere.
         if not isinstance(file, str) or not file or file in (".", "..") or set(file) & {"/", "\\", "\0"}:
             raise UserError(
@@ -76,7 +74,8 @@ def _read_shards(index: Path) -> Checkpoint:
     missing = [name for name in files if not (index.parent / name).is_file()]
     if missing:
         raise UserError(
-            f"{index.parent}: {index.name} names shards that are not there: {', '.join(missing)}; fetch them again"
+            f"{index.parent}: {index.name} names shards that are not there: {', '.join(map(shown, missing))}; "
+            "fetch them again"
         )
     tensors: dict[str, StoredTensor] = {}
     headers: dict[Path, Header] = {}
@@ -88,7 +87,8 @@ def _read_shards(index: Path) -> Checkpoint:
         if wrong:
             raise UserError(
                 f"{path}: not the shard that {index.name} describes: {len(wrong)} tensors are in one "
-                f"and not in the other ({'; '.join(wrong[:5])}); index and shards must come from one checkpoint"
+                f"and not in the other ({'; '.join(map(shown, wrong[:5]))}); index and shards must come from one "
+                "checkpoint"
             )
         tensors.update(header.tensors)
     return Checkpoint(tensors=tensors, headers=headers, index=raw)

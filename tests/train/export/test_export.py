@@ -20,6 +20,7 @@ from vl2.checkpoint.fingerprint import model_fingerprint
 from vl2.checkpoint.folder import read_checkpoint
 from vl2.checkpoint.load import load_model
 from vl2.checkpoint.tensor_files import read_header
+from vl2.errors import UserError
 from vl2.lora import apply_lora
 from vl2.lora_settings import LoRASettings
 from vl2.tokenizer import Tokenizer
@@ -104,7 +105,7 @@ def test_export_is_refused_and_leaves_nothing_when_a_tensor_reads_back_wrong(run
     """A disk or writer that changes one tensor must not leave a folder under the final name, nor a half one beside."""
     import train.export.merged as module
 
-    written = module.write_companions
+    written = module.write_weights
 
     def damage(folder, *more):
         written(folder, *more)
@@ -113,9 +114,25 @@ def test_export_is_refused_and_leaves_nothing_when_a_tensor_reads_back_wrong(run
             file.seek(tensor.offset + 7)
             file.write(b"\x11")
 
-    monkeypatch.setattr(module, "write_companions", damage)
+    monkeypatch.setattr(module, "write_weights", damage)
     with pytest.raises(ValueError, match=r"refused: 1 tensors read back otherwise than written .*model\.norm\.weight"):
         export(ExportConfig(run=str(run), out=str(tmp_path / "out"), dtype="fp32"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]"])
+def test_broken_processor_config_of_the_base_is_said_before_anything_is_written(
+    run, base, tmp_path, monkeypatch, content
+):
+    """It ended in a traceback, after the weights."""
+    whole = (base / "processor_config.json").read_bytes()
+    monkeypatch.setattr("train.export.merged.write_weights", lambda *_: pytest.fail("weights were written"))
+    try:
+        (base / "processor_config.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"processor_config\.json: (not JSON|expected a JSON object, found a list)"):
+            export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
+    finally:
+        (base / "processor_config.json").write_bytes(whole)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -273,7 +273,7 @@ def test_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch, make_base
     def full(*more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("train.export.merged.write_companions", full)
+    monkeypatch.setattr("train.export.merged.write_weights", full)
     monkeypatch.setattr("train.store.whole_folder.shutil.rmtree", lambda *more, **options: None)
     with pytest.raises(ValueError, match=r"disk is full .*\.new-out could not be removed"):
         export(ExportConfig(model=str(base), out=str(tmp_path / "out")))
@@ -281,14 +281,14 @@ def test_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch, make_base
 
 def test_export_that_cannot_be_read_back_is_refused(tmp_path, monkeypatch, make_base):
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
-    written = train.export.merged.write_companions
+    written = train.export.merged.write_weights
 
     def damage(folder, *more):
         written(folder, *more)
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
 
-    monkeypatch.setattr(train.export.merged, "write_companions", damage)
+    monkeypatch.setattr(train.export.merged, "write_weights", damage)
     with pytest.raises(ValueError, match=r"refused: it cannot be read back: .*truncated"):
         export(ExportConfig(model=str(base), out=str(tmp_path / "out")))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

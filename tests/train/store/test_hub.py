@@ -326,6 +326,14 @@ def test_paddlenlps_store_is_looked_at(server):
     assert not server.asked
 
 
+@pytest.mark.parametrize("index", ["", "[]", '{"weight_map": {"a": 1, "b": "x"}}', '{"a": ' + "[" * 100_000])
+def test_an_index_that_is_none_counts_as_missing(index, tmp_path):
+    """A number for a file, or a deep one, in a cache ended in a traceback."""
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    expected = ["1", "x"] if "weight_map" in index else ["a readable model.safetensors.index.json"]
+    assert hub.missing_files(tmp_path) == ["config.json", "tokenizer.json", *expected]
+
+
 def test_weights_that_paddlenlp_keeps_as_pdparams(server, unreachable):
     folder = Path(os.environ["PPNLP_HOME"], "models", NAME)
     folder.mkdir(parents=True)

@@ -140,7 +140,10 @@ def test_shards_of_another_checkpoint_are_refused(folder):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', "[" * 100_000, '{"weight_map": {"a": 1}}'])
 def test_index_that_is_none_is_refused(folder, text):
     (folder / "model.safetensors.index.json").write_text(text)
-    message = r"index\.json: expected (an index with a weight_map|the name of a file beside it for a, found 1)"
+    message = (
+        r"index\.json: (not JSON|expected a JSON object|weight_map is (None|3); expected a table of tensors to files|"
+        r"expected the name of a file beside it for a, found 1)"
+    )
     with pytest.raises(UserError, match=message):
         load_model(folder)
 
