@@ -141,7 +141,7 @@ class VL2Config:
                 vision=_pick(VisionConfig, _part(raw, "vision_config"), "vision_config"),
                 projector=_pick(ProjectorConfig, _part(raw, "projector_config"), "projector_config"),
                 language=_pick(LanguageConfig, language, "language_config"),
-                candidate_resolutions=_resolutions(raw.get("candidate_resolutions")),
+                candidate_resolutions=read_resolutions(raw.get("candidate_resolutions"), where),
                 raw=dict(raw),
             )
             _refuse_unsupported(config, raw)
@@ -208,14 +208,22 @@ def _pick(kind: type, raw: Mapping[str, Any], part: str) -> Any:
     return kind(**{name: raw[name] for name in known})
 
 
-def _resolutions(value: Any) -> tuple[tuple[int, int], ...]:
-    """(width, height) in pixels, each made of whole tiles."""
+def read_resolutions(value: Any, where: str) -> tuple[tuple[int, int], ...]:
+    """The candidate_resolutions of a file as (width, height) in pixels, each made of whole tiles.
+
+    Args:
+        value: what the file says; None: the official default, one tile.
+        where: the file, for errors.
+
+    Raises:
+        UserError: no such list.
+    """
     if value is None:
         return ((TILE_SIZE, TILE_SIZE),)
     fits = isinstance(value, list) and 0 < len(value) <= _MAX_RESOLUTIONS
     if not fits or not all(_is_resolution(pair) for pair in value):
-        raise _Wrong(
-            f"candidate_resolutions: expected a list of at most {_MAX_RESOLUTIONS} [width, height] in pixels, "
+        raise UserError(
+            f"{where}: candidate_resolutions: expected a list of at most {_MAX_RESOLUTIONS} [width, height] in pixels, "
             f"multiples of {TILE_SIZE} of at most {_MAX_TILES} tiles together, found {reprlib.repr(value)}"
         )
     return tuple((width, height) for width, height in value)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from train.ask.source import Source
-from vl2.config import VL2Config
-from vl2.errors import UserError
+from vl2.config import VL2Config, read_resolutions
 from vl2.json_object import read_json_object
-from vl2.tiles import TILE_SIZE, Resolution, limit_candidates
+from vl2.tiles import Resolution, limit_candidates
 
 PROCESSOR_CONFIG = "processor_config.json"
 
@@ -27,20 +24,7 @@ def resolutions_in_force(source: Source, config: VL2Config) -> tuple[Resolution,
         path = source.trained / PROCESSOR_CONFIG
         found = read_json_object(path).get("candidate_resolutions")
         if found is not None:
-            if not isinstance(found, list) or not found or not all(map(_is_resolution, found)):
-                raise UserError(
-                    f"{path}: candidate_resolutions is {str(found)[:80]}; expected pairs of width and height in "
-                    f"multiples of {TILE_SIZE} px"
-                )
-            return tuple((width, height) for width, height in found)
+            return read_resolutions(found, str(path))
     if source.max_tiles is not None:
         return limit_candidates(config.candidate_resolutions, source.max_tiles)
     return config.candidate_resolutions
-
-
-def _is_resolution(pair: Any) -> bool:
-    return (
-        isinstance(pair, list)
-        and len(pair) == 2
-        and all(type(side) is int and side > 0 and side % TILE_SIZE == 0 for side in pair)
-    )

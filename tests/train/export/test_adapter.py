@@ -283,9 +283,9 @@ def test_an_adapter_takes_its_resolutions_along(tiny, tiny_peft, model_folder, t
     assert load(tmp_path / "merged").candidates == expected
     export(ExportConfig(run=str(copy), out=str(tmp_path / "again"), adapter="paddle"))
     assert json.loads((tmp_path / "again" / "processor_config.json").read_text()) == document
-    for wrong in ([[384, 400]], [], "all", [[384]], [[384, -384]], [[True, 384]]):
+    for wrong in ([[384, 400]], [], "all", [[384]], [[384, -384]], [[True, 384]], [[384 * 10**6, 384]]):
         (copy / "processor_config.json").write_text(json.dumps({"candidate_resolutions": wrong}))
-        with pytest.raises(UserError, match=r"processor_config\.json: candidate_resolutions is .*; expected pairs of"):
+        with pytest.raises(UserError, match=r"processor_config\.json: candidate_resolutions: expected a list of"):
             load(copy)
 
 
