@@ -104,7 +104,7 @@ def test_each_file_of_a_base_is_opened_once_by_a_run(run, sharded, tmp_path, ope
 def test_an_export_needs_no_paddlenlp(golden_folder):
     """A comment claimed so, but the import of `infer` brought PaddleNLP in by four others: 3.2 of 5.0 seconds."""
     program = (
-        "import sys, train.ask.infer, train.ask.load\n"
+        "import sys, train.ask.evaluate, train.ask.infer, train.ask.load\n"
         "loaded = train.ask.load.load(sys.argv[1])\n"
         "assert loaded.model.parameters()\n"
         "assert 'paddlenlp' not in sys.modules\n"
