@@ -23,7 +23,7 @@ NOTHING = "nothing"
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One turn.
+    """A question about drawn shapes and its answer: one turn of a conversation.
 
     Attributes:
         kind: What sort of question it is, to mix sorts evenly.

@@ -11,7 +11,7 @@ import paddle
 import paddle.distributed as dist
 from tqdm import tqdm
 
-from train.ask.model_memory import check_inference, inference_need
+from train.ask.model_memory import check_inference, inference_memory
 from train.ask.note import note
 from train.ask.resolutions import resolutions_in_force
 from train.ask.source import Source, find_source
@@ -92,7 +92,7 @@ def stored_dtype(folder: ModelFolder) -> str:
 
 def load_with_bar(folder: ModelFolder, dtype: str) -> DeepseekVL2:
     """`load_model` with a progress bar on stderr, where there is enough to wait for; one of several ranks shows it."""
-    num_bytes = inference_need(folder.config, dtype).num_bytes
+    num_bytes = inference_memory(folder.config, dtype).num_bytes
     style = {"desc": "load weights", "unit": "B", "unit_scale": True, "mininterval": 1.0, "file": sys.stderr}
     with tqdm(total=num_bytes, disable=num_bytes < _BAR_BYTES or dist.get_rank() != 0, **style) as bar:
         return load_model(folder, dtype=dtype, done=bar.update)

@@ -18,15 +18,15 @@ from vl2.parameters import build_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class Need:
-    """Bytes of one process."""
+class MemoryNeed:
+    """Bytes that a model takes in one process, before activations."""
 
     frozen: int  # weights that are only read
     trained: int  # weights that learn, their gradients and Adam's moments
 
     @property
     def num_bytes(self) -> int:
-        """Of both."""
+        """Bytes of frozen and trained weights together."""
         return self.frozen + self.trained
 
     def __str__(self) -> str:
@@ -37,13 +37,13 @@ class Need:
         return " and ".join(f"{gigabytes(size)} {what}" for size, what in parts if size)
 
 
-def inference_need(config: VL2Config, dtype: str) -> Need:
-    """What loading a model takes.
+def inference_memory(config: VL2Config, dtype: str) -> MemoryNeed:
+    """Memory that loading a model takes.
 
     Args:
         dtype: stored type of the weights.
     """
-    return Need(frozen=sum(weight_sizes(build_model(config, 0)).values()) * item_bytes(dtype), trained=0)
+    return MemoryNeed(frozen=sum(weight_sizes(build_model(config, 0)).values()) * item_bytes(dtype), trained=0)
 
 
 def check_inference(model: str | Path, config: VL2Config, dtype: str) -> None:
@@ -57,11 +57,11 @@ def check_inference(model: str | Path, config: VL2Config, dtype: str) -> None:
     Raises:
         UserError: with the figures and what would need less.
     """
-    need = inference_need(config, dtype)
+    need = inference_memory(config, dtype)
     advice = "use a machine with more, or a smaller model" + (", or precision=bf16" if dtype == "float32" else "")
     check_memory(need.num_bytes, f"{model} in {dtype} takes {need}", advice)
 
 
 def weight_sizes(model: nn.Layer) -> dict[str, int]:
-    """Numbers in each weight."""
+    """How many numbers each weight of a model has, by its path."""
     return {name: math.prod(parameter.shape) for name, parameter in model.named_parameters()}

@@ -251,7 +251,7 @@ class InferConfig:
 
 @dataclass(kw_only=True)
 class EvalDataConfig:
-    """What is asked."""
+    """Held-out rows whose questions `eval` asks."""
 
     path: str = key("", "JSONL with messages and images.", path=True)
 

@@ -18,7 +18,7 @@ _BUS_ID = re.compile(r"\b[0-9A-F]{8}:[0-9A-F]{2}:[0-9A-F]{2}\.[0-9A-F]\b")  # nv
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the probes saw."""
+    """Accelerators of this machine, as the probes saw them."""
 
     gpus: int  # NVIDIA GPUs that are there, whether or not they work
     driver: str | None = None  # what nvidia-smi prints; None where it is missing or fails

@@ -1,4 +1,4 @@
-"""Is there room: what this machine has free on disk, in RAM and on its GPU, and the refusal with both figures.
+"""Free memory of this machine, RAM and GPU, and the refusal of what does not fit, with both figures.
 
 Asked before anything is loaded or written. Knows nothing of models: `train.ask.model_memory` says what one takes.
 """
@@ -18,30 +18,30 @@ from vl2.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Room:
+class FreeMemory:
     """Memory that can still be had."""
 
     num_bytes: int
     where: str  # in words, for messages
 
 
-def check_memory(num_bytes: int, what: str, advice: str, room: Room | None = None) -> None:
+def check_memory(num_bytes: int, what: str, advice: str, free: FreeMemory | None = None) -> None:
     """Refuse to load what does not fit into memory.
 
     Args:
         num_bytes: needed at the least.
         what: what needs them, figures included.
         advice: what would need less.
-        room: None: look at this process's device.
+        free: what can be had; None: look at this process's device.
 
     Raises:
         UserError: with the bytes needed and the bytes available.
     """
-    room = room or find_room()
-    if room is not None and num_bytes > room.num_bytes:
+    free = free or find_free_memory()
+    if free is not None and num_bytes > free.num_bytes:
         raise UserError(
-            f"no room in memory: {what}, {gigabytes(num_bytes)} at the least, and {gigabytes(room.num_bytes)} are "
-            f"available ({room.where}); {advice}"
+            f"no room in memory: {what}, {gigabytes(num_bytes)} at the least, and {gigabytes(free.num_bytes)} are "
+            f"available ({free.where}); {advice}"
         )
 
 
@@ -50,19 +50,19 @@ def gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def find_room() -> Room | None:
+def find_free_memory() -> FreeMemory | None:
     """Memory of Paddle's current device that can still be had; None where the system does not tell."""
     import paddle
 
     kind, _, index = paddle.get_device().partition(":")
-    return gpu_room(int(index)) if kind == "gpu" else ram_room()
+    return free_gpu_memory(int(index)) if kind == "gpu" else free_ram()
 
 
-def gpu_room(
+def free_gpu_memory(
     index: int,
     environ: Mapping[str, str] = os.environ,
     smi: Callable[..., str | None] = nvidia_smi,
-) -> Room | None:
+) -> FreeMemory | None:
     """Free memory of one GPU.
 
     Args:
@@ -74,10 +74,10 @@ def gpu_room(
     listed = [name.strip() for name in visible.split(",")] if visible else []
     name = listed[index] if index < len(listed) else str(index)
     free = re.match(r"\d+", smi("-i", name, "--query-gpu=memory.free", "--format=csv,noheader,nounits") or "")
-    return Room(num_bytes=int(free[0]) * 2**20, where=f"GPU {name}, by nvidia-smi") if free else None
+    return FreeMemory(num_bytes=int(free[0]) * 2**20, where=f"GPU {name}, by nvidia-smi") if free else None
 
 
-def ram_room(root: Path = Path("/")) -> Room | None:
+def free_ram(root: Path = Path("/")) -> FreeMemory | None:
     """Available RAM: what the system has, or what the control groups of this process leave when that is less.
 
     Args:
@@ -88,17 +88,17 @@ def ram_room(root: Path = Path("/")) -> Room | None:
     except OSError:  # not Linux
         return None
     found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    rooms = [Room(num_bytes=int(found[1]) * 1024, where="RAM, MemAvailable")] if found else []
-    return min([*rooms, *_control_groups(root)], key=lambda room: room.num_bytes, default=None)
+    limits = [FreeMemory(num_bytes=int(found[1]) * 1024, where="RAM, MemAvailable")] if found else []
+    return min([*limits, *_control_groups(root)], key=lambda free: free.num_bytes, default=None)
 
 
-def _control_groups(root: Path) -> list[Room]:
+def _control_groups(root: Path) -> list[FreeMemory]:
     """What each limited control group of this process, and each above it, still grants."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    rooms = []
+    limits = []
     for line in lines:
         number, controllers, path = line.split(":", 2)
         if number == "0":  # version 2
@@ -115,8 +115,8 @@ def _control_groups(root: Path) -> list[Room]:
                 # Pages of files that nobody uses go when memory is wanted.
                 freed = _number(base / folder / "memory.stat", cache) or 0
                 left = max(granted - used + freed, 0)
-                rooms.append(Room(num_bytes=left, where=f"RAM, limit {gigabytes(granted)} of the container"))
-    return rooms
+                limits.append(FreeMemory(num_bytes=left, where=f"RAM, limit {gigabytes(granted)} of the container"))
+    return limits
 
 
 def _number(file: Path, name: str | None = None) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from train.ask.model_memory import Need, weight_sizes
+from train.ask.model_memory import MemoryNeed, weight_sizes
 from train.config.schema import TrainConfig
 from train.machine.memory import check_memory
 from train.run.build import lora_settings, trained_names
@@ -16,7 +16,7 @@ from vl2.parameters import build_model
 TRAINED_BYTES = 16
 
 
-def training_need(model: VL2Config, config: TrainConfig) -> Need:
+def training_memory(model: VL2Config, config: TrainConfig) -> MemoryNeed:
     """What training a model takes, in each process.
 
     Raises:
@@ -30,7 +30,7 @@ def training_need(model: VL2Config, config: TrainConfig) -> Need:
     else:
         frozen = sum(sizes.values())
         learned = sum(report.parameters for report in plan_factors(skeleton, lora_settings(config)))
-    return Need(frozen=frozen * item_bytes(DTYPE_OF_SETTING[config.precision]), trained=learned * TRAINED_BYTES)
+    return MemoryNeed(frozen=frozen * item_bytes(DTYPE_OF_SETTING[config.precision]), trained=learned * TRAINED_BYTES)
 
 
 def check_published(config: TrainConfig, num_processes: int) -> None:
@@ -50,7 +50,7 @@ def check_training(config: TrainConfig, model: VL2Config, num_processes: int) ->
     Raises:
         UserError: with the figures and what would need less.
     """
-    need = training_need(model, config)
+    need = training_memory(model, config)
     each = f", in each of {num_processes} processes" if num_processes > 1 else ""
     advice = "use a machine with more, or a smaller model"
     if config.lora.rank == 0:

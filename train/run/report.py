@@ -15,7 +15,7 @@ from vl2.lora import GroupReport
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """Which run."""
+    """Which run a report is of."""
 
     recipe: str
     rehearsal: bool

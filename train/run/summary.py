@@ -18,7 +18,7 @@ from train.store.versions import versions
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Of a finished run."""
+    """What summary.json says of a finished run."""
 
     recipe: str
     rehearsal: bool

@@ -28,7 +28,7 @@ _TEXTS = (".md",)
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestEntry:
-    """One file."""
+    """One file of a folder, as its manifest has it."""
 
     bytes: int
     sha256: str

@@ -107,7 +107,7 @@ class Names(NamedTuple):
     transposed: bool
 
     def shape(self, slot: Slot, letter: str, rank: int) -> tuple[int, ...]:
-        """As stored."""
+        """Shape of a factor as the format stores it."""
         shape = slot.shape(letter, rank)
         return shape[::-1] if self.transposed else shape
 

@@ -21,7 +21,7 @@ def shown(value: Any) -> str:
 
 
 def rank(path: Path, key: str, value: Any) -> int:
-    """A rank.
+    """Take a rank.
 
     Raises:
         UserError: it is none.
@@ -32,7 +32,7 @@ def rank(path: Path, key: str, value: Any) -> int:
 
 
 def alpha(path: Path, key: str, value: Any) -> float:
-    """An alpha.
+    """Take an alpha.
 
     Raises:
         UserError: it is none; NaN and infinity, which Python's JSON knows, are none.
@@ -43,7 +43,7 @@ def alpha(path: Path, key: str, value: Any) -> float:
 
 
 def dropout(path: Path, key: str, value: Any) -> float:
-    """A dropout; absent is 0.
+    """Take a dropout; absent is 0.
 
     Raises:
         UserError: it is no probability.
@@ -56,7 +56,7 @@ def dropout(path: Path, key: str, value: Any) -> float:
 
 
 def texts(path: Path, key: str, value: Any, expected: str) -> list[str]:
-    """A list of texts.
+    """Take a list of texts.
 
     Args:
         path: of the configuration.
@@ -73,7 +73,7 @@ def texts(path: Path, key: str, value: Any, expected: str) -> list[str]:
 
 
 def table(path: Path, key: str, value: Any, expected: str) -> dict[str, Any]:
-    """A JSON object.
+    """Take a JSON object.
 
     Raises:
         UserError: it is none.
@@ -84,7 +84,7 @@ def table(path: Path, key: str, value: Any, expected: str) -> dict[str, Any]:
 
 
 def text(path: Path, key: str, value: Any) -> str:
-    """A text; absent is empty.
+    """Take a text; absent is empty.
 
     Raises:
         UserError: it is none.

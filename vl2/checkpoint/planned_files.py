@@ -30,7 +30,7 @@ class Wanted(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its values."""
+        """Bytes of the tensor's values."""
         return int(np.prod(self.shape, dtype=np.int64)) * item_bytes(self.dtype)
 
 

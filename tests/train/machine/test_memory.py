@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from train.machine.disk import check_disk
-from train.machine.memory import Room, check_memory, gigabytes, gpu_room, ram_room
+from train.machine.memory import FreeMemory, check_memory, free_gpu_memory, free_ram, gigabytes
 from vl2.errors import UserError
 
 
@@ -23,9 +23,9 @@ def system(root: Path, available_kb: int, cgroup: str, **files: str) -> Path:
 
 
 def test_available_ram(tmp_path):
-    assert ram_room(system(tmp_path, 2000, "0::/\n")) == Room(num_bytes=2_048_000, where="RAM, MemAvailable")
-    assert ram_room(tmp_path / "nowhere") is None
-    here = ram_room()
+    assert free_ram(system(tmp_path, 2000, "0::/\n")) == FreeMemory(num_bytes=2_048_000, where="RAM, MemAvailable")
+    assert free_ram(tmp_path / "nowhere") is None
+    here = free_ram()
     assert here is not None and 10**8 < here.num_bytes < 10**13
 
 
@@ -40,8 +40,8 @@ def test_container_of_version_2_grants_less(tmp_path):
         pod__memory_dot_current="2500000000\n",
         pod__memory_dot_stat="anon 5\ninactive_file 200000000\nactive_file 1\n",
     )
-    room = ram_room(root)
-    assert room == Room(num_bytes=700_000_000, where="RAM, limit 3.00 GB of the container")
+    room = free_ram(root)
+    assert room == FreeMemory(num_bytes=700_000_000, where="RAM, limit 3.00 GB of the container")
 
 
 def test_container_of_version_1_grants_less(tmp_path):
@@ -54,7 +54,7 @@ def test_container_of_version_1_grants_less(tmp_path):
         memory__memory_dot_limit_in_bytes="9223372036854771712",
         memory__memory_dot_usage_in_bytes="1",
     )
-    assert ram_room(root) == Room(num_bytes=600_000_000, where="RAM, limit 1.00 GB of the container")
+    assert free_ram(root) == FreeMemory(num_bytes=600_000_000, where="RAM, limit 1.00 GB of the container")
 
 
 def test_free_memory_of_a_gpu():
@@ -64,16 +64,16 @@ def test_free_memory_of_a_gpu():
         asked.append(arguments)
         return "23456\n"
 
-    room = gpu_room(1, {"CUDA_VISIBLE_DEVICES": "3,GPU-abc"}, smi)
-    assert room == Room(num_bytes=23456 * 2**20, where="GPU GPU-abc, by nvidia-smi")
+    room = free_gpu_memory(1, {"CUDA_VISIBLE_DEVICES": "3,GPU-abc"}, smi)
+    assert room == FreeMemory(num_bytes=23456 * 2**20, where="GPU GPU-abc, by nvidia-smi")
     assert asked == [("-i", "GPU-abc", "--query-gpu=memory.free", "--format=csv,noheader,nounits")]
-    assert gpu_room(0, {}, smi).where == "GPU 0, by nvidia-smi"
-    assert gpu_room(0, {}, lambda *arguments: None) is None
-    assert gpu_room(0, {}, lambda *arguments: "[N/A]\n") is None
+    assert free_gpu_memory(0, {}, smi).where == "GPU 0, by nvidia-smi"
+    assert free_gpu_memory(0, {}, lambda *arguments: None) is None
+    assert free_gpu_memory(0, {}, lambda *arguments: "[N/A]\n") is None
 
 
 def test_too_little_memory_is_said_with_both_figures():
-    room = Room(num_bytes=24 * 10**9, where="RAM, MemAvailable")
+    room = FreeMemory(num_bytes=24 * 10**9, where="RAM, MemAvailable")
     check_memory(24 * 10**9, "it", "go", room)
     with pytest.raises(UserError) as error:
         check_memory(24 * 10**9 + 1, "X takes 30 GB", "take less", room)

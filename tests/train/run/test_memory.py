@@ -3,11 +3,11 @@
 import pytest
 
 from train.ask.load import load
-from train.ask.model_memory import Need, check_inference, inference_need
+from train.ask.model_memory import MemoryNeed, check_inference, inference_memory
 from train.config.load import load_config
-from train.machine import memory as room
+from train.machine import memory
 from train.run.build import build_base, count_parts, make_trainable
-from train.run.memory import check_published, training_need
+from train.run.memory import check_published, training_memory
 from vl2.checkpoint.model_folder import open_folder
 from vl2.checkpoint.published import PUBLISHED
 from vl2.config import VL2Config
@@ -17,6 +17,10 @@ SETTINGS = {
     "all weights": ["lora.rank=0", "trainable=[vision,projector,language]"],
     "some weights": ["lora.rank=0", "trainable=[projector,language]"],
 }
+
+
+def free(num_bytes: int) -> memory.FreeMemory:
+    return memory.FreeMemory(num_bytes=num_bytes, where="RAM, MemAvailable")
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -31,7 +35,7 @@ def test_need_is_what_a_run_holds(kind, precision, settings, tmp_path, arguments
     model, _ = make_trainable(base, config, candidates=candidates, base_fingerprint="")
     parts = count_parts(model)
     learned = sum(part.trainable for part in parts)
-    found = training_need(VL2Config.from_folder(folder), config)
+    found = training_memory(VL2Config.from_folder(folder), config)
     # Gradients and two moments come to what is stored.
     assert found.num_bytes == sum(part.stored_bytes for part in parts) + 12 * learned
     assert found.trained == 16 * learned
@@ -41,7 +45,9 @@ def test_need_is_what_a_run_holds(kind, precision, settings, tmp_path, arguments
 def test_published_model_that_has_no_room_is_not_even_fetched(name, figure, monkeypatch, tmp_path):
     for user in ("train.ask.load", "train.run.training"):
         monkeypatch.setattr(f"{user}.resolve_model", lambda path: pytest.fail("it was fetched"))
-    monkeypatch.setattr(room, "find_room", lambda: room.Room(num_bytes=5 * 10**9, where="RAM, MemAvailable"))
+    monkeypatch.setattr(
+        memory, "find_free_memory", lambda: memory.FreeMemory(num_bytes=5 * 10**9, where="RAM, MemAvailable")
+    )
     path = f"deepseek-ai/deepseek-vl2{'' if name == 'base' else '-' + name}"
     config = load_config(["conf=sft_tiny", f"model={name}", "device=cpu", f"run_dir={tmp_path}"])
     with pytest.raises(ValueError, match=rf"training {path} takes {figure} GB of frozen weights and .*5\.00 GB are av"):
@@ -51,7 +57,9 @@ def test_published_model_that_has_no_room_is_not_even_fetched(name, figure, monk
 
 
 def test_advice_fits_the_settings(monkeypatch):
-    monkeypatch.setattr(room, "find_room", lambda: room.Room(num_bytes=10**10, where="RAM, MemAvailable"))
+    monkeypatch.setattr(
+        memory, "find_free_memory", lambda: memory.FreeMemory(num_bytes=10**10, where="RAM, MemAvailable")
+    )
     config = load_config(["conf=sft_tiny", "device=cpu", "lora.rank=0", "precision=fp32"])
     with pytest.raises(ValueError, match=r"in each of 2 processes, .*\(lora\.rank=8\), or precision=bf16$"):
         check_published(config, 2)
@@ -61,7 +69,9 @@ def test_advice_fits_the_settings(monkeypatch):
 
 def test_processes_that_share_memory_add_up(monkeypatch):
     """Two LoRA runs of Tiny, 7.4 GB each, do not fit into 10 GB; one does."""
-    monkeypatch.setattr(room, "find_room", lambda: room.Room(num_bytes=10**10, where="RAM, MemAvailable"))
+    monkeypatch.setattr(
+        memory, "find_free_memory", lambda: memory.FreeMemory(num_bytes=10**10, where="RAM, MemAvailable")
+    )
     config = load_config(["conf=sft_tiny", "device=cpu"])
     check_published(config, 1)
     with pytest.raises(ValueError, match=r"14\.7\d GB at the least, and 10\.00 GB"):
@@ -69,7 +79,9 @@ def test_processes_that_share_memory_add_up(monkeypatch):
 
 
 def test_run_that_has_no_room_leaves_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "find_room", lambda: room.Room(num_bytes=10**6, where="RAM, MemAvailable"))
+    monkeypatch.setattr(
+        memory, "find_free_memory", lambda: memory.FreeMemory(num_bytes=10**6, where="RAM, MemAvailable")
+    )
     monkeypatch.setattr("train.ask.load.load_model", lambda *a, **k: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match=r"no room in memory: training .*1\.0 MB are available"):
         run(tmp_path / "run")
@@ -77,13 +89,17 @@ def test_run_that_has_no_room_leaves_nothing(run, tmp_path, monkeypatch):
 
 
 def test_model_that_has_no_room_is_not_loaded_to_answer(model_folder, monkeypatch):
-    monkeypatch.setattr(room, "find_room", lambda: room.Room(num_bytes=10**6, where="RAM, MemAvailable"))
+    monkeypatch.setattr(
+        memory, "find_free_memory", lambda: memory.FreeMemory(num_bytes=10**6, where="RAM, MemAvailable")
+    )
     monkeypatch.setattr("train.ask.load.load_model", lambda *a, **k: pytest.fail("it was loaded"))
     with pytest.raises(ValueError, match=r"no room in memory: .* in bfloat16 takes 1\.\d MB of frozen weights"):
         load(model_folder)
 
 
 def test_need_in_words():
-    assert str(Need(frozen=0, trained=10**9)) == "1.00 GB of trained weights with their gradients and Adam's moments"
+    assert (
+        str(MemoryNeed(frozen=0, trained=10**9)) == "1.00 GB of trained weights with their gradients and Adam's moments"
+    )
     tiny = VL2Config.from_folder(PUBLISHED["deepseek-vl2-tiny"].config.parent)
-    assert inference_need(tiny, "bfloat16").num_bytes == 6_741_002_880
+    assert inference_memory(tiny, "bfloat16").num_bytes == 6_741_002_880

@@ -12,7 +12,7 @@ from train.config import conf_files
 from train.config.load import load_config
 from train.config.schema import NANO
 from train.machine.devices import Machine
-from train.run.memory import training_need
+from train.run.memory import training_memory
 from train.run.training import train
 from vl2.checkpoint.folder import read_checkpoint
 from vl2.checkpoint.published import published
@@ -45,7 +45,7 @@ def test_comment_says_what_a_process_holds(recipe):
     config = load_config([f"conf={recipe}"], GPU)
     entry = published(config.model.path)
     assert entry and entry.name == MODELS[recipe.split("_")[1]]
-    figure = training_need(VL2Config.from_folder(entry.config.parent), config).num_bytes / 1e9
+    figure = training_memory(VL2Config.from_folder(entry.config.parent), config).num_bytes / 1e9
     said = re.search(r"holds ([\d.]+) GB before activations; estimated: ", conf_files.recipes()[recipe])
     assert said and float(said[1]) == pytest.approx(figure, abs=0.05)
     (row,) = re.findall(rf"^\| `conf={recipe}` .*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
