@@ -81,7 +81,7 @@ def test_tokenizer_with_more_entries_than_the_embedding_is_refused(tmp_path):
     small = json.loads((GOLDENS / "nano_tiny" / "config.json").read_text())
     small["language_config"]["vocab_size"] = 100
     (tmp_path / "config.json").write_text(json.dumps(small))
-    with pytest.raises(ValueError, match=r"the tokenizer has 984 entries, but language_config\.vocab_size is 100"):
+    with pytest.raises(ValueError, match=r"has 984 entries, up to the id 983, but language_config\.vocab_size is 100"):
         random_checkpoint.main([str(tmp_path), f"--tokenizer={NANO_BPE}", f"--out={tmp_path / 'x'}"])
 
 
