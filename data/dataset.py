@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from data.images.reader import DEFAULT_READER, ImageReader
 from data.jsonl import read_records
-from data.measure import Verify, measure
-from data.record import BadRecords, OnBadRecord, Record, RecordError, SpecialTokens
+from data.measure import measure
+from data.record import BadRecords, Record, RecordError
+from data.settings import OnBadRecord, SpecialTokens, Verify
 from data.size_table import Size
 from vl2.errors import UserError
 from vl2.prompt import IMAGE_PLACEHOLDER
@@ -39,6 +41,7 @@ def open_dataset(
     *,
     tokenizer: Tokenizer,
     candidates: Sequence[Resolution],
+    images: ImageReader = DEFAULT_READER,
     max_tokens: int | None = None,
     max_tiles_per_pack: int | None = None,
     context: int | None = None,
@@ -55,6 +58,7 @@ def open_dataset(
         path: JSON lines with `messages` and `images`.
         tokenizer: counts the text.
         candidates: resolutions (width, height) in pixels an image may be shown at.
+        images: opens the pictures.
         max_tokens: budget of a pack, tokens; None does not check.
         max_tiles_per_pack: budget of a pack, tiles with global views; None does not check.
         context: positions the model was made for, tokens; None does not check. Training may go beyond them.
@@ -77,7 +81,7 @@ def open_dataset(
             bad.add(problem)
         else:
             records.append(record)
-    sizes = measure(records, tokenizer, candidates, cache=cache, workers=workers, verify=verify, bad=bad)
+    sizes = measure(records, tokenizer, candidates, images=images, cache=cache, workers=workers, verify=verify, bad=bad)
     kept: list[tuple[Record, Size]] = []
     for record, size in zip(records, sizes, strict=True):
         if size is None:
@@ -148,6 +152,6 @@ def _fingerprint(kept: Sequence[tuple[Record, Size]], tokenizer: Tokenizer) -> s
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     for record, size in kept:
         messages = [[m.role, m.content, m.plain] for m in record.messages]
-        images = [[image.name, image.stat().st_size] for image in record.images]
+        images = [[Path(image.name).name, Path(image.name).stat().st_size] for image in record.images]
         digest.update(json.dumps([messages, images, size.tokens, size.supervised, size.grids]).encode())
     return digest.hexdigest()

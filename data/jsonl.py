@@ -6,7 +6,8 @@ import json
 from os import PathLike
 from pathlib import Path
 
-from data.record import BadRecords, Record, RecordError, SpecialTokens, parse_record
+from data.record import BadRecords, Record, RecordError, parse_record
+from data.settings import SpecialTokens
 from vl2.errors import UserError
 from vl2.tokenizer import Tokenizer
 

@@ -12,20 +12,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Literal
 
 from tqdm import tqdm
 
-from data.images import ImageError, decode, read_size
+from data.images.files import ImageError
+from data.images.reader import DEFAULT_READER, ImageReader
 from data.processes import end_with_parent
 from data.record import BadRecords, Record, RecordError
+from data.settings import Verify
 from data.size_table import Size, SizeTable, record_key
 from vl2.errors import UserError
 from vl2.prompt import IGNORE, render
 from vl2.tiles import Resolution, tile_grid
 from vl2.tokenizer import Tokenizer
-
-Verify = Literal["header", "decode"]
 
 _MIN_PARALLEL = 2000  # records; below, starting processes costs more than it saves
 _MIN_PARALLEL_DECODE = 64  # records with images to decode
@@ -38,6 +37,7 @@ def measure(
     tokenizer: Tokenizer,
     candidates: Sequence[Resolution],
     *,
+    images: ImageReader = DEFAULT_READER,
     cache: Path | None = None,
     workers: int | None = None,
     verify: Verify = "header",
@@ -49,9 +49,10 @@ def measure(
         records: what to measure.
         tokenizer: counts the text.
         candidates: resolutions (width, height) in pixels an image may be shown at.
+        images: opens the pictures.
         cache: file of the size table; None keeps none.
         workers: processes for large inputs; None takes one a core.
-        verify: "header" reads of each image what `read_size` says; "decode" decodes every image too.
+        verify: "header" reads of each image what `ImageReader.size` says; "decode" decodes every image too.
         bad: what to do with records that cannot be measured; without it the first raises.
 
     Returns:
@@ -62,11 +63,14 @@ def measure(
     """
     bad = bad if bad is not None else BadRecords()
     table = SizeTable(cache)
-    keys = [record_key(record, tokenizer=tokenizer, candidates=candidates, verify=verify) for record in records]
+    keys = [
+        record_key(record, tokenizer=tokenizer, candidates=candidates, verify=verify, images=images)
+        for record in records
+    ]
     sizes = [table.get(key) if key is not None else None for key in keys]
     missing = [i for i, size in enumerate(sizes) if size is None]
 
-    job = _Job([records[i] for i in missing], tokenizer, tuple(candidates), verify)
+    job = _Job([records[i] for i in missing], tokenizer, tuple(candidates), verify, images)
     results = tqdm(
         _run(job, _num_workers(job, workers)),
         total=len(missing),
@@ -94,18 +98,24 @@ class _Job:
     """What to measure; a forked process inherits it, nothing is sent."""
 
     def __init__(
-        self, records: Sequence[Record], tokenizer: Tokenizer, candidates: tuple[Resolution, ...], verify: Verify
+        self,
+        records: Sequence[Record],
+        tokenizer: Tokenizer,
+        candidates: tuple[Resolution, ...],
+        verify: Verify,
+        images: ImageReader,
     ):
         self.records, self.tokenizer, self.candidates, self.verify = records, tokenizer, candidates, verify
+        self.images = images
 
     def one(self, index: int) -> Size | RecordError:
         record = self.records[index]
         grids = []
-        for i, path in enumerate(record.images):
+        for i, image in enumerate(record.images):
             try:
-                size = read_size(path)
+                size = self.images.size(image)
                 if self.verify == "decode":
-                    decode(path)
+                    self.images.decode(image)
             except ImageError as error:
                 return record.error(f"images[{i}]", str(error))
             grids.append(tile_grid(size, len(record.images), self.candidates))

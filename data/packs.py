@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import paddle.io
 
-from data.images import ImageError, decode
+from data.images.files import ImageError
+from data.images.reader import DEFAULT_READER, ImageReader
 from data.plan import Plan
-from data.record import BadRecords, OnBadRecord, Record
+from data.record import BadRecords, Record
+from data.settings import OnBadRecord
 from data.size_table import Size
 from vl2.prompt import IGNORE, render
 from vl2.tiles import PAD_COLOUR, TILE_SIZE, Grid, Resolution, cut_tiles, num_tiles, tile_grid
@@ -55,6 +57,7 @@ class PackDataset(paddle.io.Dataset):
         tokenizer: Tokenizer,
         candidates: Sequence[Resolution],
         *,
+        images: ImageReader = DEFAULT_READER,
         num_ranks: int = 1,
         on_bad_record: OnBadRecord = "error",
         max_bad: int = 0,
@@ -66,6 +69,7 @@ class PackDataset(paddle.io.Dataset):
             plan: which samples form each pack.
             tokenizer: gives the ids.
             candidates: resolutions (width, height) in pixels an image may be shown at.
+            images: opens the pictures.
             num_ranks: item p goes to rank p mod num_ranks, see `Plan.order`.
             on_bad_record: what to do with an image that turns out broken: "error", or with "skip" show a plain
                 picture and learn nothing from its sample, so that the step keeps its planned size.
@@ -74,6 +78,7 @@ class PackDataset(paddle.io.Dataset):
         super().__init__()
         self.records, self.plan, self.sizes = records, plan, sizes
         self.tokenizer, self.candidates = tokenizer, tuple(candidates)
+        self.images = images
         self._order = plan.order(num_ranks)
         self._bad = BadRecords(on_bad_record=on_bad_record, max_bad=max_bad)
         self._lost: set[int] = set()
@@ -130,9 +135,9 @@ class PackDataset(paddle.io.Dataset):
         """Decode and cut the images of a sample; False when one of them is broken and may be skipped."""
         record, size = self.records[index], self.sizes[index]
         tiles, whole = [], True
-        for i, (path, grid) in enumerate(zip(record.images, size.grids, strict=True)):
+        for i, (picture, grid) in enumerate(zip(record.images, size.grids, strict=True)):
             try:
-                image = decode(path)
+                image = self.images.decode(picture)
             except ImageError as error:
                 problem = record.error(f"images[{i}]", str(error))
                 if index not in self._lost:  # each epoch meets it again
@@ -146,7 +151,7 @@ class PackDataset(paddle.io.Dataset):
             if found != grid:
                 raise record.error(
                     f"images[{i}]",
-                    f"planned as {grid[0]}×{grid[1]} tiles, but {path} now gives {found[0]}×{found[1]}: "
+                    f"planned as {grid[0]}×{grid[1]} tiles, but {picture.name} now gives {found[0]}×{found[1]}: "
                     "the image changed after it was measured; start again",
                 )
             tiles.append(cut_tiles(image, grid))

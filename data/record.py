@@ -8,14 +8,13 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from data.images.ref import ImageRef
+from data.settings import OnBadRecord, SpecialTokens
 from vl2.errors import UserError
 from vl2.prompt import IMAGE_PLACEHOLDER, Message, Role
 from vl2.tokenizer import ASSISTANT_TOKEN, USER_TOKEN, Tokenizer
-
-SpecialTokens = Literal["error", "neutralise"]
-OnBadRecord = Literal["error", "skip"]
 
 # Shows what was found as it is written in code, in one line of bounded length.
 _SHORTENED = reprlib.Repr()
@@ -33,12 +32,12 @@ _ROLES: dict[str, Role] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A conversation with the paths of its images: no tokens, no pixels."""
+    """A conversation and which pictures it shows: no tokens, no pixels."""
 
     messages: tuple[Message, ...]
     """System turn (optional), then user and assistant turns in alternation."""
-    images: tuple[Path, ...]
-    """One absolute path for each `<image>`, in order."""
+    images: tuple[ImageRef, ...]
+    """One for each `<image>`, in order."""
     source: str
     """The file the record was read from."""
     row: int
@@ -143,7 +142,8 @@ def parse_record(
             f"expected one path for each {IMAGE_PLACEHOLDER} in the user messages, found {len(names)} "
             f"{_plural(len(names), 'path')} for {num_placeholders} {IMAGE_PLACEHOLDER}{hint}",
         )
-    images = tuple(Path(os.path.abspath(folder / os.path.expanduser(name))) for name in names)
+    paths = [os.path.abspath(folder / os.path.expanduser(name)) for name in names]
+    images = tuple(ImageRef(kind="file", name=path) for path in paths)
     return Record(messages=messages, images=images, source=source, row=row_number)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.images.reader import DEFAULT_READER, ImageReader
 from data.record import Record
 from vl2.tiles import Grid, Resolution, num_tiles
 from vl2.tokenizer import Tokenizer
@@ -42,21 +43,24 @@ class Size:
         return sum(num_tiles(grid) for grid in self.grids)
 
 
-def record_key(record: Record, *, tokenizer: Tokenizer, candidates: Sequence[Resolution], verify: str) -> bytes | None:
-    """Hash what decides a record's size: its messages, the tokenizer, the resolutions, each image's path, bytes, mtime.
+def record_key(
+    record: Record,
+    *,
+    tokenizer: Tokenizer,
+    candidates: Sequence[Resolution],
+    verify: str,
+    images: ImageReader = DEFAULT_READER,
+) -> bytes | None:
+    """Hash what decides a record's size: its messages, the tokenizer, the resolutions, each image's state.
 
     Returns:
         16 bytes, or None when an image is missing.
     """
-    images = []
-    for path in record.images:
-        try:
-            stat = path.stat()
-        except OSError:
-            return None
-        images.append([str(path), stat.st_size, stat.st_mtime_ns])
+    states = [images.state(image) for image in record.images]
+    if None in states:
+        return None
     messages = [[m.role, m.content, m.plain] for m in record.messages]
-    text = json.dumps([_VERSION, tokenizer.fingerprint, list(candidates), verify, messages, images])
+    text = json.dumps([_VERSION, tokenizer.fingerprint, list(candidates), verify, messages, states])
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 

@@ -44,7 +44,7 @@ def test_image_paths_are_relative_to_the_file(tmp_path, monkeypatch):
     write(tmp_path / "sub" / "a.jsonl", row("<image>")[:-1] + ', "images": ["../p.png"]}')
     monkeypatch.chdir(tmp_path)
     (record,) = read_records("sub/a.jsonl", tokenizer=TOKENIZER)
-    assert record.images == (tmp_path / "p.png",)
+    assert [image.name for image in record.images] == [str(tmp_path / "p.png")]
     assert record.source == "sub/a.jsonl"
 
 

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import data.measure
+from data.images.ref import ImageRef
 from data.measure import measure
 from data.record import BadRecords, Record, RecordError
 from data.size_table import Size, SizeTable, record_key
@@ -22,7 +23,8 @@ CANDIDATES = ((384, 384), (384, 768), (768, 384), (768, 768), (384, 1152), (1152
 
 def record(row: int, question: str = "Hi", *images: Path) -> Record:
     messages = (Message("user", "<image>" * len(images) + question), Message("assistant", "Hello."))
-    return Record(messages=messages, images=images, source="a.jsonl", row=row)
+    pictures = tuple(ImageRef(kind="file", name=str(image)) for image in images)
+    return Record(messages=messages, images=pictures, source="a.jsonl", row=row)
 
 
 def picture(path: Path, size=(700, 300)) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data.dataset import Dataset, open_dataset
-from data.images import decode
+from data.images.files import decode
 from data.packs import PackDataset
 from data.plan import make_plan
 from data.record import RecordError
@@ -78,7 +78,7 @@ def test_pack_is_its_samples_one_after_the_other(opened):
             assert batch["labels"][start:end].tolist() == alone.labels.tolist()
             assert batch["position_ids"][start:end].tolist() == list(range(size.tokens))
             assert batch["labels"][end - 1] == IGNORE  # nothing is predicted across samples
-            images += [(path, grid) for path, grid in zip(record.images, size.grids)]
+            images += [(image.name, grid) for image, grid in zip(record.images, size.grids)]
         if images:
             expected = np.concatenate([cut_tiles(decode(path), grid) for path, grid in images])
             assert np.array_equal(batch["tiles"], expected) and len(expected) == spec.tiles
@@ -129,7 +129,7 @@ def test_ranks_read_the_same_packs_in_another_order(opened):
 
 def damage(opened: Dataset) -> Path:
     """Break the picture of row 2 in a way that only decoding shows."""
-    path = opened.records[1].images[0]
+    path = Path(opened.records[1].images[0].name)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
@@ -144,7 +144,7 @@ def test_image_that_breaks_after_the_plan_is_an_error(opened):
 
 
 def test_image_that_is_gone_after_the_plan_is_an_error(opened):
-    opened.records[1].images[0].unlink()
+    Path(opened.records[1].images[0].name).unlink()
     packs = build(opened)
     with pytest.raises(RecordError, match=r"train\.jsonl, row 2, images\[0\]: expected an image file, found none"):
         [packs[i] for i in range(len(packs))]
@@ -186,7 +186,7 @@ def test_skipping_more_than_max_bad(opened):
 @pytest.mark.parametrize("on_bad_record", ["error", "skip"])
 def test_image_of_another_size_than_planned(opened, on_bad_record):
     """It would not fit its place in the stream: an error even where broken images are skipped."""
-    Image.new("RGB", (300, 300)).save(opened.records[1].images[0])
+    Image.new("RGB", (300, 300)).save(opened.records[1].images[0].name)
     packs = build(opened, on_bad_record=on_bad_record, max_bad=9)
     with pytest.raises(RecordError, match=r"row 2, images\[0\]: planned as 2×1 tiles, but .*0\.png now gives 1×1"):
         [packs[i] for i in range(len(packs))]

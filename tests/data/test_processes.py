@@ -25,7 +25,7 @@ def one(self, index):
     time.sleep(60)
 
 data.measure._Job.one, data.measure._MIN_PARALLEL, data.measure._CHUNK = one, 2, 1
-job = data.measure._Job(range(4), None, (), "header")
+job = data.measure._Job(range(4), None, (), "header", None)
 list(data.measure._run(job, 2))
 """
 ORPHAN = """

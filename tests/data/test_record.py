@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data.images.ref import ImageRef
 from data.record import BadRecords, FieldError, Record, RecordError, check_turns, parse_messages, parse_record
 from tests.places import NANO_BPE
 from vl2.prompt import Message, render
@@ -141,7 +142,7 @@ def test_good_row():
     }
     assert parse(row) == Record(
         messages=(Message("system", "Be brief."), Message("user", "<image> vs <image>"), Message("assistant", "Both.")),
-        images=(Path("/somewhere/a.png"), Path("/b/c.jpg")),
+        images=(ImageRef(kind="file", name="/somewhere/a.png"), ImageRef(kind="file", name="/b/c.jpg")),
         source="train.jsonl",
         row=7,
     )

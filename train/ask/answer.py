@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from data.images import decode
+from data.images.ref import ImageRef
 from train.ask.load import Loaded
 from vl2.errors import UserError
 from vl2.generate import generate
 from vl2.prompt import Message, render
-from vl2.tiles import Resolution, cut_tiles, tile_grid
+from vl2.tiles import cut_tiles, tile_grid
 from vl2.tokenizer import Tokenizer
 
 # Prompts that are answered together: tokens of the prompts, which enter the cache at once, and of the cache with room
@@ -33,20 +32,17 @@ class Answer:
     cut: bool  # it did not come to its end within the tokens it was given
 
 
-def prepare(
-    messages: Sequence[Message], images: Sequence[str | Path], tokenizer: Tokenizer, candidates: Sequence[Resolution]
-) -> dict[str, np.ndarray]:
+def prepare(messages: Sequence[Message], images: Sequence[ImageRef], loaded: Loaded) -> dict[str, np.ndarray]:
     """A conversation that waits for an answer, as `generate` takes it.
 
     Args:
         messages: the last one is the user's; one <image> in the users' turns for each image.
-        images: files, in the order of the placeholders.
-        tokenizer: of the model.
-        candidates: resolutions (width, height) in pixels.
+        images: in the order of the placeholders.
+        loaded: the model, with its tokenizer, resolutions and way to read pictures.
     """
-    opened = [decode(image) for image in images]
-    grids = [tile_grid(image.size, len(opened), candidates) for image in opened]
-    prompt = {"input_ids": render(messages, grids, tokenizer, for_generation=True).input_ids}
+    opened = [loaded.images.decode(image) for image in images]
+    grids = [tile_grid(image.size, len(opened), loaded.candidates) for image in opened]
+    prompt = {"input_ids": render(messages, grids, loaded.tokenizer, for_generation=True).input_ids}
     if opened:
         prompt["tiles"] = np.concatenate([cut_tiles(image, grid) for image, grid in zip(opened, grids, strict=True)])
         prompt["grids"] = np.array(grids, np.int64)

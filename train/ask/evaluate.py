@@ -15,7 +15,8 @@ import paddle
 from tqdm import tqdm
 
 from data.dataset import Dataset, default_cache, open_dataset
-from data.images import ImageError
+from data.images.files import ImageError
+from data.images.ref import ImageRef
 from data.packs import PackDataset
 from data.plan import make_plan
 from data.record import Record
@@ -34,7 +35,7 @@ class Question:
 
     record: Record
     messages: tuple[Message, ...]  # up to the user's turn
-    images: tuple[Path, ...]  # those of these messages
+    images: tuple[ImageRef, ...]  # those of these messages
     expected: str
 
 
@@ -77,7 +78,7 @@ def ask(loaded: Loaded, questions: Sequence[Question], *, max_new_tokens: int, t
 
     def prompt_of(question: Question) -> dict[str, np.ndarray]:
         try:
-            return prepare(question.messages, question.images, loaded.tokenizer, loaded.candidates)
+            return prepare(question.messages, question.images, loaded)
         except ImageError as error:
             raise question.record.error("images", str(error)) from error
 
@@ -218,7 +219,7 @@ def write_predictions(path: Path, questions: Sequence[Question], answers: Sequen
                 "source": question.record.source,
                 "row": question.record.row,
                 "question": question.messages[-1].content,
-                "images": [str(image) for image in question.images],
+                "images": [image.name for image in question.images],
                 "expected": question.expected,
                 "answer": answer.text,
                 "correct": answer.text.strip() == question.expected,

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.images import ImageError, read_size
+from data.images.files import ImageError
+from data.images.reader import DEFAULT_READER
+from data.images.ref import ImageRef
 from data.record import FieldError, parse_messages
 from train.ask.answer import answer_limit, check_text, prepare
 from train.ask.load import Loaded, load
@@ -50,7 +52,7 @@ def infer(loaded: Loaded, config: InferConfig) -> dict[str, Any]:
     messages = conversation(config, loaded.tokenizer)
     context = loaded.model.config.language.max_position_embeddings
     check_text(messages, loaded.tokenizer, context)
-    prompt = prepare(messages, config.image, loaded.tokenizer, loaded.candidates)
+    prompt = prepare(messages, references(config.image), loaded)
     prompt_tokens = len(prompt["input_ids"])
     limit = answer_limit(prompt_tokens, config.max_new_tokens, context)
     prepared = time.perf_counter()
@@ -91,15 +93,20 @@ def notes(result: Mapping[str, Any], config: InferConfig) -> list[str]:
     return found
 
 
+def references(paths: Sequence[str]) -> list[ImageRef]:
+    """The pictures that were typed."""
+    return [ImageRef(kind="file", name=path) for path in paths]
+
+
 def check_images(paths: Sequence[str]) -> None:
     """Find an image that cannot be used before the model is loaded, which takes longer.
 
     Raises:
         UserError: naming the file and what is wrong with it.
     """
-    for path in paths:
+    for image in references(paths):
         try:
-            read_size(path)
+            DEFAULT_READER.size(image)
         except ImageError as error:
             raise UserError(f"image: {error}") from error
 

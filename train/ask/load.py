@@ -11,6 +11,7 @@ import paddle
 import paddle.distributed as dist
 from tqdm import tqdm
 
+from data.images.reader import DEFAULT_READER, ImageReader
 from train.ask.model_memory import check_inference, inference_memory
 from train.ask.note import note
 from train.ask.resolutions import resolutions_in_force
@@ -46,6 +47,11 @@ class Loaded:
     def candidates(self) -> tuple[Resolution, ...]:
         """Resolutions an image may be shown at."""
         return self.model.config.candidate_resolutions
+
+    @property
+    def images(self) -> ImageReader:
+        """Opens pictures as the model saw them in training."""
+        return DEFAULT_READER
 
 
 def load(folder: str | Path, precision: str = "auto", base: str = "", check: str = "sizes") -> Loaded:

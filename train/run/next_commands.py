@@ -28,7 +28,7 @@ def next_commands(run_dir: str, records: Sequence[Record]) -> str:
         if first.role != "user" or first.content.count(IMAGE_PLACEHOLDER) != 1 or "\n" in prompt:
             continue
         if 0 < len(prompt) <= _LONGEST_PROMPT:
-            picture = _as_typed(record.images[0])
+            picture = _as_typed(Path(record.images[0].name))
             lines.append(["infer", f"model={run_dir}", f"image={picture}", f"prompt={prompt}"])
             break
     return "\n".join(f"  bash launch.sh {shlex.join(line)}" for line in lines)

@@ -4,13 +4,13 @@ import dataclasses
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
 import train.ask.answer as answer
 import train.ask.evaluate as entry
 from data.dataset import open_dataset
+from data.images.ref import ImageRef
 from data.record import Record, RecordError
 from train.ask.answer import Answer, answer_all
 from train.ask.evaluate import (
@@ -63,7 +63,8 @@ def test_questions_of_a_conversation_and_their_permutation():
     def record(name: str) -> Record:
         turns = [("user", "<image> A"), ("assistant", " b "), ("user", "<image> C"), ("assistant", "d")]
         messages = tuple(Message(role, text) for role, text in turns)
-        return Record(messages=messages, images=(Path(f"{name}1"), Path(f"{name}2")), source="f", row=1)
+        images = tuple(ImageRef(kind="file", name=f"{name}{i}") for i in (1, 2))
+        return Record(messages=messages, images=images, source="f", row=1)
 
     asked = [q for name in "xyz" for q in questions_of(record(name))]
     assert [(len(q.messages), len(q.images), q.expected) for q in asked[:2]] == [(1, 1, "b"), (3, 2, "d")]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data.images.ref import ImageRef
 from data.record import Record
 from train.config.load import load_export_config, load_infer_config
 from train.run.next_commands import next_commands
@@ -12,7 +13,8 @@ from vl2.prompt import Message
 
 
 def record(*turns: tuple[str, str], images: int = 0) -> Record:
-    paths = tuple(Path.cwd() / "it's a folder" / f"{i}.png" for i in range(images))
+    names = [str(Path.cwd() / "it's a folder" / f"{i}.png") for i in range(images)]
+    paths = tuple(ImageRef(kind="file", name=name) for name in names)
     return Record(messages=tuple(Message(*turn) for turn in turns), images=paths, source="a.jsonl", row=1)
 
 

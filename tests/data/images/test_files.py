@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data.images import ImageError, decode, read_size
+from data.images.files import ImageError, decode, read_size
 
 
 @pytest.fixture
