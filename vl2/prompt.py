@@ -5,9 +5,9 @@ Ids and labels are made together from the same spans; nothing searches for `<ima
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,18 @@ class Message:
     """What is said; in a user's turn each `<image>` stands for one image."""
     plain: bool = False
     """Encode special tokens in the content, except grounding tokens, as ordinary text."""
+
+
+class Piece(NamedTuple):
+    """A stretch of a conversation that becomes ids on its own: a text, one token of the template, or an image."""
+
+    kind: Literal["text", "bos", "eos", "user", "assistant", "image"]
+    text: str = ""
+    """What is encoded, of kind "text"."""
+    plain: bool = False
+    """As in `Message`."""
+    supervised: bool = False
+    """Whether its ids are learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,28 +85,23 @@ def render(
         found = messages[-1].role if messages else "no messages"
         raise UserError(f"to generate an answer the last message must be a user's, found: {found}")
 
-    spans: list[tuple[list[int], bool]] = [([tokenizer.bos_id], False)]  # (ids, supervised)
+    of_token = {
+        "bos": [tokenizer.bos_id],
+        "eos": [tokenizer.eos_id],
+        "user": [tokenizer.user_id],
+        "assistant": [tokenizer.assistant_id],
+    }
+    spans: list[tuple[list[int], bool]] = []  # (ids, supervised)
     num_placed = 0
-    for index, message in enumerate(messages):
-        content = message.content.strip()
-        num_placeholders = content.count(IMAGE_PLACEHOLDER)
-        if message.role == "user":
-            user_grids = grids[num_placed : num_placed + num_placeholders]
-            num_placed += num_placeholders
-            if len(user_grids) == num_placeholders:
-                spans.append((_user_ids(content, user_grids, tokenizer, plain=message.plain), False))
-            continue
-        if num_placeholders:
-            raise UserError(
-                f"messages[{index}]: {IMAGE_PLACEHOLDER} in a turn of role {message.role!r}; only users show images"
-            )
-        text_ids = tokenizer.encode(content, plain=message.plain)
-        if message.role == "assistant":
-            spans.append(([*text_ids, tokenizer.eos_id], True))
-        elif index == 0:
-            spans.append((text_ids, False))
+    for piece in pieces(messages):
+        if piece.kind == "text":
+            ids = tokenizer.encode(piece.text, plain=piece.plain)
+        elif piece.kind == "image":
+            ids = [tokenizer.image_id] * num_image_tokens(grids[num_placed]) if num_placed < len(grids) else []
+            num_placed += 1
         else:
-            raise UserError(f"messages[{index}]: a system message must be the first message")
+            ids = of_token[piece.kind]
+        spans.append((ids, piece.supervised))
     if num_placed != len(grids):
         raise UserError(f"found {num_placed} {IMAGE_PLACEHOLDER} in the messages for {len(grids)} images")
 
@@ -105,19 +112,40 @@ def render(
     return Rendered(input_ids=input_ids, labels=labels)
 
 
-def _user_ids(content: str, grids: Sequence[Grid], tokenizer: Tokenizer, *, plain: bool) -> list[int]:
-    """Ids of a user's turn, up to the colon after which the assistant speaks.
+def pieces(messages: Sequence[Message]) -> Iterator[Piece]:
+    """Cut a conversation into what `render` makes ids of, and what measuring counts: one cut for both.
 
     The pieces of text between images are encoded separately, together with the template's punctuation around
     them, as the official code does: a space before a word belongs to its token.
+
+    Raises:
+        UserError: a system turn that is not first, or a placeholder outside user turns.
+
+    Example: user "a <image>b", assistant "Yes"
+
+        bos  user  ": a "  image  "b\\n\\n"  assistant  ":"  "Yes"  eos
     """
-    body = f": {content}\n\n" if content else ":"
-    ids = [tokenizer.user_id]
-    pieces = body.split(IMAGE_PLACEHOLDER)
-    for i, piece in enumerate(pieces):
-        if i:
-            ids.extend([tokenizer.image_id] * num_image_tokens(grids[i - 1]))
-        ids.extend(tokenizer.encode(piece, plain=plain))
-    ids.append(tokenizer.assistant_id)
-    ids.extend(tokenizer.encode(":"))
-    return ids
+    yield Piece("bos")
+    for index, message in enumerate(messages):
+        content = message.content.strip()
+        if message.role == "user":
+            yield Piece("user")
+            body = f": {content}\n\n" if content else ":"
+            for i, text in enumerate(body.split(IMAGE_PLACEHOLDER)):
+                if i:
+                    yield Piece("image")
+                yield Piece("text", text, message.plain)
+            yield Piece("assistant")
+            yield Piece("text", ":")
+            continue
+        if IMAGE_PLACEHOLDER in content:
+            raise UserError(
+                f"messages[{index}]: {IMAGE_PLACEHOLDER} in a turn of role {message.role!r}; only users show images"
+            )
+        if message.role == "assistant":
+            yield Piece("text", content, message.plain, True)
+            yield Piece("eos", supervised=True)
+        elif index == 0:
+            yield Piece("text", content, message.plain)
+        else:
+            raise UserError(f"messages[{index}]: a system message must be the first message")

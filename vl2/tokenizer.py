@@ -142,6 +142,14 @@ class Tokenizer:
                 ids.extend(self._plain.encode(part, add_special_tokens=False).ids)
         return ids
 
+    def count_batch(self, texts: Sequence[str]) -> list[int]:
+        """Count the ids that `encode` makes of each text, all of them at once.
+
+        The library takes threads for it, on all cores, unless TOKENIZERS_PARALLELISM is false.
+        """
+        # The fast one keeps no offsets.
+        return [len(encoding) for encoding in self._matching.encode_batch_fast(texts, add_special_tokens=False)]
+
     def least_tokens(self, text: str) -> int:
         """Count the tokens that a text has at least, without encoding it; 0 where the tokenizer's rules tell nothing.
 
