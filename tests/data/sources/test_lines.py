@@ -1,0 +1,98 @@
+"""JSON lines where they lie: encodings, line ends, row numbers, and one pass over the bytes."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+
+from data.record import RecordError
+from data.settings import SourceSettings
+from data.sources import lines
+from data.sources.lines import find_lines
+from data.sources.open import open_sources
+
+
+def open_one(path, cache=None):
+    (rows,) = open_sources(SourceSettings(path=str(path)), cache=cache)
+    return rows
+
+
+def by_hand(content: bytes) -> list[tuple[int, bytes]]:
+    found = enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+    return [(number, line) for number, line in found if line.strip()]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 20])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n",
+        b"\n\n\n",
+        b"{}",
+        b"{}\n",
+        b"{}\n\n{}",
+        b"\xef\xbb\xbf{}\r\n\r\n  \n [1]\r\n\t\r\n",
+        b"\xef\xbb\xbf",
+        b"\xef\xbb\xbf\n{}",
+        b" \n\x0b\n{ }",
+        b"   ",
+        b"\n{}\n",
+    ],
+)
+def test_lines_are_found_whatever_the_blocks(monkeypatch, content, block):
+    monkeypatch.setattr(lines, "BLOCK", block)
+    found = find_lines(io.BytesIO(content))
+    assert found.dtype == np.int64 and found.shape[1] == 3
+    assert [(number, content[start:stop]) for start, stop, number in found.tolist()] == by_hand(content)
+
+
+def test_rows_are_read_by_index(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"a": "一"}\r\n\r\n  \n{"a": "one\u2028two\x85three"}'.encode())
+    rows = open_one(path)
+    assert [rows[i] for i in range(len(rows))] == [{"a": "一"}, {"a": "one\u2028two\x85three"}]
+    assert [rows.number(i) for i in range(len(rows))] == [1, 4]
+    assert rows.content(1) == '{"a": "one\u2028two\x85three"}'.encode()
+    assert (rows.name, rows.folder) == (str(path), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{}\n{messages: 1}\n", r"a\.jsonl, row 2, row: expected a JSON object, found text that is not JSON"),
+        (b'{}\n\n{"a": [', r"a\.jsonl, row 3, row: expected a JSON object"),
+        (b"{}\n{},\n", r"a\.jsonl, row 2, row: .*Extra data"),
+        (b"{}\n" + b"[" * 100_000 + b"]" * 100_000, r"a\.jsonl, row 2, row: .*found one nested too deeply to be read"),
+        (b"{}\n" + b'{"a": ' + b"[" * 100_000, r"a\.jsonl, row 2, row: .*found one nested too deeply"),
+        (b"{}\n" + b'{"id": ' + b"1" * 5000 + b"}", r"a\.jsonl, row 2, row: .*Exceeds the limit"),
+        (b"{}\n\xff\xfe", r"a\.jsonl, row 2, row: expected UTF-8 text, found byte 0 is not"),
+    ],
+)
+def test_bad_row(tmp_path, content, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    rows = open_one(path)
+    assert rows[0] == {}
+    with pytest.raises(RecordError, match=message) as caught:
+        rows[1]
+    assert len(str(caught.value)) < 300
+
+
+def test_json_as_python_has_it(tmp_path):
+    """Of a key given twice the last counts; NaN is a number, which the field that needs a true one refuses."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1, "a": 2}\n{"b": NaN}\n')
+    rows = open_one(path)
+    assert rows[0] == {"a": 2}
+    assert rows[1]["b"] != rows[1]["b"]
+
+
+def test_what_is_no_file(tmp_path):
+    """To open a pipe would wait for a writer for ever."""
+    with pytest.raises(ValueError, match=r"none\.jsonl: expected a data file .*, found nothing there"):
+        open_one(tmp_path / "none.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="found no regular file there"):
+        open_one(tmp_path / "pipe")
