@@ -13,10 +13,9 @@ from pathlib import Path
 from data.images.reader import DEFAULT_READER, ImageReader
 from data.jsonl import read_records
 from data.measure import measure
-from data.record import BadRecords, Record, RecordError
+from data.record import BadRecords, Record, RecordError, UnusableRows
 from data.settings import OnBadRecord, SpecialTokens, Verify
 from data.size_table import Size
-from vl2.errors import UserError
 from vl2.prompt import IMAGE_PLACEHOLDER
 from vl2.tiles import Resolution, num_image_tokens
 from vl2.tokenizer import Tokenizer
@@ -70,7 +69,8 @@ def open_dataset(
         workers: processes for measuring; None takes one a core.
 
     Raises:
-        UserError: no such file, no usable row, or too many bad ones; `RecordError` names file, row and field.
+        UserError: no such file; `RecordError` names file, row and field; `UnusableRows`: none is usable, or too many
+            are bad.
     """
     bad = BadRecords(on_bad_record=on_bad_record, max_bad=max_bad)
     read = read_records(path, tokenizer=tokenizer, special_tokens=special_tokens, bad=bad)
@@ -93,7 +93,7 @@ def open_dataset(
             kept.append((record, size))
     if not kept:
         found = f"none; all {len(bad.skipped)} rows were skipped" if bad.skipped else "an empty file"
-        raise UserError(f"{path}: empty dataset: expected at least one conversation, found {found}")
+        raise UnusableRows(f"{path}: empty dataset: expected at least one conversation, found {found}", bad.skipped)
     return Dataset(
         records=tuple(record for record, _ in kept),
         sizes=tuple(size for _, size in kept),

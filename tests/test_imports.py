@@ -24,8 +24,9 @@ ALLOWED = {
     "train.machine": (),
     "train.config": ("train.machine",),
     "train.store": ("train.machine", "train.config"),
-    "train.ask": ("train.machine", "train.config", "train.store", "data", *MODEL),
-    "train.run": ("train.machine", "train.config", "train.store", "train.ask", "data", *MODEL),
+    "train.page": ("train.machine", "train.config", "train.store", "data", *MODEL),
+    "train.ask": ("train.machine", "train.config", "train.store", "train.page", "data", *MODEL),
+    "train.run": ("train.machine", "train.config", "train.store", "train.page", "train.ask", "data", *MODEL),
     "train.export": ("train.machine", "train.config", "train.store", "train.ask", "data", *MODEL),
     "train.door": ("train.machine", "train.config", "train.store", "train.ask", "train.run", "train.export", *MODEL),
 }

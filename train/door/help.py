@@ -13,23 +13,33 @@ from vl2.errors import UserError
 
 SCHEMAS = {
     "train": TrainConfig,
+    "dryrun": TrainConfig,
     "export": ExportConfig,
     "infer": InferConfig,
     "eval": EvaluateConfig,
 }
+
+DRYRUN = """\
+Dry run: `bash launch.sh dryrun conf=RECIPE key=value ...` takes the keys of training and trains nothing.
+
+Reads, measures and plans as training does, lists every row that training would refuse, counts the bytes of weights,
+gradients and optimizer, and writes run_dir/report.html (run_dir/dryrun.html beside a run that lies there): histograms,
+sources, bad rows, and the first packs token by token. No weights are loaded or fetched. It ends with 0 when training
+would start, with 2 when it would refuse."""
 
 OVERVIEW = """\
 Fine-tunes DeepSeek-VL2 on PaddlePaddle.
 
   bash launch.sh conf=RECIPE [key=value ...]       train; conf=FILE.yaml takes a recipe, or a run's config.yaml
   bash launch.sh conf=RECIPE resume=auto           go on from the newest whole checkpoint
+  bash launch.sh dryrun conf=RECIPE [key=value ...]  what a run would train on: checked, counted, drawn; no weights
   bash launch.sh export run=FOLDER                 the merged weights of a run, or its adapter, verified
   bash launch.sh infer model=FOLDER image=FILE prompt=TEXT
   bash launch.sh eval model=FOLDER data.path=FILE  loss and exact match
   bash launch.sh config [VERB] key=value ...       print the resolved configuration, run nothing
   bash launch.sh test [quick|lint] [pytest arguments]  linter, types and tests (without slow ones; without any)
   bash launch.sh bench NAME [arguments]            a benchmark of tests/bench: step, packing, random_checkpoint
-  bash launch.sh help VERB                         every key of train, export, infer or eval
+  bash launch.sh help VERB                         every key of train, dryrun, export, infer or eval
 
 Recipes (conf/*.yaml):
 {recipes}
@@ -66,7 +76,9 @@ def verb_help(verb: str) -> str:
         raise UserError(f"no keys for {verb!r}; help takes one of {', '.join(SCHEMAS)}{did_you_mean(verb, SCHEMAS)}")
     schema = SCHEMAS[verb]
     lines = [str(schema.__doc__), ""]
-    if verb == "train":
+    if verb == "dryrun":
+        lines = [f"{DRYRUN}\n", *lines]
+    if schema is TrainConfig:
         lines.append(_entry("conf", "", "Recipe: conf/NAME.yaml; or a file, NAME.yaml or a run's config.yaml."))
         for group, options in groups().items():
             said = " ".join(f"{name}: {text}" for name, text in options.items())

@@ -20,12 +20,14 @@ from vl2.errors import UserError
 
 LOADERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "train": load.load_config,
+    "dryrun": load.load_config,
     "export": load.load_export_config,
     "infer": load.load_infer_config,
     "eval": load.load_eval_config,
 }
 MODULES = {
     "train": "train.run.training",
+    "dryrun": "train.run.dryrun",
     "export": "train.export.merged",
     "infer": "train.ask.infer",
     "eval": "train.ask.evaluate",
@@ -77,7 +79,7 @@ def prepare(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, s
     settings = LOADERS[verb](arguments)
     work = ["-u", "-m", "train.door.cli", MODULES[verb], *arguments]
     device = choose_device(settings.device, machine)
-    if not isinstance(settings, schema.TrainConfig):
+    if verb == "dryrun" or not isinstance(settings, schema.TrainConfig):
         return [sys.executable, *work], child_environment(os.environ, 1)
     environ = child_environment(os.environ, settings.nproc)
     if settings.nproc * settings.nnodes == 1:

@@ -13,7 +13,7 @@ from paddle import nn
 
 from data.dataset import Dataset, default_cache, open_dataset
 from data.plan import Plan, make_plan
-from data.record import Record
+from data.record import Record, RecordError
 from data.shapes.write import write_shapes
 from train.ask.load import load_with_bar
 from train.config.schema import TrainConfig
@@ -35,7 +35,7 @@ from vl2.tokenizer import Tokenizer
 
 # In a part's folder of the checkpoint, but never computed with, or never to be trained.
 _NEVER_TRAINED = ("vision.attn_pool.", ".e_score_correction_bias")
-_PARTS = {
+PART_PREFIXES = {
     "vision": ("vision.",),
     "projector": ("projector.", "image_newline", "view_seperator"),
     "language": ("language.",),
@@ -52,6 +52,7 @@ class Data:
     tokenizer: Tokenizer
     candidates: tuple[Resolution, ...]  # resolutions that data.max_tiles leaves
     questions: tuple[Record, ...]  # held out; empty when nothing is asked
+    skipped_questions: tuple[RecordError, ...]  # rows left out of their file
 
 
 def open_base(config: TrainConfig) -> ModelFolder:
@@ -103,9 +104,11 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
 
     dataset = open_file(path, config.data.max_tokens, config.data.max_tiles_per_pack)
     questions: tuple[Record, ...] = ()
+    skipped_questions: tuple[RecordError, ...] = ()
     if questions_path is not None and config.eval.questions:
         context = folder.config.language.max_position_embeddings
-        questions = open_file(questions_path, None, None, context).records[: config.eval.questions]
+        held_out = open_file(questions_path, None, None, context)
+        questions, skipped_questions = held_out.records[: config.eval.questions], held_out.skipped
     plan = make_plan(
         dataset.sizes,
         max_tokens=config.data.max_tokens,
@@ -124,6 +127,7 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
         tokenizer=tokenizer,
         candidates=candidates,
         questions=questions,
+        skipped_questions=skipped_questions,
     )
 
 
@@ -183,7 +187,7 @@ def make_trainable(
 
 def trained_names(names: Iterable[str], parts: Sequence[str]) -> list[str]:
     """Those of a model's parameters that train when `parts` of it do."""
-    prefixes = tuple(prefix for part in parts for prefix in _PARTS[part])
+    prefixes = tuple(prefix for part in parts for prefix in PART_PREFIXES[part])
     return [name for name in names if name.startswith(prefixes) and not any(word in name for word in _NEVER_TRAINED)]
 
 
@@ -235,7 +239,7 @@ def count_parts(model: nn.Layer) -> tuple[PartCount, ...]:
     trainable = trainable_parameters(model)
     inner = getattr(model, "model", model)
     counts = []
-    for part, prefixes in _PARTS.items():
+    for part, prefixes in PART_PREFIXES.items():
         parameters = {name: p for name, p in inner.named_parameters() if name.startswith(prefixes)}
         sizes = {name: int(p.size) for name, p in parameters.items()}
         learned = sum(size for name, size in sizes.items() if name in trainable)

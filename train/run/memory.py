@@ -5,15 +5,45 @@ from __future__ import annotations
 from train.ask.model_memory import MemoryNeed, weight_sizes
 from train.config.schema import TrainConfig
 from train.machine.memory import check_memory
-from train.run.build import lora_settings, trained_names
+from train.run.build import PART_PREFIXES, PartCount, lora_settings, trained_names
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
-from vl2.lora import plan_factors
+from vl2.lora import GroupReport, plan_factors
 from vl2.parameters import build_model
 
 # Trainable weights, gradients and Adam's two moments, all float32.
 TRAINED_BYTES = 16
+_FLOAT32_BYTES = 4
+
+
+def plan_parts(model: VL2Config, config: TrainConfig) -> tuple[tuple[PartCount, ...], tuple[GroupReport, ...]]:
+    """Count what trains and what is frozen, as `count_parts` does once the model is there.
+
+    Returns:
+        (numbers of each part, reports of the LoRA groups).
+
+    Raises:
+        UserError: a LoRA group that matches nothing in this model.
+    """
+    skeleton = build_model(model, 0)
+    sizes = weight_sizes(skeleton)
+    groups: tuple[GroupReport, ...] = ()
+    if config.lora.rank == 0:
+        learned = set(trained_names(sizes, config.trainable))
+    else:
+        of_base = set(sizes)
+        groups = plan_factors(skeleton, lora_settings(config))
+        sizes = weight_sizes(skeleton)
+        learned = set(sizes) - of_base
+    frozen_bytes, counts = item_bytes(DTYPE_OF_SETTING[config.precision]), []
+    for part, prefixes in PART_PREFIXES.items():
+        own = {name: size for name, size in sizes.items() if name.startswith(prefixes)}
+        trainable = sum(size for name, size in own.items() if name in learned)
+        frozen = sum(own.values()) - trainable
+        stored = trainable * _FLOAT32_BYTES + frozen * frozen_bytes
+        counts.append(PartCount(part=part, trainable=trainable, frozen=frozen, stored_bytes=stored))
+    return tuple(counts), groups
 
 
 def training_memory(model: VL2Config, config: TrainConfig) -> MemoryNeed:
@@ -22,15 +52,11 @@ def training_memory(model: VL2Config, config: TrainConfig) -> MemoryNeed:
     Raises:
         UserError: a LoRA group that matches nothing in this model.
     """
-    skeleton = build_model(model, 0)
-    sizes = weight_sizes(skeleton)
-    if config.lora.rank == 0:
-        learned = sum(sizes[name] for name in trained_names(sizes, config.trainable))
-        frozen = sum(sizes.values()) - learned
-    else:
-        frozen = sum(sizes.values())
-        learned = sum(report.parameters for report in plan_factors(skeleton, lora_settings(config)))
-    return MemoryNeed(frozen=frozen * item_bytes(DTYPE_OF_SETTING[config.precision]), trained=learned * TRAINED_BYTES)
+    parts, _ = plan_parts(model, config)
+    return MemoryNeed(
+        frozen=sum(part.frozen for part in parts) * item_bytes(DTYPE_OF_SETTING[config.precision]),
+        trained=sum(part.trainable for part in parts) * TRAINED_BYTES,
+    )
 
 
 def check_published(config: TrainConfig, num_processes: int) -> None:

@@ -89,19 +89,7 @@ def start_report(
         ),
         parts=tuple(parts),
         lora=tuple(groups),
-        plan=PlanFacts(
-            samples=num_samples,
-            skipped=num_skipped,
-            packs=plan.num_packs,
-            packs_per_step=plan.packs_per_step,
-            steps=plan.num_steps,
-            epochs=len(plan.steps_per_epoch),
-            tokens=sum(pack.tokens for pack in plan.packs),
-            supervised=sum(pack.supervised for pack in plan.packs),
-            tiles=sum(pack.tiles for pack in plan.packs),
-            fill=plan.fill,
-            fingerprint=plan.fingerprint,
-        ),
+        plan=plan_facts(plan, num_samples=num_samples, num_skipped=num_skipped),
         memory=MemoryFacts(
             weights_gb=sum(part.stored_bytes for part in parts) / 1e9,
             training_state_gb=sum(part.trainable for part in parts) * 12 / 1e9,
@@ -111,41 +99,71 @@ def start_report(
     )
 
 
+def plan_facts(plan: Plan, *, num_samples: int, num_skipped: int) -> PlanFacts:
+    """What a plan comes to.
+
+    Args:
+        num_samples: conversations in the data.
+        num_skipped: rows left out as unusable.
+    """
+    return PlanFacts(
+        samples=num_samples,
+        skipped=num_skipped,
+        packs=plan.num_packs,
+        packs_per_step=plan.packs_per_step,
+        steps=plan.num_steps,
+        epochs=len(plan.steps_per_epoch),
+        tokens=sum(pack.tokens for pack in plan.packs),
+        supervised=sum(pack.supervised for pack in plan.packs),
+        tiles=sum(pack.tiles for pack in plan.packs),
+        fill=plan.fill,
+        fingerprint=plan.fingerprint,
+    )
+
+
 def start_text(report: StartReport, run_dir: str) -> str:
     """`start_report` as tables."""
     run, plan, memory = report.run, report.plan, report.memory
-    parts = [[part.part, _count(part.trainable), _count(part.frozen)] for part in report.parts]
-    blocks = [
-        pairs(
-            {
-                "recipe": run.recipe + (" (REHEARSAL)" if run.rehearsal else ""),
-                "model": run.model,
-                "precision": f"{run.precision}, {run.processes} process(es)",
-                "run_dir": run_dir,
-            }
-        ),
-        _table(["part", "trainable", "frozen"], parts),
-    ]
-    if report.lora:
-        rows = [[g.group, str(g.rank), str(g.modules), _count(g.parameters)] for g in report.lora]
-        blocks.append(_table(["LoRA group", "rank", "modules", "parameters"], rows))
+    words = {
+        **plan_words(plan),
+        "memory": f"weights {memory.weights_gb:.2f} GB, gradients and Adam {memory.training_state_gb:.2f} GB, "
+        f"held now {memory.resident_gb:.2f} GB, machine {memory.machine_gb:.1f} GB",
+    }
+    return "\n\n".join([pairs(run_words(run, run_dir)), *count_tables(report.parts, report.lora), pairs(words)])
+
+
+def run_words(run: RunFacts, run_dir: str) -> dict[str, str]:
+    """Which run it is, in words."""
+    return {
+        "recipe": run.recipe + (" (REHEARSAL)" if run.rehearsal else ""),
+        "model": run.model,
+        "precision": f"{run.precision}, {run.processes} process(es)",
+        "run_dir": run_dir,
+    }
+
+
+def count_tables(parts: Sequence[PartCount], groups: Sequence[GroupReport]) -> list[str]:
+    """Tables of what trains of each part, and of the LoRA groups where there are any."""
+    rows = [[part.part, count_text(part.trainable), count_text(part.frozen)] for part in parts]
+    tables = [table(["part", "trainable", "frozen"], rows)]
+    if groups:
+        rows = [[g.group, str(g.rank), str(g.modules), count_text(g.parameters)] for g in groups]
+        tables.append(table(["LoRA group", "rank", "modules", "parameters"], rows))
+    return tables
+
+
+def plan_words(plan: PlanFacts) -> dict[str, str]:
+    """What a plan comes to, in words."""
     skipped = f", {plan.skipped} rows skipped" if plan.skipped else ""
-    blocks.append(
-        pairs(
-            {
-                "plan": f"{plan.samples} samples{skipped}, {plan.packs} packs {plan.fill:.1%} full, "
-                f"{plan.steps} steps of {plan.packs_per_step} packs, {plan.epochs} epoch(s)",
-                "tokens": f"{plan.tokens:,} ({plan.supervised:,} supervised), {plan.tiles:,} tiles",
-                "memory": f"weights {memory.weights_gb:.2f} GB, gradients and Adam "
-                f"{memory.training_state_gb:.2f} GB, held now {memory.resident_gb:.2f} GB, "
-                f"machine {memory.machine_gb:.1f} GB",
-            }
-        )
-    )
-    return "\n\n".join(blocks)
+    return {
+        "plan": f"{plan.samples} samples{skipped}, {plan.packs} packs {plan.fill:.1%} full, "
+        f"{plan.steps} steps of {plan.packs_per_step} packs, {plan.epochs} epoch(s)",
+        "tokens": f"{plan.tokens:,} ({plan.supervised:,} supervised), {plan.tiles:,} tiles",
+    }
 
 
-def _count(number: int) -> str:
+def count_text(number: int) -> str:
+    """A number in three digits: 2.36 M."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= size:
             return f"{number / size:.2f} {unit}"
@@ -158,7 +176,8 @@ def pairs(rows: Mapping[str, str]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells in columns; all but the first stand at the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = []
     for row in [head, *rows]:

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -35,12 +36,13 @@ _PAUSE_SECONDS = 1.0
 _ANSWER_SECONDS = (3.0, 10.0)
 
 
-def resolve_model(name: str | Path) -> Path:
+def resolve_model(name: str | Path, *, weights: bool = True) -> Path:
     """The folder of a model.
 
     Args:
         name: a folder; or org/name, taken from the Hugging Face cache or PaddleNLP's, else downloaded into the former
             (HF_ENDPOINT, HF_HOME and the other variables of huggingface_hub are honoured).
+        weights: False is content with config and tokenizer, a few megabytes; a later call fetches what is left.
 
     Raises:
         UserError: no such folder; a file with a wrong checksum; or a list of what was tried in vain.
@@ -52,15 +54,15 @@ def resolve_model(name: str | Path) -> Path:
         expected = "expected a folder, a model of conf/model, or a name on the hub of the form org/name"
         raise UserError(f"{name}: no such folder{_near(folder)}; {expected}")
     tried = [f"the folder {folder.absolute()}: not there"]
-    if found := _find_local(name, tried):
+    if found := _find_local(name, tried, weights):
         return found
     try:
-        found = _download(name)
+        found = _download(name, (_SMALL_FILES, _WEIGHTS) if weights else (_SMALL_FILES,))
     except (OSError, RuntimeError, ValueError) as problem:
         tried.append(f"the hub {_endpoint()}: {_one_line(problem)}")
     else:
-        if not (missing := missing_files(found)):
-            verify_checksums(found)
+        if not (missing := missing_files(found, weights=weights)):
+            verify_checksums(found, weights=weights)
             return found
         tried.append(f"the hub {_endpoint()}: what it has of {name} lacks {some(missing)}")
     listed = "\n  ".join(tried)
@@ -90,7 +92,7 @@ def _near(folder: Path) -> str:
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def _find_local(name: str, tried: list[str]) -> Path | None:
+def _find_local(name: str, tried: list[str], weights: bool) -> Path | None:
     """A whole copy of the model in the local caches; where there is none, what was looked at goes to `tried`."""
     paddle_store = Path(os.environ.get("PPNLP_HOME") or "~/.paddlenlp").expanduser() / "models"
     for title, folder in (
@@ -101,10 +103,10 @@ def _find_local(name: str, tried: list[str]) -> Path | None:
     ):
         if folder is None or not folder.is_dir():
             tried.append(f"{title}: not there")
-        elif missing := missing_files(folder):
+        elif missing := missing_files(folder, weights=weights):
             tried.append(f"{title}: not whole, lacks {some(missing)}")
         else:
-            verify_checksums(folder)
+            verify_checksums(folder, weights=weights)
             return folder
     return None
 
@@ -117,9 +119,15 @@ def _snapshot(name: str, cache: Path) -> Path | None:
         return None
 
 
-def missing_files(folder: Path) -> list[str]:
-    """What a model's folder lacks: config.json, tokenizer.json, weights, or shards that the index names."""
+def missing_files(folder: Path, *, weights: bool = True) -> list[str]:
+    """What a model's folder lacks: config.json, tokenizer.json, weights, or shards that the index names.
+
+    Args:
+        weights: False looks for the first two only.
+    """
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if not weights:
+        return missing
     index = folder / _INDEX
     if index.is_file():
         try:
@@ -131,8 +139,11 @@ def missing_files(folder: Path) -> list[str]:
     return missing if there else [*missing, f"{_SINGLE} or {_INDEX}"]
 
 
-def _download(name: str) -> Path:
+def _download(name: str, kinds: Sequence[Sequence[str]]) -> Path:
     """Fetch what is not in the cache yet, going on where an earlier try stopped. Progress bars are on stderr.
+
+    Args:
+        kinds: patterns of the files to fetch, kind by kind; weights last, so that where they are whole the rest is.
 
     huggingface_hub locks each file, goes on with a half one, and tries again when it waits in vain. Not when an answer
     ends early, which is what a dropped connection looks like behind a proxy: so the call is repeated here.
@@ -142,8 +153,7 @@ def _download(name: str) -> Path:
     huggingface_hub.HfApi(endpoint=endpoint).model_info(name, revision=_REVISION, timeout=_ANSWER_SECONDS)  # type: ignore[arg-type]
     for left in reversed(range(_TRIES)):
         try:
-            # The weights last: where they are whole, the rest is.
-            for patterns in (_SMALL_FILES, _WEIGHTS):
+            for patterns in kinds:
                 folder = huggingface_hub.snapshot_download(
                     name, revision=_REVISION, endpoint=endpoint, allow_patterns=list(patterns)
                 )

@@ -17,16 +17,21 @@ from vl2.errors import UserError
 _READ_BYTES = 1 << 20
 
 
-def verify_checksums(folder: Path) -> None:
+def verify_checksums(folder: Path, *, weights: bool = True) -> None:
     """Compare the files of a snapshot with the hub's checksums, which huggingface_hub (it looks at sizes) does not.
 
     In its cache a file is a link to a blob named by the hub's ETag: the sha256 of a large file, git's sha1 of a small
     one.  What was found good is remembered beside the blobs.  Folders of another kind carry no checksums.
 
+    Args:
+        folder: of the snapshot.
+        weights: False leaves out the safetensors, which take minutes.
+
     Raises:
         UserError: naming the file, which is removed, so that the next try fetches it again.
     """
     links = {path: path.resolve() for path in sorted(folder.iterdir()) if path.is_symlink() and path.is_file()}
+    links = {path: blob for path, blob in links.items() if weights or path.suffix != ".safetensors"}
     blobs = {path: blob for path, blob in links.items() if re.fullmatch("[0-9a-f]{64}|[0-9a-f]{40}", blob.name)}
     unchecked = [path.name for path in links if path.suffix == ".safetensors" and path not in blobs]
     if unchecked:

@@ -32,7 +32,7 @@ def test_overview_names_verbs_and_recipes():
         assert ", ".join(options) in text
 
 
-@pytest.mark.parametrize(("verb", "least"), [("train", 50), ("export", 5), ("infer", 10), ("eval", 5)])
+@pytest.mark.parametrize(("verb", "least"), [("train", 50), ("dryrun", 50), ("export", 5), ("infer", 10), ("eval", 5)])
 def test_every_key_is_listed(verb, least):
     words = help.verb_help(verb).split()
     text = " ".join(words)

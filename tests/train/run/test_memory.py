@@ -7,7 +7,7 @@ from train.ask.model_memory import MemoryNeed, check_inference, inference_memory
 from train.config.load import load_config
 from train.machine import memory
 from train.run.build import build_base, count_parts, make_trainable
-from train.run.memory import check_published, training_memory
+from train.run.memory import check_published, plan_parts, training_memory
 from vl2.checkpoint.model_folder import open_folder
 from vl2.checkpoint.published import PUBLISHED
 from vl2.config import VL2Config
@@ -32,8 +32,9 @@ def test_need_is_what_a_run_holds(kind, precision, settings, tmp_path, arguments
     config = load_config(arguments(tmp_path / "run", path, f"precision={precision}", *SETTINGS[settings]))
     base = build_base(config, open_folder(folder))
     candidates = base.config.candidate_resolutions
-    model, _ = make_trainable(base, config, candidates=candidates, base_fingerprint="")
+    model, groups = make_trainable(base, config, candidates=candidates, base_fingerprint="")
     parts = count_parts(model)
+    assert plan_parts(VL2Config.from_folder(folder), config) == (parts, groups)
     learned = sum(part.trainable for part in parts)
     found = training_memory(VL2Config.from_folder(folder), config)
     # Gradients and two moments come to what is stored.

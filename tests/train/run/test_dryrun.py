@@ -1,0 +1,153 @@
+"""`dryrun`: everything that training would refuse is said, all of it, and nothing is loaded or changed."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.train.run.test_refusals import snapshot
+from train.run import dryrun
+from train.run.memory import training_memory
+from vl2.config import VL2Config
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch):
+    for place in ("vl2.checkpoint.load.load_model", "train.ask.load.load_model", "train.ask.load.load_with_bar"):
+        monkeypatch.setattr(place, lambda *a, **k: pytest.fail("weights were loaded"))
+
+
+@pytest.fixture
+def dry(arguments, capsys):
+    """Runs `dryrun` in this process: (exit code, stdout, stderr)."""
+
+    def go(run_dir: Path, *more: str) -> tuple[int, str, str]:
+        code = dryrun.main(arguments(run_dir, *more))
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return go
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def talk(answer: object) -> dict:
+    return {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": answer}]}
+
+
+def test_it_says_what_training_says(dry, run, tmp_path, capsys, monkeypatch):
+    """The plan's line is the one that the run prints before its first step."""
+    code, said, _ = dry(tmp_path / "dry", "max_steps=1")
+    assert code == 0
+    assert said.rstrip().endswith("training would start")
+    monkeypatch.undo()
+    assert run(tmp_path / "run", "max_steps=1", evaluate=None) == 0
+    trained = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for name in ("plan", "tokens", "attention", "language"):
+        line = next(line for line in said.splitlines() if line.startswith(f"{name} "))
+        assert line.split() in trained
+
+
+def test_bytes_are_those_that_training_takes(dry, model_folder, arguments, tmp_path):
+    from train.config.load import load_config
+
+    code, said, _ = dry(tmp_path / "run", "precision=bf16")
+    assert code == 0
+    need = training_memory(VL2Config.from_folder(model_folder), load_config(arguments(tmp_path, "precision=bf16")))
+    found = re.search(
+        r"^memory +(.*) in each process.*frozen weights (.*), adapters (.*), gradients (.*), Adam", said, re.M
+    )
+    assert found
+    assert found[1] == f"{need.num_bytes / 1e6:.1f} MB"
+    assert found[2] == f"{need.frozen / 1e6:.1f} MB"
+    assert found[3] == found[4] == f"{need.trained / 4 / 1e6:.1f} MB"
+
+
+def test_every_bad_row_is_listed(dry, tmp_path):
+    """Training stops at the first; a dry run goes on to the last, and its exit code is that of a refusal."""
+    rows = [talk("blue"), "{", talk(7), talk("blue"), {"messages": []}, {**talk("x"), "images": ["gone.png"]}]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    code, said, errors = dry(tmp_path / "run", f"data.path={file}")
+    assert code == 2
+    assert re.findall(r"bad row: \S+, row (\d)", errors) == ["2", "3", "5", "6"]
+    assert "error: training would refuse: 4 bad rows; correct them, or leave them out" in errors
+    assert "2 samples, 4 rows skipped" in said  # the rest is planned all the same
+    assert said.rstrip().endswith("training would refuse this")
+
+
+@pytest.mark.parametrize(("max_bad", "code"), [(1, 2), (2, 0)])
+def test_bad_rows_that_training_leaves_out_are_no_refusal(dry, tmp_path, max_bad, code):
+    file = write_rows(tmp_path / "rows.jsonl", [talk("blue"), "{", talk(7)])
+    found, _, errors = dry(tmp_path / "run", f"data.path={file}", "data.on_bad_record=skip", f"data.max_bad={max_bad}")
+    assert found == code
+    assert errors.count("bad row:") == 2
+
+
+def test_bad_rows_are_listed_when_no_row_is_usable(dry, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", ["{", "["])
+    code, _, errors = dry(tmp_path / "run", f"data.path={file}")
+    assert code == 2
+    assert errors.count("bad row:") == 2
+    assert "empty dataset" in errors
+
+
+def test_reading_stops_where_there_are_too_many(dry, tmp_path, monkeypatch):
+    monkeypatch.setattr(dryrun, "MOST_LISTED", 12)
+    file = write_rows(tmp_path / "rows.jsonl", ["{"] * 40)
+    code, _, errors = dry(tmp_path / "run", f"data.path={file}")
+    assert code == 2
+    assert errors.count("bad row: ") == 10
+    assert "... and 2 more bad rows" in errors
+    assert "more than 12 bad rows; reading stopped there" in errors
+
+
+def test_bad_rows_of_the_held_out_questions_are_listed(dry, tmp_path):
+    file = write_rows(tmp_path / "asked.jsonl", [talk("blue"), talk(7)])
+    code, _, errors = dry(tmp_path / "run", f"data.eval_path={file}")
+    assert code == 2
+    assert f"bad row: {file}, row 2" in errors
+
+
+def test_all_faults_are_said_at_once(dry, tmp_path, monkeypatch):
+    """Data that is not there, a LoRA group that the model lacks and memory that is short: one look finds them all."""
+    from train.machine import memory
+
+    monkeypatch.setattr(
+        memory, "find_free_memory", lambda: memory.FreeMemory(num_bytes=10**6, where="RAM, MemAvailable")
+    )
+    code, _, errors = dry(tmp_path / "run", "data.path=/no/such.jsonl", f"lora.init={tmp_path}")
+    assert code == 2
+    for said in ("no room in memory: training", "expected a data file", str(tmp_path)):
+        assert any(said in line for line in errors.splitlines() if line.startswith("error: training would refuse: "))
+
+
+def test_a_model_whose_weights_do_not_fit_is_found(dry, model_folder, tmp_path):
+    """Names and shapes are compared with the config by the files' headers."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in model_folder.iterdir():
+        if file.suffix != ".safetensors":
+            (model / file.name).write_bytes(file.read_bytes())
+    code, _, errors = dry(tmp_path / "run", f"model.path={model}")
+    assert code == 2
+    assert re.search(r"training would refuse: .*model", errors)
+
+
+def test_a_run_that_lies_there_is_refused(dry, whole):
+    before = snapshot(whole)
+    with pytest.raises(ValueError, match="already holds a run"):
+        dry(whole)
+    assert snapshot(whole) == before
+
+
+def test_nothing_is_drawn_into_run_dir(dry, tmp_path):
+    """Training draws its shapes there; a dry run draws them elsewhere and takes them away again."""
+    shapes = ("data.path=null", "data.shapes.train=4", "data.shapes.test=2", "data.max_tokens=4096")
+    code, said, _ = dry(tmp_path / "run", *shapes)
+    assert code == 0
+    assert "4 samples" in said
+    assert not (tmp_path / "run" / "data").exists()

@@ -1,0 +1,225 @@
+"""`bash launch.sh dryrun conf=RECIPE key=value ...`: what training would learn from, and all that it would refuse.
+
+Takes the keys of training, loads no weights, and changes nothing in run_dir but the page it writes.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import paddle
+
+from data.record import RecordError, UnusableRows
+from train.ask.source import check_model, check_trained
+from train.config.load import load_config
+from train.config.schema import TrainConfig
+from train.machine.devices import use_device
+from train.machine.memory import gigabytes
+from train.page.sources import SourceFacts, source_facts
+from train.run.build import Data, PartCount, build_data, check_settings, lora_settings
+from train.run.memory import check_training, plan_parts
+from train.run.report import PlanFacts, RunFacts, count_tables, pairs, plan_facts, plan_words, run_words, table
+from train.store.hub import missing_files, resolve_model
+from train.store.run_dir import check_run_dir
+from vl2.adapter.folder import open_adapter
+from vl2.checkpoint.model_folder import ModelFolder, open_folder
+from vl2.errors import UserError
+from vl2.lora import GroupReport
+from vl2.parameters import build_model
+
+MOST_LISTED = 5000  # bad rows; reading stops there
+_MOST_SAID = 10  # of them on the terminal
+_FLOAT32_BYTES = 4
+_MOMENTS = 2  # that Adam keeps of each number
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a dry run found; what could not be found out is None."""
+
+    config: TrainConfig
+    refused: tuple[str, ...]  # why training would not start, bad rows apart
+    notes: tuple[str, ...]
+    bad: tuple[RecordError, ...]  # rows that cannot be used, at most MOST_LISTED
+    bad_is_refused: bool
+    parts: tuple[PartCount, ...] | None
+    groups: tuple[GroupReport, ...]
+    data: Data | None
+    plan: PlanFacts | None
+
+
+def main(arguments: list[str]) -> int:
+    """Entry script: 0 training would start, 2 it would refuse."""
+    config = load_config(arguments)
+    use_device(config.device)
+    if config.rehearsal:
+        print(rehearsal_note(arguments), flush=True)
+    check_run_dir(Path(config.run_dir), resume=config.resume, overwrite=config.overwrite)
+    with tempfile.TemporaryDirectory(prefix="dryrun-") as drawn:
+        found = dry_run(config, Path(drawn))
+        print(dry_text(found), flush=True)
+    for error in found.bad[:_MOST_SAID]:
+        print(f"bad row: {error}", file=sys.stderr)
+    if len(found.bad) > _MOST_SAID:
+        print(f"... and {len(found.bad) - _MOST_SAID:,} more bad rows", file=sys.stderr)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    reasons = list(found.refused)
+    if found.bad_is_refused:
+        reasons.append(f"{len(found.bad):,} bad rows; correct them, or leave them out with data.on_bad_record=skip")
+    for reason in reasons:
+        print(f"error: training would refuse: {reason}", file=sys.stderr)
+    print("training would refuse this" if reasons else "training would start", flush=True)
+    return 2 if reasons else 0
+
+
+def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
+    """Look at everything that training looks at before its first step, and go on after a fault.
+
+    Args:
+        config: of the run.
+        drawn: empty folder for the pictures of shapes, where there is no data.path.
+
+    Raises:
+        UserError: no config or tokenizer, without which nothing can be measured.
+    """
+    refused: list[str] = []
+    notes: list[str] = []
+
+    def attempt(look: Callable[[], Found]) -> Found | None:
+        try:
+            return look()
+        except UserError as problem:
+            refused.append(str(problem))
+            return None
+
+    folder = open_folder(resolve_model(config.model.path, weights=False))
+    check_weights(config, folder, attempt, notes)
+    sharing = 1 if paddle.get_device().startswith("gpu") else config.nproc
+    attempt(lambda: check_training(config, folder.config, sharing))
+    counted = attempt(lambda: plan_parts(folder.config, config))
+    if config.lora.init:
+        attempt(lambda: check_initial_adapter(config, folder))
+        notes.append(
+            f"not compared: whether lora.init={config.lora.init} was trained on this base, which needs weights"
+        )
+    if config.resume:
+        notes.append(f"not compared: the checkpoint of resume={config.resume}, which needs weights")
+
+    listing = replace(config, run_dir=str(drawn), data=replace(config.data, on_bad_record="skip", max_bad=MOST_LISTED))
+    bad: Sequence[RecordError] = ()
+    data = None
+    try:
+        data = build_data(listing, folder)
+        bad = [*data.dataset.skipped, *data.skipped_questions]
+    except UnusableRows as problem:
+        bad = problem.skipped
+        refused.append(
+            f"more than {MOST_LISTED:,} bad rows; reading stopped there" if len(bad) > MOST_LISTED else str(problem)
+        )
+    except UserError as problem:
+        refused.append(str(problem))
+    allowed = config.data.max_bad if config.data.on_bad_record == "skip" else 0
+    return DryRun(
+        config=config,
+        refused=tuple(dict.fromkeys(refused)),
+        notes=tuple(notes),
+        bad=tuple(bad[:MOST_LISTED]),
+        bad_is_refused=len(bad) > allowed,
+        parts=counted[0] if counted else None,
+        groups=counted[1] if counted else (),
+        data=data,
+        plan=plan_facts(data.plan, num_samples=len(data.dataset.records), num_skipped=len(data.dataset.skipped))
+        if data
+        else None,
+    )
+
+
+def check_weights(
+    config: TrainConfig,
+    folder: ModelFolder,
+    attempt: Callable[[Callable[[], object]], object],
+    notes: list[str],
+) -> None:
+    """Compare names and shapes of the base's files with its config, without reading a weight.
+
+    Args:
+        config: of the run.
+        folder: of the base model.
+        attempt: keeps what is wrong.
+        notes: told when the weights have still to be fetched.
+    """
+    attempt(lambda: check_model(folder.path, checksums=False))
+    if config.model.init == "random":
+        return
+    if not Path(config.model.path).is_dir() and missing_files(folder.path):
+        notes.append(f"the weights of {config.model.path} are not here yet: training fetches them")
+        return
+    attempt(lambda: folder.weights)
+
+
+def check_initial_adapter(config: TrainConfig, folder: ModelFolder) -> None:
+    """Compare the adapter that training starts from with the model and the run's settings.
+
+    Raises:
+        UserError: it is not as it was written, or does not fit.
+    """
+    check_trained(Path(config.lora.init))
+    adapter = open_adapter(config.lora.init, build_model(folder.config, folder.tokenizer.image_id))
+    check_settings(adapter.settings, lora_settings(config), config.lora.init)
+
+
+def rehearsal_note(arguments: Sequence[str]) -> str:
+    """What a dry run on nano counts exactly and what not, and the command that counts for the recipe's model."""
+    kept = [argument for argument in arguments if not argument.startswith("rehearse=")]
+    lines = [
+        "REHEARSAL: counted for the nano model.",
+        "  Exact: pictures, image tokens and tiles. Not: text tokens and so packs and steps, counted with nano's",
+        "  tokenizer; bytes are nano's.",
+        "  For the recipe's model, of which config and tokenizer are fetched, no weights: "
+        f"bash launch.sh dryrun {shlex.join([*kept, 'rehearse=false'])}",
+    ]
+    return "\n".join(lines)
+
+
+def memory_words(found: DryRun) -> dict[str, str]:
+    """Bytes of weights, gradients and optimizer in each process, in words."""
+    if found.parts is None:
+        return {}
+    trained = sum(part.trainable for part in found.parts) * _FLOAT32_BYTES
+    frozen = sum(part.stored_bytes for part in found.parts) - trained
+    trains = "adapters" if found.groups else "trained weights"
+    sizes = {"frozen weights": frozen, trains: trained, "gradients": trained, "Adam's moments": _MOMENTS * trained}
+    total = sum(sizes.values())
+    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items())
+    return {"memory": f"{gigabytes(total)} in each process, and activations: {parts}"}
+
+
+def header(found: DryRun) -> dict[str, str]:
+    """The facts of a dry run, name by name."""
+    config = found.config
+    run = RunFacts(
+        recipe=config.recipe,
+        rehearsal=config.rehearsal,
+        model=config.model.path,
+        processes=config.nproc * config.nnodes,
+        precision=config.precision,
+    )
+    plan = plan_words(found.plan) if found.plan else {}
+    return {**run_words(run, config.run_dir), **plan, **memory_words(found)}
+
+
+def dry_text(found: DryRun) -> str:
+    """What a dry run found, as tables."""
+    tables = count_tables(found.parts, found.groups) if found.parts else []
+    if found.data:
+        tables.append(table(SourceFacts.HEAD, [facts.cells() for facts in source_facts(found.data.dataset)]))
+    return "\n\n".join([pairs(header(found)), *tables]) + "\n"
