@@ -22,3 +22,13 @@ def golden_folder(tmp_path_factory) -> Callable[[str], Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def single_threaded_tokenizers(monkeypatch) -> None:
+    """Training and batches of `tokenizers` start no threads.
+
+    After they did, the library complains of every fork of the process, and measuring, which never starts them and is
+    tested for that, would be blamed.
+    """
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")

@@ -165,7 +165,7 @@ def test_processes_give_the_same_sizes(tmp_path, monkeypatch, capfd):
     alone = measure(records, TOKENIZER, CANDIDATES, workers=1)
     (paddle.ones([256, 256]) @ paddle.ones([256, 256])).sum().item()  # Paddle's threads exist when the processes fork
     assert measure(records, TOKENIZER, CANDIDATES, workers=3) == alone
-    assert "TOKENIZERS_PARALLELISM" not in capfd.readouterr().err  # the library complains of unsafe forks
+    assert "TOKENIZERS_PARALLELISM" not in capfd.readouterr().err  # said where threads of the tokenizer ran before
 
 
 def test_progress_bar_goes_to_stderr(monkeypatch, capfd):

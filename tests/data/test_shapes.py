@@ -202,6 +202,7 @@ def test_pretrain_rows_mix_everything():
     assert all(len(row.turns) == (1 if row.preamble else len(row.scenes)) for row in test)
 
 
+@pytest.mark.usefixtures("single_threaded_tokenizers")
 def test_text_lessons_reach_every_token():
     """Each entry that stands for printable text is a target; what is left are control characters and broken ones."""
     tokenizer = make_tokenizer()

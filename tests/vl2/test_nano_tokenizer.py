@@ -26,6 +26,7 @@ def pieces(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:
     return [tokenizer.decode([index], skip_special_tokens=False) for index in ids]
 
 
+@pytest.mark.usefixtures("single_threaded_tokenizers")
 def test_the_recipe_makes_the_shipped_files_again(tmp_path):
     write_tokenizer(tmp_path)
     for name in FILES:
