@@ -154,11 +154,11 @@ def main(arguments: list[str]) -> int:
     check_predictions(Path(config.out))
     loaded = load(config.model, config.precision, config.base, config.check)
     dataset = open_dataset(
-        config.data.path,
+        config.data.path[0],
         tokenizer=loaded.tokenizer,
         candidates=loaded.candidates,
         context=loaded.model.config.language.max_position_embeddings,
-        cache=default_cache(config.data.path),
+        cache=default_cache(config.data.path[0]),
     )
     if config.limit is not None:
         dataset = Dataset(

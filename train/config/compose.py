@@ -6,7 +6,6 @@ punctuation mean something: they arrive as typed.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from train.config import conf_files
 from train.config.conf_files import ROOT, Recipe
 from train.config.fields import Key, check_values, did_you_mean, list_keys, value_of
+from train.config.lists import settle
 from vl2.errors import UserError
 
 Schema = TypeVar("Schema")
@@ -70,6 +70,8 @@ def read_command_line(argv: Sequence[str], schema: type) -> CommandLine:
             raise UserError(
                 f"{argument}: ~ takes an option or a table's entry away, and {name} is a key: give {name}=..."
             )
+        elif spec and spec.is_text_table and name != spec.name and sign != "~":
+            texts[name] = value
         elif sign == "~" or (spec and spec.is_table):
             overrides.append(argument if sign else f"++{argument}")
         elif spec is None and name in known_groups:
@@ -82,17 +84,24 @@ def read_command_line(argv: Sequence[str], schema: type) -> CommandLine:
                 f"{argument}: + adds what is not there, and {name} is: give {name}={value} or ++{name}={value}"
             )
         elif spec.is_free_text and spec.is_list:
-            texts[name] = [*(texts.get(name) or []), _as_path(value) if spec.path else value]
+            texts[name] = [*(texts.get(name) or []), *(_several(value) if spec.one_or_more else [value])]
         elif spec.is_free_text:
-            texts[name] = None if spec.optional and value in ("", "null") else _as_path(value) if spec.path else value
+            texts[name] = None if spec.optional and value in ("", "null") else value
         else:
             overrides.append(argument)
     return CommandLine(conf=conf, overrides=tuple(overrides), options=options, texts=texts)
 
 
-def _as_path(text: str) -> str:
-    """Bash leaves the `~` of `key=~/x` alone."""
-    return os.path.expanduser(text) if text.startswith("~") else text
+def _several(value: str) -> list[str]:
+    """The texts that one argument of a `one_or_more` key gives.
+
+    a, b.jsonl -> [a, b.jsonl] as one text      [a.jsonl, b.jsonl] -> two      null -> none
+    """
+    if value in ("", "null"):
+        return []
+    if value.startswith("[") and value.endswith("]"):
+        return [text.strip() for text in value[1:-1].split(",") if text.strip()]
+    return [value]
 
 
 def _spec_of(name: str, specs: dict[str, Key]) -> Key | None:
@@ -162,7 +171,12 @@ def compose(
     assert isinstance(config, schema), f"composed to a {type(config)}: a recipe replaced the schema"
     for name, text in line.texts.items():  # after to_object: OmegaConf would read ${...} in a text
         group, _, leaf = name.rpartition(".")
-        setattr(value_of(config, group) if group else config, leaf, text)
+        owner = value_of(config, group) if group else config
+        if isinstance(owner, dict):
+            owner[leaf] = text
+        else:
+            setattr(owner, leaf, text)
+    settle(config)
     check_values(config)
     return config
 

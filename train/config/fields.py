@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from train.config.peers import OURS
 from vl2.errors import UserError
+
+# Bounds where no smaller one has a reason: what fits a counter and a generator's seed everywhere.
+MANY, LAST_SEED = 10**9, 2**32 - 1
+LONGEST_TEXT = 1_000_000  # tokens; no model here has so long a context
+
+# A list of texts, which a file may write as one text or null: OmegaConf has no type for that.
+OneOrMore = Any
 
 
 def key(
@@ -24,6 +31,8 @@ def key(
     low: float | None = None,
     high: float | None = None,
     path: bool = False,
+    one_or_more: bool = False,
+    entry_class: type | None = None,
     factory: Any = MISSING,
 ) -> Any:
     """A dataclass field that carries what `help` prints and what `check_values` enforces.
@@ -35,9 +44,21 @@ def key(
         low: Least value allowed; of a list or table, of each entry.
         high: Greatest value allowed.
         path: The value names a file or folder (a leading `~` is the home folder).
+        one_or_more: The value is a list of texts, and may be written as one text, `[A,B]` or null.
+        entry_class: Configuration class of a list's entries, where they are no texts. OmegaConf must not know it (the
+            type is list[Any]): its errors do not say which entry is wrong.
         factory: Makes the default where that is a list or a table.
     """
-    metadata = {"doc": doc, "unit": unit, "choices": tuple(choices), "low": low, "high": high, "path": path}
+    metadata = {
+        "doc": doc,
+        "unit": unit,
+        "choices": tuple(choices),
+        "low": low,
+        "high": high,
+        "path": path,
+        "one_or_more": one_or_more,
+        "entry_class": entry_class,
+    }
     if factory is not MISSING:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -57,6 +78,8 @@ class Key:
     low: float | None
     high: float | None
     path: bool
+    one_or_more: bool
+    entry_class: type | None
 
     @property
     def is_table(self) -> bool:
@@ -64,8 +87,13 @@ class Key:
         return get_origin(self.type) is dict
 
     @property
+    def is_text_table(self) -> bool:
+        """Whether the value maps names to texts, which are taken as typed."""
+        return self.type == dict[str, str]
+
+    @property
     def is_list(self) -> bool:
-        """Whether the value is a list of texts."""
+        """Whether the value is a list."""
         return get_origin(self.type) is list
 
     @property
@@ -82,9 +110,10 @@ class Key:
             bool: "true or false",
             str: "a text",
             list[str]: "a list [a,b]",
+            dict[str, str]: "a table {name:text}",
             dict[str, int]: "a table {name:number}",
             dict[str, float]: "a table {name:number}",
-        }[self.type]
+        }.get(self.type, "a list [{key:value},...]")
         words += f" ({self.unit})" if self.unit else ""
         return f"{words} or null" if self.optional else words
 
@@ -99,10 +128,17 @@ def list_keys(schema: type, prefix: str = "") -> list[Key]:
             continue
         members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
         (kind,) = [member for member in members if member is not type(None)]
+        if entry.metadata["one_or_more"]:
+            kind = list[str]
         default = entry.default if entry.default is not MISSING else entry.default_factory()  # type: ignore[operator, misc]
         optional = type(None) in members
         found.append(Key(name=prefix + entry.name, type=kind, optional=optional, default=default, **entry.metadata))
     return found
+
+
+def list_entry_keys(spec: Key, index: str = "") -> list[Key]:
+    """The leaves of one entry of a list, `data.sources[2].path`; none where entries are texts, or for no list."""
+    return list_keys(spec.entry_class, f"{spec.name}[{index}].") if spec.entry_class else []
 
 
 def value_of(config: Any, name: str) -> Any:
@@ -112,8 +148,11 @@ def value_of(config: Any, name: str) -> Any:
     return config
 
 
-def check_values(config: Any) -> None:
+def check_values(config: Any, prefix: str = "") -> None:
     """Checks every value's range and choices.
+
+    Args:
+        prefix: Goes before the names in errors: the place of an entry in its list.
 
     Raises:
         UserError: naming the key, what was expected and what was found.
@@ -122,10 +161,15 @@ def check_values(config: Any) -> None:
         value = value_of(config, spec.name)
         if value is None:
             continue
-        for entry in (
+        spec = replace(spec, name=prefix + spec.name)
+        if spec.entry_class:
+            for i, entry in enumerate(value):
+                check_values(entry, f"{spec.name}[{i}].")
+            continue
+        for name, entry in (
             value.items() if spec.is_table else [(None, v) for v in value] if spec.is_list else [(None, value)]
         ):
-            _check_value(spec, *entry)
+            _check_value(spec, name, entry)
 
 
 def _check_value(spec: Key, table_name: str | None, value: Any) -> None:
@@ -135,6 +179,8 @@ def _check_value(spec: Key, table_name: str | None, value: Any) -> None:
         raise UserError(
             f"{spec.name}={text}: expected one of {', '.join(spec.choices)}{did_you_mean(text, spec.choices)}"
         )
+    if spec.one_or_more and not isinstance(value, str):
+        raise UserError(f"{name}={value}: expected a text, or a list of texts")
     unit = f" {spec.unit}" if spec.unit else ""
     if spec.low is not None and not value >= spec.low:
         raise UserError(f"{name}={value}: expected at least {spec.low}{unit}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from train.config import compose
 from train.config.conf_files import OVERLAY, Recipe, groups, open_recipe, recipes
+from train.config.data_schema import SOURCE_DOC, DataConfig
 from train.config.schema import NANO, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from train.machine.devices import Machine, choose_device, find_machine
 from vl2.errors import UserError
@@ -45,6 +46,10 @@ def load_config(argv: Sequence[str], machine: Machine | None = None) -> TrainCon
         config.max_steps = None
     if line.names("max_steps") and not line.names("epochs"):
         config.epochs = None
+    if line.names("data.path") and not line.names("data.sources"):
+        config.data.sources = []
+    if line.names("data.sources") and not line.names("data.path"):
+        config.data.path = []
     config.nproc = config.nproc or (machine.usable_gpus if device == "gpu" else 1)
     config.run_dir = config.run_dir or str(Path("outputs", "rehearsal" if rehearsal else "", recipe.name))
     _check_run(config, machine, device)
@@ -72,8 +77,30 @@ def is_rehearsal(config: TrainConfig, line: compose.CommandLine, machine: Machin
     return not machine.gpus and not asked_for and Path(config.model.path) != NANO
 
 
+def _check_data(data: DataConfig) -> None:
+    """What no single key of the data tells."""
+    if data.path and data.sources:
+        raise UserError("data.path and data.sources are both given; write data.path's files as entries of data.sources")
+    names: dict[str, str] = {}  # name of a source -> the key that gives it
+    for i, source in enumerate(data.sources):
+        _require(source.path, f"data.sources[{i}].path: expected {SOURCE_DOC}, found nothing")
+        place, name = f"data.sources[{i}].name", source.name or source.path
+        if name in names:
+            raise UserError(f"{place}: {names[name]} is called {name} too; give each a name of its own")
+        names[name] = place
+    for key, paths in (("path", data.path), ("eval_path", data.eval_path)):
+        if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
+            raise UserError(f"data.{key} names {twice[0]} twice; to repeat rows, give repeat in data.sources")
+    for key, value in (("eval_fraction", data.eval_fraction), ("eval_rows", data.eval_rows)):
+        if value is not None and data.eval_path:
+            raise UserError(
+                f"data.{key}={value} with data.eval_path: the rows of data.eval_path are held out already; give one"
+            )
+
+
 def _check_run(config: TrainConfig, machine: Machine, device: str) -> None:
     """What no single key tells."""
+    _check_data(config.data)
     if config.epochs is None and config.max_steps is None:
         raise UserError("epochs and max_steps are both null: one of them must say how long the run is")
     if config.lora.rank == 0 and not config.trainable:
@@ -135,7 +162,7 @@ def rehearsal_notice(config: TrainConfig, arguments: Sequence[str]) -> str:
         f"  The real run, on a machine with a GPU: bash launch.sh {shlex.join(kept)}",
         f"  The real run here all the same:        bash launch.sh {shlex.join([*kept, 'rehearse=false'])}",
     ]
-    if config.data.path:
+    if config.data.path or config.data.sources:
         lines.append("  Exact: image tokens and tiles. Not: text tokens and so packs, counted with nano's tokenizer.")
     return "\n".join(lines)
 
@@ -195,7 +222,8 @@ def load_eval_config(argv: Sequence[str]) -> EvaluateConfig:
     config = compose.compose(compose.read_command_line(argv, EvaluateConfig), EvaluateConfig)
     config.model = model_folder(_require(config.model, "eval needs model=FOLDER, a base model, a run or an export"))
     config.base = config.base and model_folder(config.base)
-    _require(config.data.path, "eval needs data.path=FILE, a JSONL with messages and images")
+    if not config.data.path:
+        raise UserError("eval needs data.path=FILE, rows with questions and the answers expected")
     return config
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from train.config.conf_files import ROOT
-from train.config.fields import key
+from train.config.data_schema import DataConfig, EvalDataConfig
+from train.config.fields import LAST_SEED, LONGEST_TEXT, MANY, key
 
 LORA_GROUPS = ("attention", "experts", "shared_experts", "dense_mlp", "vision", "projector")
 PARTS = ("vision", "projector", "language")
@@ -21,9 +22,6 @@ BASE_DOC = "Base model of a run or an adapter, where it does not name it or it l
 MAX_NEW_TOKENS = 512
 CHECK_DOC = "What is read of a model that has a manifest (an export) before it is used; adapters are read as a whole."
 NANO = ROOT / "vl2" / "nano"
-# Bounds where no smaller one has a reason: what fits a counter and a generator's seed everywhere.
-MANY, LAST_SEED = 10**9, 2**32 - 1
-LONGEST_TEXT = 1_000_000  # tokens; no model here has so long a context
 
 
 @dataclass(kw_only=True)
@@ -32,44 +30,6 @@ class ModelConfig:
 
     path: str = key("deepseek-ai/deepseek-vl2-tiny", "Folder of the model, or its name on the hub.", path=True)
     init: str = key("weights", "Start from the folder's weights, or from random ones.", choices=("weights", "random"))
-
-
-@dataclass(kw_only=True)
-class ShapesConfig:
-    """Pictures of shapes that are drawn when data.path is null."""
-
-    task: str = key("chinese", "What is asked about the pictures.", choices=("chinese", "pretrain"))
-    train: int = key(2000, "Conversations to train on.", unit="conversations", low=1, high=1_000_000)
-    test: int = key(200, "Conversations held out for the accuracy.", unit="conversations", low=1, high=1_000_000)
-    seed: int = key(0, "Seed of the drawn pictures.", low=0, high=LAST_SEED)
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """The data set and how it is packed."""
-
-    path: str | None = key(None, "JSONL with messages and images; null: draw shapes (data.shapes).", path=True)
-    eval_path: str | None = key(None, "JSONL of held-out questions; null: none, or the shapes' own.", path=True)
-    max_tokens: int = key(
-        4096, "Budget of a pack; no conversation may be longer.", unit="tokens", low=64, high=LONGEST_TEXT
-    )
-    max_tiles: int = key(9, "Most local tiles of one image: the first to turn down.", unit="tiles", low=1, high=9)
-    max_tiles_per_pack: int = key(32, "Most tiles of a pack, global views counted.", unit="tiles", low=2, high=10_000)
-    verify: str = key("header", "What is read of each image before training.", choices=("header", "decode"))
-    order: str = key("random", "Rows in random order, or as in the file (a curriculum).", choices=("random", "file"))
-    special_tokens: str = key(
-        "error", "A special token typed into a text is refused, or made plain text.", choices=("error", "neutralise")
-    )
-    on_bad_record: str = key(
-        "error", "A record that cannot be used stops the run, or is left out.", choices=("error", "skip")
-    )
-    max_bad: int = key(
-        100, "With on_bad_record=skip: more than that many stop the run.", unit="records", low=0, high=MANY
-    )
-    workers: int = key(
-        2, "Processes that measure and build packs; 0: the trainer itself.", unit="processes", low=0, high=256
-    )
-    shapes: ShapesConfig = field(default_factory=ShapesConfig)
 
 
 @dataclass(kw_only=True)
@@ -247,13 +207,6 @@ class InferConfig:
     json: bool = key(False, "Print one JSON object: ids, text, timing.")
     seed: int = key(42, "Seed of the sampling.", low=0, high=LAST_SEED)
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)
-
-
-@dataclass(kw_only=True)
-class EvalDataConfig:
-    """Held-out rows whose questions `eval` asks."""
-
-    path: str = key("", "JSONL with messages and images.", path=True)
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from train.config.conf_files import groups, recipes
-from train.config.fields import Key, did_you_mean, list_keys
+from train.config.fields import Key, did_you_mean, list_entry_keys, list_keys
 from train.config.schema import EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from vl2.errors import UserError
 
@@ -84,7 +84,8 @@ def verb_help(verb: str) -> str:
             said = " ".join(f"{name}: {text}" for name, text in options.items())
             lines.append(_entry(group, "", f"Sets {group}.* from conf/{group}/NAME.yaml. {said}"))
     for spec in list_keys(schema):
-        lines.append(_entry(spec.name, _plain(spec.default), f"{spec.doc}{_facts(spec)}"))
+        for one in (spec, *list_entry_keys(spec)):
+            lines.append(_entry(one.name, _plain(one.default), f"{one.doc}{_facts(one)}"))
     return "\n".join(lines)
 
 

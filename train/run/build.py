@@ -76,7 +76,7 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
     """
     tokenizer = folder.tokenizer
     candidates = limit_candidates(folder.config.candidate_resolutions, config.data.max_tiles)
-    path, questions_path = config.data.path, config.data.eval_path
+    path, questions_path = _only(config.data.path), _only(config.data.eval_path)
     if path is None:
         shapes = config.data.shapes
         drawn = Path(config.run_dir, "data")
@@ -129,6 +129,12 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
         questions=questions,
         skipped_questions=skipped_questions,
     )
+
+
+def _only(paths: list[str]) -> str | None:
+    if len(paths) > 1:
+        raise UserError(f"expected one file, found {len(paths)}")
+    return paths[0] if paths else None
 
 
 def build_base(config: TrainConfig, folder: ModelFolder) -> DeepseekVL2:

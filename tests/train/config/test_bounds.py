@@ -1,9 +1,11 @@
 """Every number has bounds, so that a slip of the finger is refused by name and neither hangs nor overflows."""
 
+import re
+
 import pytest
 
 from train.config import load
-from train.config.fields import list_keys
+from train.config.fields import list_entry_keys, list_keys
 from train.config.schema import EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from train.machine.devices import Machine
 from vl2.errors import UserError
@@ -13,7 +15,8 @@ SCHEMAS = (TrainConfig, ExportConfig, InferConfig, EvaluateConfig)
 NUMBERS = [
     (schema, spec)
     for schema in SCHEMAS
-    for spec in list_keys(schema)
+    for key in list_keys(schema)
+    for spec in (key, *list_entry_keys(key, "0"))
     if spec.type in (int, float, dict[str, int], dict[str, float])
 ]
 
@@ -24,6 +27,12 @@ def read(schema, argument):
     if schema is InferConfig:
         return load.load_infer_config(["model=m", "prompt=p", argument])
     return load.load_eval_config(["model=m", "data.path=d", argument])
+
+
+def argument(name, value):
+    """data.sources[0].repeat is no key that could be typed by itself."""
+    before, inside, leaf = name.partition("[0].")
+    return f"{before}=[{{path:a,{leaf}:{value}}}]" if inside else f"{name}={value}"
 
 
 def test_numbers_are_found():
@@ -42,8 +51,9 @@ def test_what_is_no_sane_number_is_refused_by_name(schema, spec):
     """epochs=inf planned for ever, optim.lr=1e9 trained weights of 2e9 at exit 0, seed=10^23 overflowed."""
     name = f"{spec.name}.experts" if spec.is_table else spec.name
     for value in ("inf", "nan", "-inf", "1" + "0" * 30):
-        with pytest.raises(UserError, match=f"^{name}={value}: expected |^{name}=.*: expected at (most|least)"):
-            read(schema, f"{name}={value}")
+        place = re.escape(name)
+        with pytest.raises(UserError, match=f"^{place}={value}: expected |^{place}=.*: expected at (most|least)"):
+            read(schema, argument(name, value))
 
 
 @pytest.mark.parametrize(

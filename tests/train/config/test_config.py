@@ -60,13 +60,14 @@ def test_nothing_below_is_omegaconf():
     assert {type(value).__module__ for value in walk(train("lora.ranks.experts=4"))} <= {
         "builtins",
         "train.config.schema",
+        "train.config.data_schema",
     }
 
 
 def test_resolved_config_reads_back(tmp_path):
     config = train("data.path=a ${b}: 'c', 这", "lora.ranks.experts=4")
     read = yaml.safe_load(compose.to_yaml(config))
-    assert read["data"]["path"] == "a ${b}: 'c', 这"
+    assert read["data"]["path"] == ["a ${b}: 'c', 这"]
     assert read["lora"]["ranks"] == {"experts": 4}
     assert list(read) == [entry.name for entry in fields(TrainConfig)]
 
@@ -313,7 +314,7 @@ def test_export_and_eval():
         load_export_config([])
     with pytest.raises(ValueError, match="layout=hff: expected one of hf, paddle; did you mean hf"):
         load_export_config(["run=r", "layout=hff"])
-    assert load_eval_config(["model=m", "data.path=d, 1.jsonl"]).data.path == "d, 1.jsonl"
+    assert load_eval_config(["model=m", "data.path=d, 1.jsonl"]).data.path == ["d, 1.jsonl"]
     with pytest.raises(ValueError, match=r"eval needs data.path=FILE"):
         load_eval_config(["model=m"])
 
@@ -321,12 +322,12 @@ def test_export_and_eval():
 def test_home_folder_of_a_path(monkeypatch):
     """Bash expands `~` at the start of a word only, so `data.path=~/x` arrives with it."""
     monkeypatch.setenv("HOME", "/home/me")
-    assert train("data.path=~/x.jsonl").data.path == "/home/me/x.jsonl"
+    assert train("data.path=~/x.jsonl").data.path == ["/home/me/x.jsonl"]
     assert load_infer_config(["model=m", "prompt=~/x"]).prompt == "~/x"
 
 
 def test_null_of_an_optional_text():
-    assert train("data.path=null").data.path is None
+    assert train("data.path=null").data.path == []
     assert train("wandb.name=null").wandb.name == "null"
 
 

@@ -36,6 +36,8 @@ def test_recipes_made_of_groups_say_what_they_said(recipe, machine):
     found = asdict(train(conf=recipe, machine=machine))
     found["model"]["path"] = found["model"]["path"].removeprefix(f"{conf_files.ROOT}/")
     for name, value in golden[f"{recipe}, {machine}"].items():
+        if isinstance(value, dict):  # a group: keys have come since
+            found[name] = {key: found[name][key] for key in value}
         assert found[name] == value, name
 
 

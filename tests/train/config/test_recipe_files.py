@@ -58,7 +58,7 @@ def test_a_runs_own_config_repeats_it(written):
     """Texts come back as they were typed, `${...}` too; what belongs to that one command does not."""
     path, first = written("conf=sft_tiny", f"data.path={AWKWARD}", "optim.lr=1e-8", "overwrite=true", "run_dir=there")
     again = load_config([f"conf={path}"], GPU)
-    assert (again.run_dir, again.overwrite, again.data.path) == ("outputs/sft_tiny", False, AWKWARD)
+    assert (again.run_dir, again.overwrite, again.data.path) == ("outputs/sft_tiny", False, [AWKWARD])
     assert again.command == f"bash launch.sh conf={path}"
     own = ("run_dir", "overwrite", "command")
     assert {**asdict(again), **{key: None for key in own}} == {**asdict(first), **{key: None for key in own}}
