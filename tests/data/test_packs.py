@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data.dataset import Dataset, open_dataset
-from data.images.files import decode
+from data.images.reader import DEFAULT_READER
 from data.packs import PackDataset
 from data.plan import make_plan
 from data.record import RecordError
@@ -78,9 +78,9 @@ def test_pack_is_its_samples_one_after_the_other(opened):
             assert batch["labels"][start:end].tolist() == alone.labels.tolist()
             assert batch["position_ids"][start:end].tolist() == list(range(size.tokens))
             assert batch["labels"][end - 1] == IGNORE  # nothing is predicted across samples
-            images += [(image.name, grid) for image, grid in zip(record.images, size.grids)]
+            images += [(image, grid) for image, grid in zip(record.images, size.grids)]
         if images:
-            expected = np.concatenate([cut_tiles(decode(path), grid) for path, grid in images])
+            expected = np.concatenate([cut_tiles(DEFAULT_READER.decode(image), grid) for image, grid in images])
             assert np.array_equal(batch["tiles"], expected) and len(expected) == spec.tiles
             assert batch["grids"].tolist() == [list(grid) for _, grid in images]
     assert sorted(seen) == list(range(5))

@@ -3,6 +3,7 @@
 import io
 import os
 import socket
+import struct
 import zlib
 from pathlib import Path
 
@@ -11,7 +12,17 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data.images.files import ImageError, decode, read_size
+from data.images.files import ImageError
+from data.images.reader import ImageReader
+from data.images.ref import ImageRef
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+    return ImageReader().size(ImageRef(kind="file", name=str(path)))
+
+
+def decode(path: str | Path) -> Image.Image:
+    return ImageReader().decode(ImageRef(kind="file", name=str(path)))
 
 
 @pytest.fixture
@@ -188,8 +199,95 @@ def test_not_an_image(tmp_path):
         read_size(tmp_path / "b.png")
 
 
-def test_too_large_an_image(tmp_path, noise, monkeypatch):
+@pytest.mark.parametrize("way", ["size", "decode"])
+@pytest.mark.parametrize(
+    ("size", "found"), [((11_000, 10_000), "11000 × 10000 = 110000000"), ((30_000, 30_000), "900000000")]
+)
+def test_too_many_pixels_are_refused_by_the_header(tmp_path, way, size, found):
+    """30,000 x 30,000 pixels: a file of 100 bytes that takes 2.7 GB. The larger one Pillow refuses itself."""
+    path = tmp_path / "a.png"
+    path.write_bytes(png_header(*size))
+    with pytest.raises(ImageError, match=rf"at most data\.max_pixels=100000000 pixels, found {found} pixels: .*a\.png"):
+        getattr(ImageReader(), way)(ImageRef(kind="file", name=str(path)))
+
+
+def test_limit_of_pixels_is_a_setting(tmp_path, noise):
+    noise.save(tmp_path / "a.gif")
+    image = ImageRef(kind="file", name=str(tmp_path / "a.gif"))
+    assert ImageReader(max_pixels=90 * 60).size(image) == (90, 60)
+    for way in (ImageReader(max_pixels=90 * 60 - 1).size, ImageReader(max_pixels=90 * 60 - 1).decode):
+        with pytest.raises(ImageError, match="max_pixels=5399 pixels, found 90 × 60 = 5400 pixels"):
+            way(image)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """Build a PNG that is whole and says it has so many pixels."""
+    data = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT", b"IEND"):
+        data += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return data
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(ImageError, match=r"found an empty file \(0 bytes\) at .*a\.jpg"):
+        read_size(tmp_path / "a.jpg")
+    with pytest.raises(ImageError, match=r"found 0 bytes at images\[0\]"):
+        ImageReader().size(ImageRef(kind="bytes", name="images[0]"))
+
+
+def test_a_file_may_not_lie_outside_its_root(tmp_path, noise):
+    """By `..`, by a link to the file, by a link to its folder; a link that stays inside is none of them."""
+    root, outside = tmp_path / "shop", tmp_path / "shop2"  # whose name begins like the root's
+    root.mkdir()
+    outside.mkdir()
+    noise.save(root / "in.png")
+    noise.save(outside / "out.png")
+    (root / "link.png").symlink_to(outside / "out.png")
+    (root / "folder").symlink_to(outside)
+    (root / "fine.png").symlink_to(root / "in.png")
+    reader = ImageReader()
+
+    def ref(name: str) -> ImageRef:
+        return ImageRef(kind="file", name=str(root / name), root=str(root))
+
+    for name in ("in.png", "fine.png", "folder/../shop/in.png"):
+        assert reader.size(ref(name)) == reader.decode(ref(name)).size == (90, 60)
+    for name in ("../shop2/out.png", "link.png", "folder/out.png", "folder/absent.png"):
+        for way in (reader.size, reader.decode):
+            with pytest.raises(
+                ImageError, match=r"lies outside its folder .*shop \(data\.image_root\), links followed"
+            ):
+                way(ref(name))
+    (tmp_path / "shop3").symlink_to(root)  # the root itself may be a link
+    assert reader.size(ImageRef(kind="file", name=str(root / "in.png"), root=str(tmp_path / "shop3"))) == (90, 60)
+
+
+def test_bytes_are_read_like_a_file(tmp_path, noise):
+    for suffix in ("png", "jpeg", "webp", "gif", "tiff"):
+        stream = io.BytesIO()
+        noise.save(stream, suffix)
+        image = ImageRef(kind="bytes", name="row 3, image", data=stream.getvalue())
+        (tmp_path / "a").write_bytes(stream.getvalue())
+        assert ImageReader().size(image) == (90, 60)
+        assert ImageReader().decode(image).tobytes() == decode(tmp_path / "a").tobytes()
+        cut = ImageRef(kind="bytes", name="row 3, image", data=stream.getvalue()[:-1000])
+        with pytest.raises(ImageError, match=r"truncated.*|cannot read the image row 3, image") as caught:
+            ImageReader().size(cut)
+        assert "row 3, image" in str(caught.value)
+
+
+def test_state_changes_with_content_and_with_the_way_it_is_read(tmp_path, noise):
     noise.save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ImageError, match=r"cannot read the image .*exceeds limit"):
-        read_size(tmp_path / "a.png")
+    file = ImageRef(kind="file", name=str(tmp_path / "a.png"))
+    given = [ImageRef(kind="bytes", name=name, data=data) for name, data in (("a", b"x"), ("b", b"x"), ("a", b"y"))]
+    states = [ImageReader().state(image) for image in given]
+    assert states[0] == states[1] != states[2]  # of bytes the content counts, not what they are called
+    for image in (file, given[0]):
+        ways = [ImageReader(), ImageReader(exif="rotate"), ImageReader(max_pixels=10)]
+        assert len({reader.state(image) for reader in ways}) == 3
+    before = ImageReader().state(file)
+    noise.rotate(90).save(tmp_path / "a.png")
+    os.utime(tmp_path / "a.png", ns=(1, 1))
+    assert ImageReader().state(file) != before
+    assert ImageReader().state(ImageRef(kind="file", name=str(tmp_path / "absent.png"))) is None
