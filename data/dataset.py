@@ -151,7 +151,9 @@ def _over_budget(
 def _fingerprint(kept: Sequence[tuple[Record, Size]], tokenizer: Tokenizer) -> str:
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     for record, size in kept:
-        messages = [[m.role, m.content, m.plain] for m in record.messages]
+        messages = [[m.role, m.content, m.plain, m.learn] for m in record.messages]
         images = [[Path(image.name).name, Path(image.name).stat().st_size] for image in record.images]
-        digest.update(json.dumps([messages, images, size.tokens, size.supervised, size.grids]).encode())
+        digest.update(
+            json.dumps([messages, repr(record.boxes), images, size.tokens, size.supervised, size.grids]).encode()
+        )
     return digest.hexdigest()

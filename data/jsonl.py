@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from data.record import BadRecords, Record, RecordError, parse_record
-from data.settings import SpecialTokens
+from data.settings import ReadSettings, SourceSettings, SpecialTokens
 from vl2.errors import UserError
 from vl2.tokenizer import Tokenizer
 
@@ -40,6 +40,7 @@ def read_records(
         found = "a folder" if file.is_dir() else "no regular file" if file.exists() else "nothing"
         raise UserError(f"{source}: expected a data file (JSON lines: one conversation a line), found {found} there")
     folder = file.absolute().parent
+    settings, of = ReadSettings(special_tokens=special_tokens), SourceSettings(path=source)
 
     records = []
     with file.open("rb") as lines:
@@ -70,7 +71,8 @@ def read_records(
                     row_number=number,
                     folder=folder,
                     tokenizer=tokenizer,
-                    special_tokens=special_tokens,
+                    settings=settings,
+                    of=of,
                 )
             except RecordError as problem:
                 bad.add(problem)

@@ -1,33 +1,21 @@
-"""One conversation of a data set: what a row may say, and the error that names file, row and field when it does not."""
+"""One conversation of a data set: what a row says, and the error that names file, row and field if it is bad."""
 
 from __future__ import annotations
 
-import os
-import re
-import reprlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.images.ref import ImageRef
-from data.settings import OnBadRecord, SpecialTokens
+from data.boxes import Box, check_written_boxes
+from data.forms.conversation import Conversation, Turn
+from data.forms.fields import FieldError
+from data.forms.table import read_row
+from data.images.ref import ImageRef, image_ref
+from data.settings import OnBadRecord, ReadSettings, SourceSettings
+from data.turns import check_order, checked_message, learned_turns
 from vl2.errors import UserError
-from vl2.prompt import IMAGE_PLACEHOLDER, Message, Role
-from vl2.tokenizer import ASSISTANT_TOKEN, USER_TOKEN, Tokenizer
-
-# Shows what was found as it is written in code, in one line of bounded length.
-_SHORTENED = reprlib.Repr()
-_SHORTENED.maxstring = _SHORTENED.maxother = 100  # characters
-_SHORTENED.maxlist = 20  # entries
-
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    USER_TOKEN: "user",
-    ASSISTANT_TOKEN: "assistant",
-}
+from vl2.prompt import IMAGE_PLACEHOLDER, Message
+from vl2.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +26,14 @@ class Record:
     """System turn (optional), then user and assistant turns in alternation."""
     images: tuple[ImageRef, ...]
     """One for each `<image>`, in order."""
+    boxes: tuple[tuple[Box, ...], ...] = ()
+    """Boxes of each `<bbox>`, in order; `data.boxes.place_boxes` writes them."""
     source: str
     """The file the record was read from."""
     row: int
     """Its row in that file, counted from 1."""
+    unknown: tuple[str, ...] = field(default=(), compare=False)
+    """Fields of the row that say nothing here, for a report: id, messages[].name."""
 
     def error(self, where: str, problem: str) -> RecordError:
         """Make an error about a field of this record."""
@@ -100,178 +92,94 @@ class BadRecords:
 
 
 def parse_record(
-    row: Any, *, source: str, row_number: int, folder: Path, tokenizer: Tokenizer, special_tokens: SpecialTokens
+    row: Any,
+    *,
+    source: str,
+    row_number: int,
+    folder: Path,
+    form: str = "auto",
+    tokenizer: Tokenizer,
+    settings: ReadSettings,
+    of: SourceSettings,
 ) -> Record:
-    """Check a row with `messages` and `images` and make it a Record.
+    """Check a row, whatever its form, and make it a Record.
 
     Args:
-        row: the decoded JSON; keys other than `messages` and `images` are ignored,
-            but a picture under `image` is an error.
+        row: the decoded row.
         source, row_number: where it comes from.
-        folder: relative image paths start here.
+        folder: relative image paths start here, unless the source has an `image_root`.
+        form: the form of the source's rows (`data.forms.table.find_form`); auto finds it by this row's fields.
         tokenizer: knows the special tokens a text must not hold.
-        special_tokens: "error" refuses them, "neutralise" encodes them as ordinary text.
+        settings: what is learned, and what is done with special tokens and unknown fields.
+        of: the source.
 
     Raises:
         RecordError: naming the field, what was expected and what was found.
+        UserError: the source says a form or columns that there are not.
     """
-
-    def error(where: str, problem: str) -> RecordError:
-        return RecordError(source, row_number, where, problem)
-
-    if not isinstance(row, dict):
-        raise error("row", f"expected a JSON object with messages and images, found {_kind(row)}")
-    if "messages" not in row:
-        raise error("messages", f"expected a list of messages, found no such key among {_SHORTENED.repr(sorted(row))}")
     try:
-        messages = parse_messages(row["messages"], tokenizer=tokenizer, special_tokens=special_tokens)
-        check_turns(messages)
-    except FieldError as problem:
-        raise error(problem.where, problem.problem) from None
-
-    names = row.get("images")
-    if names is None:
-        names = []
-    if not isinstance(names, list):
-        raise error("images", f"expected a list of paths, found {_kind(names)}")
-    if row.get("image") and not names:
-        raise error(
-            "image", f"this key is not read; expected `images`, a list of paths, one for each {IMAGE_PLACEHOLDER}"
+        conversation = read_row(row, form, of)
+        if conversation.unknown and settings.unknown == "error":
+            raise FieldError(
+                conversation.unknown[0],
+                "found a field that is not read (data.unknown=error); remove it, or list such fields with "
+                "data.unknown=report",
+            )
+        turns = conversation.turns
+        check_order(turns)
+        learn = learned_turns(turns, settings.supervise)
+        messages = tuple(
+            _message(turn, tokenizer, settings, learned) for turn, learned in zip(turns, learn, strict=True)
         )
-    for i, name in enumerate(names):
-        if problem_of_name := _not_a_path(name):
-            raise error(f"images[{i}]", f"expected the path of an image file, found {problem_of_name}")
-    num_placeholders = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages)
-    if num_placeholders != len(names):
+        if of.system and messages[0].role != "system":
+            system = Turn(role="system", content=of.system, where="data.system")
+            messages = (checked_message(system, tokenizer, settings.special_tokens), *messages)
+        return Record(
+            messages=messages,
+            images=_images(conversation, folder, of),
+            boxes=conversation.boxes,
+            source=source,
+            row=row_number,
+            unknown=conversation.unknown,
+        )
+    except FieldError as problem:
+        raise RecordError(source, row_number, problem.where, problem.problem) from None
+
+
+def _message(turn: Turn, tokenizer: Tokenizer, settings: ReadSettings, learn: bool) -> Message:
+    message = checked_message(turn, tokenizer, settings.special_tokens, learn=learn)
+    if problem := check_written_boxes(turn.content):
+        raise FieldError(turn.where, problem)
+    return message
+
+
+def _images(conversation: Conversation, folder: Path, of: SourceSettings) -> tuple[ImageRef, ...]:
+    given = conversation.images
+    num_placeholders = sum(turn.content.count(IMAGE_PLACEHOLDER) for turn in conversation.turns)
+    if num_placeholders != len(given):
         hint = (
             "" if num_placeholders else f"; write {IMAGE_PLACEHOLDER} into the user's message where the picture stands"
         )
-        raise error(
-            "images",
-            f"expected one path for each {IMAGE_PLACEHOLDER} in the user messages, found {len(names)} "
-            f"{_plural(len(names), 'path')} for {num_placeholders} {IMAGE_PLACEHOLDER}{hint}",
-        )
-    paths = [os.path.abspath(folder / os.path.expanduser(name)) for name in names]
-    images = tuple(ImageRef(kind="file", name=path) for path in paths)
-    return Record(messages=messages, images=images, source=source, row=row_number)
-
-
-def _not_a_path(name: Any) -> str:
-    """What stands where the path of an image should; empty for what may be one."""
-    if not isinstance(name, str) or not name:
-        return _kind(name)
-    if name.startswith("data:"):
-        return f"a data URI ({name[:30]!r}...); write the picture to a file and name that"
-    if re.match("[a-z][a-z0-9+.-]*://", name, re.IGNORECASE):
-        return f"an address ({_SHORTENED.repr(name)}); fetch the picture to a file and name that"
-    if "\0" in name or not _is_unicode(name):
-        return f"{_SHORTENED.repr(name)}, which no file can be called"
-    return ""
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text holds no half of a surrogate pair, which JSON can spell but which is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-class FieldError(UserError):
-    """A message that cannot be used; `where` is its place, such as messages[1].content."""
-
-    def __init__(self, where: str, problem: str):
-        super().__init__(where, problem)
-        self.where, self.problem = where, problem
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}"
-
-
-def parse_messages(
-    value: Any, *, tokenizer: Tokenizer, special_tokens: SpecialTokens = "error", name: str = "messages"
-) -> tuple[Message, ...]:
-    """Check a decoded list of messages, each {"role": ..., "content": ...}; the order of turns is not looked at.
-
-    Args:
-        value: the decoded JSON.
-        tokenizer: knows the special tokens a text must not hold.
-        special_tokens: "error" refuses them, "neutralise" marks the message as plain.
-        name: what the list is called in errors.
-
-    Raises:
-        FieldError: naming the message.
-    """
-    if not isinstance(value, list) or not value:
-        raise FieldError(name, f"expected a list of messages, found {_kind(value)}")
-    return tuple(_parse_message(entry, f"{name}[{i}]", tokenizer, special_tokens) for i, entry in enumerate(value))
-
-
-def _parse_message(entry: Any, where: str, tokenizer: Tokenizer, special_tokens: SpecialTokens) -> Message:
-    if not isinstance(entry, dict):
-        raise FieldError(where, f"expected an object with role and content, found {_kind(entry)}")
-    role = entry.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise FieldError(f"{where}.role", f"expected system, user or assistant, found {_SHORTENED.repr(role)}")
-    content = entry.get("content")
-    if not isinstance(content, str):
         raise FieldError(
-            f"{where}.content",
-            f"expected a string in which {IMAGE_PLACEHOLDER} stands for an image, found {_kind(content)}",
+            given[0][0].partition("[")[0] if given else "images",
+            f"expected one picture for each {IMAGE_PLACEHOLDER} in the user messages, found {len(given)} "
+            f"{_plural(len(given), 'picture')} for {num_placeholders} {IMAGE_PLACEHOLDER}{hint}",
         )
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
-        raise FieldError(f"{where}.content", f"expected Unicode text, found {content[error.start]!r}") from None
-    if _ROLES[role] != "user" and IMAGE_PLACEHOLDER in content:
-        kind = "an answer" if _ROLES[role] == "assistant" else "a system message"
-        raise FieldError(
-            f"{where}.content", f"found {IMAGE_PLACEHOLDER} in {kind}, expected it in user messages only; remove it"
-        )
-    typed = tokenizer.find_typed_special(content)
-    if typed and special_tokens == "error":
-        raise FieldError(
-            f"{where}.content",
-            f"found the special token {typed} typed into the text, which would end or forge a turn; "
-            "remove it, or set data.special_tokens=neutralise to encode it as ordinary text",
-        )
-    return Message(_ROLES[role], content, plain=typed is not None)
-
-
-def check_turns(messages: Sequence[Message]) -> None:
-    """Check the order of a conversation to learn from: a system turn or none, then questions and answers by turns.
-
-    Raises:
-        FieldError: naming the message.
-    """
-    if all(message.role != "assistant" for message in messages):
-        raise FieldError("messages", "expected an assistant message, found none: no supervised token to learn from")
-    expected: Role = "user"
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if message.role == "system":
-            if i:
-                raise FieldError(f"{where}.role", "found a system message, expected it as the first message only")
-            continue
-        if message.role != expected:
-            raise FieldError(
-                f"{where}.role", f"expected {expected!r}, found {message.role!r}; user and assistant must alternate"
-            )
-        if message.role == "assistant" and not message.content.strip():
-            raise FieldError(f"{where}.content", "expected an answer, found an empty text")
-        expected = "assistant" if expected == "user" else "user"
-    if messages[-1].role != "assistant":
-        raise FieldError(
-            f"messages[{len(messages) - 1}].role", "expected the last message to be an answer, found 'user'; remove it"
-        )
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "nothing (null)"}
-    if value in ("", []) and isinstance(value, (str, list)):
-        return "an empty " + ("string" if isinstance(value, str) else "list")
-    return names.get(type(value)) or f"the number {_SHORTENED.repr(value)}"
+    for boxes in conversation.boxes:
+        for box in boxes:
+            if box.image >= len(given):
+                raise FieldError(
+                    box.where,
+                    f"expected a box on one of the row's {len(given)} {_plural(len(given), 'picture')}, "
+                    f"found one on picture {box.image} (image_id, from 0)",
+                )
+    images = []
+    for where, value in given:
+        try:
+            images.append(image_ref(value, folder, of.image_root))
+        except UserError as problem:
+            raise FieldError(where, str(problem)) from None
+    return tuple(images)
 
 
 def _plural(count: int, word: str) -> str:

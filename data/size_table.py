@@ -59,8 +59,8 @@ def record_key(
     states = [images.state(image) for image in record.images]
     if None in states:
         return None
-    messages = [[m.role, m.content, m.plain] for m in record.messages]
-    text = json.dumps([_VERSION, tokenizer.fingerprint, list(candidates), verify, messages, states])
+    messages = [[m.role, m.content, m.plain, m.learn] for m in record.messages]
+    text = json.dumps([_VERSION, tokenizer.fingerprint, list(candidates), verify, messages, repr(record.boxes), states])
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 

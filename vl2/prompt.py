@@ -31,6 +31,8 @@ class Message:
     """What is said; in a user's turn each `<image>` stands for one image."""
     plain: bool = False
     """Encode special tokens in the content, except grounding tokens, as ordinary text."""
+    learn: bool = True
+    """Whether an answer is supervised; of the other roles nothing ever is."""
 
 
 class Piece(NamedTuple):
@@ -62,7 +64,7 @@ def render(
     *,
     for_generation: bool = False,
 ) -> Rendered:
-    """Turn a conversation into ids and labels; all an assistant says, EOS included, is supervised.
+    """Turn a conversation into ids and labels; answers with `learn` are supervised, EOS included.
 
     Args:
         messages: an optional system turn first, then user and assistant turns.
@@ -143,8 +145,8 @@ def pieces(messages: Sequence[Message]) -> Iterator[Piece]:
                 f"messages[{index}]: {IMAGE_PLACEHOLDER} in a turn of role {message.role!r}; only users show images"
             )
         if message.role == "assistant":
-            yield Piece("text", content, message.plain, True)
-            yield Piece("eos", supervised=True)
+            yield Piece("text", content, message.plain, message.learn)
+            yield Piece("eos", supervised=message.learn)
         elif index == 0:
             yield Piece("text", content, message.plain)
         else:

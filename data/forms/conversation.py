@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from data.boxes import Box
+from vl2.prompt import IMAGE_PLACEHOLDER, Role
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """One message as a row has it; nothing of it has been checked but its type."""
 
-    role: str
+    role: Role
     """As DeepSeek-VL2's template knows them: system, user, assistant."""
     content: str
     """Text, with <image> where a picture stands and <bbox> where boxes stand."""
     where: str
-    """Its place in the row, for errors: messages[1].content."""
+    """Place of its text in the row, for errors: messages[1].content."""
     learn: bool | None = None
     """Whether the answer is learned; None: the row does not say."""
 
@@ -28,7 +30,24 @@ class Conversation:
     turns: tuple[Turn, ...]
     images: tuple[tuple[str, Any], ...]
     """(place in the row, value) of each picture: a path, an address, a data URI, base64, bytes, {"bytes", "path"}."""
-    boxes: tuple[Any, ...] = ()
-    """Boxes of each <bbox> in the turns, in order: `data.boxes.Box` tuples."""
-    unknown: Mapping[str, Any] = field(default_factory=dict)
-    """Columns that no form knows and that change no meaning, which are counted and reported."""
+    boxes: tuple[tuple[Box, ...], ...] = ()
+    """Boxes of each <bbox> in the turns, in order."""
+    unknown: tuple[str, ...] = ()
+    """Fields that no form knows and that change no meaning, which are counted and reported: id, messages[].name."""
+
+
+def show_first(turns: list[Turn], num_images: int) -> list[Turn]:
+    """Put pictures for which no turn has a placeholder before the first question, each in a line of its own.
+
+    That is where LLaVA's loader and the official demo of DeepSeek-VL2 put them.
+
+    Example: one picture and "What is this?" become "<image>\\nWhat is this?".
+    """
+    if not num_images or any(IMAGE_PLACEHOLDER in turn.content for turn in turns):
+        return turns
+    for i, turn in enumerate(turns):
+        if turn.role == "user":
+            content = f"{IMAGE_PLACEHOLDER}\n" * num_images + turn.content
+            first = Turn(role="user", content=content, where=turn.where, learn=turn.learn)
+            return [*turns[:i], first, *turns[i + 1 :]]
+    return turns

@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from data.forms.conversation import Turn
+from data.forms.fields import FieldError
 from data.images.ref import ImageRef
-from data.record import BadRecords, FieldError, Record, RecordError, check_turns, parse_messages, parse_record
+from data.record import BadRecords, Record, RecordError, parse_record
+from data.settings import ReadSettings, SourceSettings
+from data.turns import check_order, parse_messages
 from tests.places import NANO_BPE
 from vl2.prompt import Message, render
 from vl2.tokenizer import GROUNDING_TOKENS, Tokenizer
@@ -23,7 +27,8 @@ def parse(row, special_tokens="error") -> Record:
         row_number=7,
         folder=Path("/somewhere"),
         tokenizer=TOKENIZER,
-        special_tokens=special_tokens,
+        settings=ReadSettings(special_tokens=special_tokens),
+        of=SourceSettings(path="train.jsonl"),
     )
 
 
@@ -37,7 +42,8 @@ def assistant(content) -> dict:
 
 BAD_ROWS = [
     (["a"], r"row: expected a JSON object with messages and images, found a list"),
-    ({"conversations": []}, r"messages: expected a list of messages, found no such key among \['conversations'\]"),
+    ([["a"]], r"row: expected a JSON object with messages and images, found a list"),
+    ({"talk": []}, r"row: expected the fields of one form, found those of none among \['talk'\]"),
     ({"messages": []}, r"messages: expected a list of messages, found an empty list"),
     ({"messages": "Hi"}, r"messages: expected a list of messages, found a string"),
     ({"messages": [3, ANSWER]}, r"messages\[0\]: expected an object with role and content, found the number 3"),
@@ -47,8 +53,8 @@ BAD_ROWS = [
     ),
     ({"messages": [{"content": "Hi"}, ANSWER]}, r"messages\[0\]\.role: expected system, user or assistant, found None"),
     (
-        {"messages": [user([{"type": "text", "text": "Hi"}]), ANSWER]},
-        r"messages\[0\]\.content: expected a string in which <image> stands for an image, found a list",
+        {"messages": [user({"type": "text", "text": "Hi"}), ANSWER]},
+        r"messages\[0\]\.content: expected a string in which <image> stands for an image, found an object",
     ),
     ({"messages": [user(None), ANSWER]}, r"messages\[0\]\.content: expected a string .*, found nothing \(null\)"),
     ({"messages": [user("a \ud800"), ANSWER]}, r"messages\[0\]\.content: expected Unicode text, found '\\ud800'"),
@@ -62,42 +68,38 @@ BAD_ROWS = [
     ),
     (
         {"messages": [user("<image>"), ANSWER]},
-        r"images: expected one path for each <image> in the user messages, found 0 paths for 1 <image>$",
+        r"images: expected one picture for each <image> in the user messages, found 0 pictures for 1 <image>$",
     ),
     (
         {"messages": [user("<image>"), ANSWER], "images": ["a.png", "b.png"]},
-        r"images: expected one path for each <image> in the user messages, found 2 paths for 1 <image>$",
+        r"images: expected one picture for each <image> in the user messages, found 2 pictures for 1 <image>$",
     ),
-    ({"messages": [user("<image>"), ANSWER], "image": "a.png"}, r"image: this key is not read; expected `images`"),
-    ({"messages": [QUESTION, ANSWER], "images": "a.png"}, r"images: expected a list of paths, found a string"),
+    ({"messages": [QUESTION, ANSWER], "images": "a.png"}, r"images: .*found 1 picture for 0 <image>; write <image>"),
     (
-        {"messages": [user("<image>"), ANSWER], "images": [{"path": "a.png"}]},
-        r"images\[0\]: expected the path of an image file, found an object",
+        {"messages": [user("<image>"), ANSWER], "images": [{"file": "a.png"}]},
+        r"images\[0\]: expected a picture's path, .*, found an object with \['file'\]",
     ),
     *(
         (
             {"messages": [user("<image>"), ANSWER], "images": [name]},
-            rf"images\[0\]: expected the path .*, found {found}",
+            rf"images\[0\]: expected a picture's path, .*, found {found}",
         )
         for name, found in [
-            (
-                "data:image/png;base64," + "iVBORw0KGgo" * 9999,
-                r"a data URI \('data:image/png;base64,iVBORw0K'\.\.\.\); write",
-            ),
-            ("https://example.org/a.png", r"an address \('https://example\.org/a\.png'\); fetch the picture"),
+            ("s3://bucket/a.png", r"'s3://bucket/a\.png'; an address begins with http:// or https://: fetch"),
             ("a\0.png", r"'a\\x00\.png', which no file can be called"),
             ("a\ud800.png", r"'a\\ud800\.png', which no file can be called"),
         ]
     ),
-    ({"messages": [QUESTION, ANSWER], "image": "a.png"}, r"image: this key is not read; expected `images`, a list of "),
-    ({"messages": [QUESTION, ANSWER], "images": [], "image": ["a.png"]}, r"image: this key is not read"),
+    ({"messages": [QUESTION, ANSWER], "image": "a.png"}, r"image: .*found 1 picture for 0 <image>; write <image>"),
+    ({"messages": [QUESTION, ANSWER], "images": [], "image": ["a.png"]}, r"image: .*found 1 picture for 0 <image>"),
+    ({"messages": [user("<image>"), ANSWER], "images": ["a"], "image": "a"}, r"image: expected one of images, image"),
     (
         {"messages": [QUESTION, ANSWER], "images": ["a.png"]},
-        r"images: .*found 1 path for 0 <image>; write <image> into the user's message where the picture stands$",
+        r"images: .*found 1 picture for 0 <image>; write <image> into the user's message where the picture stands$",
     ),
     (
-        {"messages": [QUESTION, ANSWER], "images": float("nan")},
-        r"images: expected a list of paths, found the number nan",
+        {"messages": [user("<image>"), ANSWER], "images": float("nan")},
+        r"images: expected a picture's path, .*, found the float nan",
     ),
     ({"messages": [user(float("nan")), ANSWER]}, r"messages\[0\]\.content: expected a string .*, found the number nan"),
     (
@@ -165,7 +167,12 @@ def test_official_role_names():
 
 
 def test_grounding_tokens_are_legitimate_for_both():
-    row = {"messages": [user("<|grounding|>x <|ref|>y<|/ref|>"), assistant("<|ref|>y<|/ref|><|det|>[[1]]<|/det|>")]}
+    row = {
+        "messages": [
+            user("<|grounding|>x <|ref|>y<|/ref|>"),
+            assistant("<|ref|>y<|/ref|><|det|>[[1, 2, 3, 4]]<|/det|>"),
+        ]
+    }
     record = parse(row)
     assert not any(message.plain for message in record.messages)
     ids = render(record.messages, [], TOKENIZER).input_ids
@@ -187,8 +194,8 @@ def test_messages_of_a_question_without_its_answer():
     assert parse_messages([user("Hi")], tokenizer=TOKENIZER) == (Message("user", "Hi"),)
     with pytest.raises(FieldError, match=r"^prompt\[0\]\.role: expected system, user or assistant, found 'bot'"):
         parse_messages([{"role": "bot", "content": ""}], tokenizer=TOKENIZER, name="prompt")
-    with pytest.raises(FieldError, match="no supervised token"):
-        check_turns([Message("user", "Hi")])
+    with pytest.raises(FieldError, match=r"^messages: .*no supervised token"):
+        check_order([Turn(role="user", content="Hi", where="messages[0].content")])
 
 
 def test_error_survives_pickling():

@@ -133,3 +133,16 @@ def test_system_must_be_first(tokenizer):
 def test_generation_needs_a_question(tokenizer):
     with pytest.raises(ValueError, match="the last message must be a user's, found: assistant"):
         render([Message("user", "a"), Message("assistant", "b")], [], tokenizer, for_generation=True)
+
+
+def test_an_answer_that_is_not_learned_is_read_all_the_same(tokenizer):
+    """`"loss": false` on a message was ignored: the answer was trained."""
+    questions = [Message("user", "One"), Message("user", "Two")]
+    learned = [questions[0], Message("assistant", "1"), questions[1], Message("assistant", "2")]
+    once = [questions[0], Message("assistant", "1", learn=False), questions[1], Message("assistant", "2")]
+    both, last = render(learned, [], tokenizer), render(once, [], tokenizer)
+    assert (both.input_ids == last.input_ids).all()
+    answer = [*tokenizer.encode("2"), tokenizer.eos_id]
+    assert last.labels[last.labels != IGNORE].tolist() == answer
+    assert both.labels[both.labels != IGNORE].tolist() == [*tokenizer.encode("1"), tokenizer.eos_id, *answer]
+    assert (last.labels[-len(answer) - 1 :] == both.labels[-len(answer) - 1 :]).all()

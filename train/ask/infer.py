@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.forms.fields import FieldError
 from data.images.files import ImageError
 from data.images.reader import DEFAULT_READER
 from data.images.ref import ImageRef
-from data.record import FieldError, parse_messages
+from data.turns import parse_messages
 from train.ask.answer import answer_limit, check_text, prepare
 from train.ask.load import Loaded, load
 from train.config.load import load_infer_config
