@@ -6,12 +6,10 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
+from vl2.errors import UserError
 from vl2.prompt import Message
-
-if TYPE_CHECKING:  # a record holds boxes
-    from data.record import Record
 
 BOX_PLACEHOLDER = "<bbox>"
 """Stands in a message's content where the boxes of one label go, until the picture's size is known."""
@@ -43,7 +41,19 @@ class Box:
     """Its place in the row, for errors: objects.bbox[0]."""
 
 
-def place_boxes(record: Record, sizes: Sequence[tuple[int, int]]) -> tuple[Message, ...]:
+class _Record(Protocol):
+    """What is asked of a `data.record.Record`, which holds boxes and so cannot be imported here."""
+
+    @property
+    def messages(self) -> tuple[Message, ...]: ...
+
+    @property
+    def boxes(self) -> tuple[tuple[Box, ...], ...]: ...
+
+    def error(self, where: str, problem: str) -> UserError: ...
+
+
+def place_boxes(record: _Record, sizes: Sequence[tuple[int, int]]) -> tuple[Message, ...]:
     """Write the boxes of a record as DeepSeek-VL2 does, now that the sizes of its pictures are known.
 
     Args:
@@ -72,7 +82,7 @@ def place_boxes(record: Record, sizes: Sequence[tuple[int, int]]) -> tuple[Messa
     )
 
 
-def _write(record: Record, sizes: Sequence[tuple[int, int]]) -> Iterator[str]:
+def _write(record: _Record, sizes: Sequence[tuple[int, int]]) -> Iterator[str]:
     for boxes in record.boxes:
         corners = []
         for box in boxes:
