@@ -1,0 +1,385 @@
+"""Pictures from addresses: fetched once, with limits, and never from a private network unless that is allowed."""
+
+import io
+import multiprocessing
+import socket
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data.images.fetch as module
+from data.images.fetch import FetchLimits, fetch, is_public
+from data.images.files import ImageError
+from data.images.reader import ImageReader
+from data.images.ref import ImageRef
+from tests.data.images.web import CERTIFICATE, Web
+
+QUICK = FetchLimits(connect_seconds=5, read_seconds=0.3, total_seconds=5, pause_seconds=0.01, max_bytes=200_000)
+
+
+def picture(kind: str = "png", size: tuple[int, int] = (90, 60)) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    server = Web()
+    server.answers["/a.png"] = lambda handler: handler.give(picture())
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def reader(tmp_path) -> ImageReader:
+    return ImageReader(cache=tmp_path / "cache", allow_private_urls=True, limits=QUICK)
+
+
+@pytest.fixture
+def home_is_public(monkeypatch):
+    """127.0.0.1 stands for the Internet; everything else is as private as it is."""
+    monkeypatch.setattr(module, "is_public", lambda ip: ip == "127.0.0.1" or is_public(ip))
+
+
+def ref(address: str) -> ImageRef:
+    return ImageRef(kind="url", name=address)
+
+
+def get(web: Web, path: str, limits: FetchLimits = QUICK) -> bytes:
+    return fetch(web.url(path), limits=limits, allow_private=True).data
+
+
+def test_each_address_is_fetched_once(web, reader, tmp_path):
+    """By size, by decoding, by another process, by the next run, and without a network."""
+    image = ref(web.url("/a.png"))
+    assert reader.state(image) is None
+    assert reader.size(image) == reader.decode(image).size == (90, 60)
+    state = reader.state(image)
+    assert state is not None and image.name in state
+    child = multiprocessing.get_context("fork").Process(target=reader.decode, args=(image,))
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0
+    assert web.asked == [("/a.png", f"127.0.0.1:{web.server_port}")]
+    web.end()  # offline from here on
+    later = ImageReader(cache=tmp_path / "cache")
+    assert (later.size(image), later.state(image)) == ((90, 60), state)
+
+
+def test_state_is_of_the_content(web, reader, tmp_path):
+    """Another picture at the same address, in another cache, is another state: sizes kept on disk do not mislead."""
+    web.answers["/b.png"] = lambda handler: handler.give(picture(size=(30, 60)))
+    web.answers["/c.png"] = lambda handler: handler.give(picture())
+    for path in ("/a.png", "/b.png", "/c.png"):
+        reader.size(ref(web.url(path)))
+    assert len({reader.state(ref(web.url(path))) for path in ("/a.png", "/b.png", "/c.png")}) == 3
+    other = ImageReader(cache=tmp_path / "other", allow_private_urls=True, limits=QUICK)
+    web.answers["/a.png"] = web.answers["/b.png"]
+    other.size(ref(web.url("/a.png")))
+    assert other.state(ref(web.url("/a.png"))) != reader.state(ref(web.url("/a.png")))
+
+
+def test_damaged_and_unwritable_caches_cost_time_only(web, reader, tmp_path, caplog):
+    image = ref(web.url("/a.png"))
+    reader.size(image)
+    (kept,) = (tmp_path / "cache" / "pictures").rglob("*/*")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert reader.decode(image).size == (90, 60)
+    assert (len(web.asked), kept.read_bytes()) == (2, picture())
+    (address,) = (tmp_path / "cache" / "addresses").rglob("*/*")
+    address.write_bytes(b"\xff/../../passwd")
+    assert reader.state(image) is None
+    assert reader.size(image) == (90, 60)
+    assert len(web.asked) == 3
+    (tmp_path / "file").touch()
+    unwritable = ImageReader(cache=tmp_path / "file", allow_private_urls=True, limits=QUICK)
+    assert unwritable.size(image) == (90, 60)
+    assert "fetched pictures cannot be kept in" in caplog.text
+
+
+def test_addresses_are_fetched_together(web, reader):
+    """10,000 pictures one after the other take an hour; and nobody waits twice for one that is not there."""
+    together = threading.Barrier(4, timeout=10)
+
+    def wait(handler):
+        together.wait()
+        handler.give(picture())
+
+    for i in range(4):
+        web.answers[f"/{i}.png"] = wait
+    images = [ref(web.url(f"/{i}.png")) for i in range(4)]
+    ImageReader(cache=reader.cache, allow_private_urls=True).prefetch([*images, *images])
+    assert len(web.asked) == 4
+    absent = ref(web.url("/absent.png"))
+    reader.prefetch([*images, absent, ImageRef(kind="file", name="/a.png")])
+    assert len(web.asked) == 5
+    for _ in range(2):
+        with pytest.raises(ImageError, match="404"):
+            reader.size(absent)
+    assert len(web.asked) == 5
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 410])
+def test_an_answer_that_is_final(web, status):
+    web.answers["/x"] = lambda handler: handler.send_error(status)
+    with pytest.raises(ImageError, match=rf"cannot fetch {web.url('/x')}: the server answers {status} [A-Z]\w+"):
+        get(web, "/x")
+    assert len(web.asked) == 1
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_an_answer_that_may_pass_is_asked_for_again(web, status):
+    answers = iter([lambda handler: handler.send_error(status), lambda handler: handler.give(b"picture")])
+    web.answers["/x"] = lambda handler: next(answers)(handler)
+    assert get(web, "/x") == b"picture"
+
+
+def test_a_server_that_stays_broken(web):
+    web.answers["/x"] = lambda handler: handler.send_error(502)
+    with pytest.raises(ImageError, match=r"the server answers 502 Bad Gateway \(after 3 tries\)"):
+        get(web, "/x")
+    assert len(web.asked) == 3
+
+
+def test_nobody_answers():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}/a.png"
+    with pytest.raises(ImageError, match=rf"cannot fetch {address}: Connection refused \(after 3 tries\)"):
+        fetch(address, limits=QUICK, allow_private=True)
+    with pytest.raises(ImageError, match=r"cannot fetch http://absent\.invalid/: (no such host|.*name resolution)"):
+        fetch("http://absent.invalid/", limits=QUICK, allow_private=True)
+
+
+def test_a_server_that_says_nothing(web):
+    web.answers["/x"] = lambda handler: handler.server.ending.wait(10)
+    with pytest.raises(ImageError, match=r"cannot fetch .*/x: timed out"):
+        get(web, "/x")
+    assert len(web.asked) == 1
+
+
+@pytest.mark.parametrize("part", ["headers", "body"])
+def test_a_server_that_sends_a_byte_now_and_then(web, part):
+    """Each byte came before read_seconds were over: one such server held a run up for ever."""
+
+    def drip(handler):
+        if part == "body":
+            handler.send_response(200)
+            handler.end_headers()
+        for _ in range(200):
+            handler.wfile.write(b"x")
+            handler.wfile.flush()
+            if handler.server.ending.wait(0.05):
+                return
+
+    web.answers["/x"] = drip
+    limits = FetchLimits(read_seconds=5, total_seconds=0.4)
+    with pytest.raises(ImageError, match=r"cannot fetch .*/x: timed out"):
+        get(web, "/x", limits)
+
+
+def test_redirects(web, reader):
+    """To another path, relative, and for ever."""
+    web.answers["/1"] = lambda handler: handler.redirect("/2", 301)
+    web.answers["/2"] = lambda handler: handler.redirect(web.url("/a.png"), 307)
+    assert get(web, "/1") == picture()
+    web.answers["/loop"] = lambda handler: handler.redirect("/loop")
+    with pytest.raises(ImageError, match=rf"cannot fetch {web.url('/loop')}: more than 5 redirects"):
+        reader.size(ref(web.url("/loop")))
+
+
+@pytest.mark.parametrize(
+    ("to", "problem"),
+    [
+        ("http://127.0.0.2:{port}/a.png", r"it leads to 127\.0\.0\.2, in a private or local network"),
+        ("http://2130706434:{port}/a.png", "it leads to 2130706434, in a private or local network"),
+        ("http://0x7f000002:{port}/a.png", "it leads to 0x7f000002, in a private or local network"),
+        ("http://[::1]:{port}/a.png", "it leads to ::1, in a private or local network"),
+        ("http://[::ffff:127.0.0.2]:{port}/a.png", "in a private or local network"),
+        ("http://169.254.169.254/latest/meta-data/", r"it leads to 169\.254\.169\.254, in a private or local network"),
+        ("http://10.0.0.1/", r"it leads to 10\.0\.0\.1, in a private or local network"),
+        ("//0/", "it leads to 0, in a private or local network"),
+        ("file:///etc/passwd", "it redirects to file:///etc/passwd: expected an address of http or https"),
+        ("ftp://127.0.0.1/a", "it redirects to ftp://127.0.0.1/a: expected an address of http or https"),
+        ("http://127.0.0.1@127.0.0.2/", "expected an address without a user name or a password"),
+        ("http://127.0.0.1\\@127.0.0.2/", "expected an address without a user name or a password"),
+        ("http://[::1", r"it redirects to http://\[::1: not an address"),
+    ],
+)
+def test_redirect_into_a_private_network(web, home_is_public, to, problem):
+    """A row of somebody's data set read the cloud's credentials from 169.254.169.254, by way of a public address."""
+    web.answers["/x"] = lambda handler: handler.redirect(to.format(port=web.server_port))
+    with pytest.raises(ImageError, match=rf"^cannot fetch {web.url('/x')}: .*{problem}"):
+        fetch(web.url("/x"), limits=QUICK, allow_private=False)
+    assert [path for path, _ in web.asked] == ["/x"]
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1/", "http://localhost:1/", "http://127.1:1/", "http://[::]/"])
+def test_private_addresses_are_refused_at_once(address):
+    with pytest.raises(ImageError, match=r"in a private or local network; with data\.allow_private_urls=true"):
+        fetch(address, limits=QUICK, allow_private=False)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        *((a, True) for a in ("8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808")),
+        *((a, False) for a in ("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.0.1", "169.254.169.254", "0.0.0.0")),
+        *((a, False) for a in ("100.100.100.200", "224.0.0.1", "240.0.0.1", "255.255.255.255", "198.18.0.1")),
+        *((a, False) for a in ("::", "::1", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1", "::127.0.0.1")),
+        *((a, False) for a in ("::ffff:127.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1", "2001:0:7f00:1::")),
+    ],
+)
+def test_what_is_public(address, public):
+    assert is_public(address) is public
+
+
+@pytest.fixture
+def names(monkeypatch) -> dict[str, list[list[str]]]:
+    """What names resolve to, one list of addresses for each time that they are looked up."""
+    known: dict[str, list[list[str]]] = {}
+    real = socket.getaddrinfo
+
+    def look_up(host, port, *args, **options):
+        if host not in known:
+            return real(host, port, *args, **options)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in known[host].pop(0)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return known
+
+
+def test_every_address_of_a_name_is_checked(web, home_is_public, names):
+    names["pictures.example"] = [["127.0.0.1", "10.0.0.1"]]
+    with pytest.raises(ImageError, match=r"it leads to pictures\.example, in a private or local network"):
+        fetch(web.url("/a.png", "pictures.example"), limits=QUICK, allow_private=False)
+    assert not web.asked
+
+
+def test_the_connection_goes_to_the_address_that_was_checked(web, home_is_public, names):
+    """A name may mean another machine at the second look: there is none."""
+    names["pictures.example"] = [["127.0.0.1"], ["127.0.0.2"]]
+    assert fetch(web.url("/a.png", "pictures.example"), limits=QUICK, allow_private=False).data == picture()
+    assert web.asked == [("/a.png", f"pictures.example:{web.server_port}")]
+    assert names["pictures.example"] == [["127.0.0.2"]]
+
+
+def test_tls_checks_the_name_though_it_connects_to_an_address(home_is_public, names, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+    module._tls.cache_clear()
+    server = Web(secure=True)
+    try:
+        server.answers["/a.png"] = lambda handler: handler.give(picture())
+        names.update({"pictures.example": [["127.0.0.1"]] * 2, "other.example": [["127.0.0.1"]]})
+        address = f"https://pictures.example:{server.server_port}/a.png"
+        assert fetch(address, limits=QUICK, allow_private=False).data == picture()
+        with pytest.raises(ImageError, match=r"its certificate is not valid .*other\.example"):
+            fetch(address.replace("pictures", "other"), limits=QUICK, allow_private=False)
+        monkeypatch.delenv("SSL_CERT_FILE")
+        module._tls.cache_clear()
+        with pytest.raises(ImageError, match=r"its certificate is not valid \(self.signed certificate"):
+            fetch(address, limits=QUICK, allow_private=False)
+    finally:
+        module._tls.cache_clear()
+        server.end()
+
+
+def test_body_that_is_not_what_was_announced(web, reader):
+    """Less than announced is asked for again; of more, what was announced counts, and that is half a picture."""
+    data = picture()
+    web.answers["/less"] = lambda handler: handler.give(data[:1000], length=len(data))
+    with pytest.raises(ImageError, match=rf"the server announced {len(data)} bytes and sent 1000 \(after 3 tries\)"):
+        reader.size(ref(web.url("/less")))
+    web.answers["/more"] = lambda handler: handler.give(data, length=1000)
+    with pytest.raises(ImageError, match=rf"truncated image, its end is missing: {web.url('/more')}"):
+        reader.size(ref(web.url("/more")))
+    assert reader.state(ref(web.url("/more"))) is None  # nothing of it is kept
+    web.answers["/more"] = web.answers["/a.png"]
+    assert reader.size(ref(web.url("/more"))) == (90, 60)
+
+
+def test_body_without_a_length(web):
+    def until_it_ends(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(picture())
+
+    def in_chunks(handler):
+        handler.protocol_version = "HTTP/1.1"
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for start in range(0, len(picture()), 5000):
+            part = picture()[start : start + 5000]
+            handler.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
+        handler.wfile.write(b"0\r\n\r\n")
+
+    web.answers.update({"/a": until_it_ends, "/b": in_chunks})
+    assert get(web, "/a") == get(web, "/b") == picture()
+
+
+def test_too_many_bytes(web):
+    def without_end(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        while not handler.server.ending.is_set():
+            handler.wfile.write(b"x" * 10_000)
+
+    web.answers["/long"] = lambda handler: handler.give(b"", length=200_001)
+    web.answers["/endless"] = without_end
+    with pytest.raises(ImageError, match=r"cannot fetch .*/long: expected at most 200000 bytes, found 200001"):
+        get(web, "/long")
+    with pytest.raises(ImageError, match=r"cannot fetch .*/endless: expected at most 200000 bytes, found more"):
+        get(web, "/endless")
+
+
+def test_a_page_in_place_of_a_picture(web, reader):
+    """A login page with status 200 is the commonest of all dead links."""
+    web.answers["/x.jpg"] = lambda handler: handler.give(b"<!DOCTYPE html>", kind="text/html; charset=utf-8")
+    with pytest.raises(ImageError, match=r"found something else at .*/x\.jpg \(the server calls it text/html\)"):
+        reader.size(ref(web.url("/x.jpg")))
+    web.answers["/empty"] = lambda handler: handler.give(b"")
+    with pytest.raises(ImageError, match=r"found something else at .*/empty|found 0 bytes"):
+        reader.size(ref(web.url("/empty")))
+
+
+@pytest.mark.parametrize("answer", [b"\x00" * 100, b"HTTP/1.1 999999 x\r\n\r\n", b"HTTP/1.1 200 OK\r\nA" * 70_000, b""])
+def test_a_server_that_speaks_no_http(web, answer):
+    web.answers["/x"] = lambda handler: handler.wfile.write(answer)
+    with pytest.raises(ImageError, match=r"cannot fetch .*/x: ") as caught:
+        get(web, "/x")
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "problem"),
+    [
+        ("http://" + "a" * 100_000, "no such host|not an address|name resolution"),
+        ("http://a.example:port/", "not an address"),
+        ("http://a.example:99999/", "not an address"),
+        ("http://\u3002\u3002/", "not an address"),
+        ("http://a b/", "expected an address with the name of a host"),
+        ("http://", "expected an address with the name of a host"),
+        ("gopher://a/", "expected an address of http or https"),
+        ("http://user:secret@127.0.0.1/", "expected an address without a user name or a password"),
+    ],
+)
+def test_addresses_that_cannot_be_used(address, problem):
+    with pytest.raises(
+        ImageError, match=rf"^cannot fetch http.*({problem})|^cannot fetch gopher.*({problem})"
+    ) as caught:
+        fetch(address, limits=QUICK, allow_private=True)
+    assert len(str(caught.value)) < 600
+
+
+def test_addresses_as_people_write_them(web):
+    """With spaces, Chinese characters, and parts that are quoted already."""
+    web.answers["/%E7%8C%AB%20a%2Fb.png?w=%E7%8C%AB&h=1"] = lambda handler: handler.give(b"x")
+    assert get(web, "/猫 a%2Fb.png?w=猫&h=1#part") == b"x"
+    assert get(web, "/猫\n a%2Fb.png?w=猫&h=1") == b"x"  # no header can be smuggled in
