@@ -15,6 +15,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2.cache import LayerCache
 from vl2.config import LanguageConfig
+from vl2.constant_tensors import segment_bounds
 from vl2.linear import Linear
 
 # A longer segment is computed in blocks of QUERY_BLOCK queries: with fewer the calls cost more than the work saved.
@@ -195,10 +196,7 @@ def _flash_attention(
 ) -> paddle.Tensor:
     from paddle.nn.functional.flash_attention import flash_attn_unpadded
 
-    bounds = [0]
-    for length in lens:
-        bounds.append(bounds[-1] + length)
-    bounds_S1 = paddle.to_tensor(bounds, dtype="int32", place=q_THK.place)
+    bounds_S1 = segment_bounds(lens, q_THK.place)
     width, longest = q_THK.shape[-1], max(lens)
     v_width = v_THV.shape[-1]
     if v_width < width:  # MLA: the kernel wants one head size for q, k and v

@@ -12,8 +12,9 @@ import paddle
 from paddle import nn
 from paddlenlp.peft.lora.lora_layers import LoRALinear as PaddleNLPLoRALinear
 
+from vl2.grouped_linear import GroupedLora
 from vl2.linear import Linear, linear
-from vl2.moe import Experts, GroupedLora
+from vl2.moe import Experts
 
 MERGE = (
     "a merge in the weight's dtype loses most of the addition in bfloat16; use vl2.lora.deltas, which add in float32"
@@ -88,7 +89,7 @@ class ExpertsLoRA(nn.Layer):
         self.down_B = self.create_parameter([num_experts, rank, size], dtype="float32")
         self.disable_lora = False
 
-    def gate_up(self, x_RD: paddle.Tensor) -> GroupedLora | None:
+    def gate_up(self, x_PD: paddle.Tensor) -> GroupedLora | None:
         """Addition to the stacked gate and up projections, as one product of rank 2r.
 
         a = [gate_A | up_A]  [E, D, 2r]        b = [gate_B   0  ]  [E, 2r, 2I], times the scaling
@@ -100,10 +101,10 @@ class ExpertsLoRA(nn.Layer):
         gate = paddle.concat([self.gate_B, zeros], axis=-1)
         up = paddle.concat([zeros, self.up_B], axis=-1)
         a = paddle.concat([self.gate_A, self.up_A], axis=-1)
-        return GroupedLora(self.dropout(x_RD), a, paddle.concat([gate, up], axis=1) * self.scaling)
+        return GroupedLora(self.dropout(x_PD), a, paddle.concat([gate, up], axis=1) * self.scaling)
 
-    def down(self, inner_RI: paddle.Tensor) -> GroupedLora | None:
+    def down(self, inner_PI: paddle.Tensor) -> GroupedLora | None:
         """Addition to the stacked down projections: a [E, I, r], b [E, r, D] times the scaling."""
         if self.disable_lora:
             return None
-        return GroupedLora(self.dropout(inner_RI), self.down_A, self.down_B * self.scaling)
+        return GroupedLora(self.dropout(inner_PI), self.down_A, self.down_B * self.scaling)

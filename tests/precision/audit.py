@@ -26,8 +26,8 @@ from vl2.projector import distinct_tiles
 from vl2.prompt import IGNORE
 
 PRODUCTS = ("matmul", "bmm", "linear")
-# Operators whose further operands are numbers, not tensors: a factor is float32 whatever it multiplies.
-NUM_TENSORS = {"scale": 1}
+# Operators whose further operands are numbers, not tensors: a factor or a filling is float32 whatever the tensor is.
+NUM_TENSORS = {"scale": 1, "pad": 1}
 
 
 @dataclass(kw_only=True)
@@ -56,19 +56,22 @@ class Trace:
         return list(dict.fromkeys(found))
 
 
-def trace_loss(model: DeepseekVL2, batch: Mapping[str, np.ndarray], *, flash: bool = True) -> Trace:
+def trace_loss(
+    model: DeepseekVL2, batch: Mapping[str, np.ndarray], *, flash: bool = True, batches: bool = True
+) -> Trace:
     """Trace the loss and the load-balance loss of a batch in the model's compute dtype.
 
     Args:
         batch: as for `loss`, with tiles. Ids and tiles become inputs of the program, all else constants in it.
         flash: take the flash attention kernel where it fits.
+        batches: multiply the experts in batches.
     """
     trace = Trace()
     first, _ = distinct_tiles(batch["tiles"], [tuple(grid) for grid in batch["grids"]])
 
     @paddle.jit.not_to_static  # nothing in it depends on data, and the transformation stumbles over numpy code
     def run(ids, tiles):
-        with _tracing(trace, model, batch["input_ids"], ids, tiles, flash):
+        with _tracing(trace, model, batch["input_ids"], ids, tiles, flash, batches):
             balance = LoadBalance(batch["seq_lens"], batch["labels"] != IGNORE)
             return model.loss(batch, balance)[0] + balance.total()
 
@@ -84,7 +87,9 @@ def trace_loss(model: DeepseekVL2, batch: Mapping[str, np.ndarray], *, flash: bo
 
 
 @contextlib.contextmanager
-def _tracing(trace: Trace, model: DeepseekVL2, ids_T: np.ndarray, ids, tiles, flash: bool) -> Iterator[None]:
+def _tracing(
+    trace: Trace, model: DeepseekVL2, ids_T: np.ndarray, ids, tiles, flash: bool, batches: bool
+) -> Iterator[None]:
     """What stands between the model and a static program: arrays that are inputs, counts that only a run knows."""
     language, to_tensor = model.config.language, paddle.to_tensor
 
@@ -96,13 +101,11 @@ def _tracing(trace: Trace, model: DeepseekVL2, ids_T: np.ndarray, ids, tiles, fl
         kwargs.pop("place", None)
         return to_tensor(data, *args, **kwargs)
 
-    class Counts:
-        """In place of the router's: any that add up to the choices."""
-
-        def tolist(self) -> list[int]:
-            num_rows, num_experts = len(ids_T) * language.num_experts_per_tok, language.n_routed_experts
-            each = num_rows // num_experts
-            return [num_rows - each * (num_experts - 1)] + [each] * (num_experts - 1)
+    def counts(bounds_E1) -> list[int]:
+        """In place of the host's reading: any that add up to the choices, with one expert crowded."""
+        num_rows, num_experts = len(ids_T) * language.num_experts_per_tok, language.n_routed_experts
+        each = num_rows // num_experts // 2
+        return [num_rows - each * (num_experts - 1)] + [each] * (num_experts - 1)
 
     class Context:
         def save_for_backward(self, *tensors):
@@ -123,7 +126,8 @@ def _tracing(trace: Trace, model: DeepseekVL2, ids_T: np.ndarray, ids, tiles, fl
         stack.enter_context(mock.patch.object(_C_ops, "flash_attn_unpadded", flash_kernel))
         stack.enter_context(mock.patch("vl2.attention._has_flash", lambda place: flash))
         stack.enter_context(mock.patch.object(paddle, "to_tensor", input_or_constant))
-        stack.enter_context(mock.patch.object(paddle, "bincount", lambda *args, **kwargs: Counts()))
+        stack.enter_context(mock.patch("vl2.expert_rows.takes_batches", lambda place: batches))
+        stack.enter_context(mock.patch("vl2.expert_rows.read_counts", counts))
         apply = classmethod(lambda layer, *args: layer.forward(Context(), *args))
         stack.enter_context(mock.patch.object(PyLayer, "apply", apply))
         yield

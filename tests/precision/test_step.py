@@ -120,19 +120,21 @@ def scaler_on_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "flash"),
+    ("family", "dtype", "flash", "batches"),
     [
-        ("nano_tiny", "bfloat16", True),
-        ("nano_small", "bfloat16", True),
-        ("nano_base", "bfloat16", True),
-        ("nano_small", "bfloat16", False),
-        ("nano_tiny", "float16", False),
-        ("nano_base", "float16", True),
+        ("nano_tiny", "bfloat16", True, True),
+        ("nano_small", "bfloat16", True, True),
+        ("nano_base", "bfloat16", True, True),
+        ("nano_base", "bfloat16", True, False),
+        ("nano_small", "bfloat16", False, True),
+        ("nano_tiny", "float16", False, True),
+        ("nano_base", "float16", True, True),
     ],
 )
-def test_lora_step(nano, pack, exact, report, scaler_on_cpu, family, dtype, flash):
+def test_lora_step(nano, pack, exact, report, scaler_on_cpu, monkeypatch, family, dtype, flash, batches):
     """Recompute on, as on a GPU; attention as on cards with and without the flash kernel; float16 with its scaler."""
     expected = exact(family)
+    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: batches)
     scaler = paddle.amp.GradScaler(init_loss_scaling=2.0**15) if dtype == "float16" else None
     model = nano(family, dtype)
     frozen = {p.dtype for p in model.parameters() if p.stop_gradient}
@@ -143,7 +145,7 @@ def test_lora_step(nano, pack, exact, report, scaler_on_cpu, family, dtype, flas
         found = step(model, pack, scaler)
     loss, logits, cosine, line = compare(f"{family} {dtype} {'flash' if flash else 'plain'}", found, expected, GROUPS)
     report(line)
-    assert ran["matmul"] > 500 and bool(ran.get("flash_attn_unpadded")) is flash
+    assert ran["matmul"] > 200 and bool(ran.get("flash_attn_unpadded")) is flash
     assert abs(loss) <= 5e-3 and logits <= 0.02 and cosine >= 0.99
     assert loss != 0  # it did run in another precision
     # AdamW's first step moves every weight that has a gradient by about the learning rate.
@@ -152,9 +154,10 @@ def test_lora_step(nano, pack, exact, report, scaler_on_cpu, family, dtype, flas
 
 
 @pytest.mark.parametrize("family", ["nano_base"])
-def test_full_step(nano, pack, exact, report, family):
+def test_full_step(nano, pack, exact, report, monkeypatch, family):
     """Float32 weights that train, computed in bfloat16."""
     expected = exact(family, True)
+    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: True)
     model = nano(family, "bfloat16", full=True)
     pin_choices(model, expected.choices)
     with half_precision_on_cpu():

@@ -253,7 +253,7 @@ def test_factor_gradients_follow_from_the_full_gradient(config, batch):
 
 
 @pytest.mark.slow
-def test_recompute_equals_none_with_dropout(config, batch):
+def test_recompute_equals_none_with_dropout(config, batch, expert_way):
     """Bit for bit: the RNG state is restored, and the same kernels see the same numbers.
 
     A regression: PyLayers asked a saved tensor for its stop_gradient, which non-reentrant recompute does not give back;

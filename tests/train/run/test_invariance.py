@@ -74,7 +74,7 @@ def losses_by_sample(model, batch) -> list[float]:
     return [float(part.sum()) for part in np.split(each.numpy().ravel(), bounds)]
 
 
-def test_packed_equals_separate(parts):
+def test_packed_equals_separate(parts, expert_way):
     """Two samples with an image and four of text: loss of each, and the gradient of every factor."""
     data, model = parts
     pictured = [i for i, size in enumerate(data.dataset.sizes) if size.tiles][:2]

@@ -1,0 +1,52 @@
+"""One matrix product an expert over rows laid out by expert, with LoRA: one function, a way for CPU and one for GPU.
+
+Shape suffixes: P rows of the layout, R rows without padding, D and I channels, E experts, L LoRA channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import paddle
+
+from vl2.expert_batches import ExpertBatches
+from vl2.expert_loop import ExpertLoop
+from vl2.expert_rows import Layout
+
+
+class GroupedLora(NamedTuple):
+    """Low-rank addition to a grouped product: x @ a[e] @ b[e] on the rows of expert e; the scaling is inside b."""
+
+    x: paddle.Tensor  # [P, in], x after dropout
+    a: paddle.Tensor  # [E, in, L]
+    b: paddle.Tensor  # [E, L, out]
+
+
+def grouped_linear(
+    x_PD: paddle.Tensor, layout: Layout, weight: paddle.Tensor, lora: GroupedLora | None = None
+) -> paddle.Tensor:
+    """One matrix product per expert over rows that are laid out by expert.
+
+        rows       counts (2, 0, 1), without padding
+        x0  @ W[0]
+        x1  @ W[0]
+        x2  @ W[2]
+
+    A layout in blocks is computed in batched products, whose number does not depend on the number of experts; one
+    without blocks, expert by expert. The results are equal but for the order of sums.
+
+    Args:
+        x_PD: [P, in], zeros in rows of padding.
+        layout: from `vl2.expert_rows.dispatch`.
+        weight: [E, in, out]; a frozen one may be of another dtype, it is cast where it is used and never kept cast.
+        lora: addition of low rank, or None.
+
+    Returns:
+        [P, out] in x's dtype. Gradients reach x, lora.x, lora.a, lora.b, and the weight when it trains.
+    """
+    if not weight.stop_gradient and weight.dtype != x_PD.dtype:
+        weight = weight.astype(x_PD.dtype)
+    lora_x, a, b = (None, None, None) if lora is None else (lora.x, lora.a.astype(x_PD.dtype), lora.b.astype(x_PD.dtype))
+    if layout.blocks is None:
+        return ExpertLoop.apply(x_PD, weight, lora_x, a, b, layout.counts)
+    return ExpertBatches.apply(x_PD, weight, lora_x, a, b, layout.blocks, layout.expert_M)
