@@ -30,7 +30,9 @@ class Blocks(NamedTuple):
     """A layout for batched products: every expert's first rows, then the rest of the crowded ones in equal parts.
 
         counts (1, 5, 2), first 2, part 2     a .   b c   g h     every expert
-                                              d e   f .           the rest of the second one in two parts
+                                              d e   f .           the rest of the second one, in two parts
+
+    Dots are padding: rows of zeros.
     """
 
     first: int  # rows of every expert in the first block; 0: there is none

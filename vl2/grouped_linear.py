@@ -46,7 +46,9 @@ def grouped_linear(
     """
     if not weight.stop_gradient and weight.dtype != x_PD.dtype:
         weight = weight.astype(x_PD.dtype)
-    lora_x, a, b = (None, None, None) if lora is None else (lora.x, lora.a.astype(x_PD.dtype), lora.b.astype(x_PD.dtype))
+    lora_x = a = b = None
+    if lora is not None:
+        lora_x, a, b = lora.x, lora.a.astype(x_PD.dtype), lora.b.astype(x_PD.dtype)
     if layout.blocks is None:
         return ExpertLoop.apply(x_PD, weight, lora_x, a, b, layout.counts)
     return ExpertBatches.apply(x_PD, weight, lora_x, a, b, layout.blocks, layout.expert_M)
