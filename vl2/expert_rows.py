@@ -68,7 +68,7 @@ def choose_blocks(counts: Sequence[int]) -> Blocks:
         counts: rows of each expert.
     """
     counts_E = np.asarray(counts)
-    first_F = np.unique(np.append(counts_E, 0))  # only there does a larger first block stop helping some expert
+    first_F = np.unique(np.append(counts_E, 0))  # between two of them it helps the same experts
     part_G = np.array(PARTS)
     beyond_FE = np.maximum(counts_E - first_F[:, None], 0)
     parts_FG = (-(-beyond_FE[:, None, :] // part_G[:, None])).sum(axis=-1)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
     ],
 )
 def test_no_mixture(nano, pack, family, dtype, flash, full, batches):
-    """LoRA, and full fine-tuning whose float32 weights are cast; with and without the flash kernel, both expert ways."""
+    """LoRA, and full fine-tuning whose float32 weights are cast; flash kernel and experts in both ways."""
     model = nano(family, dtype, full=full)
     trace = trace_loss(model, pack, flash=flash, batches=batches)
     assert trace.faults() == []
