@@ -1,6 +1,6 @@
 """Plans a run before its first step: which samples form each pack, which packs form each optimizer step.
 
-A plan is a pure function of sizes and settings; ranks, workers and the length of the run decide nothing in it.
+A plan is a pure function of sizes, mixture and settings; ranks, workers and the length of the run decide nothing in it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data.mixture import Mixture, plain_mixture
 from data.size_table import Size
 from vl2.errors import UserError
 
@@ -156,6 +157,7 @@ def make_plan(
     epochs: float | None = None,
     max_steps: int | None = None,
     order: str = "random",
+    mixture: Mixture | None = None,
     data_fingerprint: str = "",
 ) -> Plan:
     """Plan a run of so many epochs, of so many steps, or whichever ends first.
@@ -172,10 +174,11 @@ def make_plan(
         epochs: passes over the data; 0.5 takes the first half of the steps of one pass.
         max_steps: optimizer steps.
         order: "random", or "file": neighbouring rows, from the first to the last, in every epoch.
+        mixture: how often each row is taken in each epoch; None takes all of them once.
         data_fingerprint: `Dataset.fingerprint`, which becomes part of the plan's.
 
     Raises:
-        UserError: no records, a record over the budget, or a setting out of range.
+        UserError: no records, a record over the budget, a setting out of range, or a source that gives no row.
     """
     if not sizes:
         raise UserError("empty dataset: expected at least one record to plan")
@@ -201,21 +204,25 @@ def make_plan(
 
     limit = max_steps if max_steps is not None else math.inf
     passes = epochs if epochs is not None else math.inf
+    mixture = mixture or plain_mixture(len(tokens))
     packs: list[PackSpec] = []
     steps_per_epoch: list[int] = []
     for epoch in itertools.count():
         steps_left, passes_left = limit - sum(steps_per_epoch), passes - epoch
         if steps_left <= 0 or passes_left <= 0:
             break
-        members = pack_epoch(tokens, tiles, max_tokens, max_tiles_per_pack, seed=seed, epoch=epoch, order=order)
+        rows = mixture.members(seed=seed, epoch=epoch)
+        members = pack_epoch(
+            tokens[rows], tiles[rows], max_tokens, max_tiles_per_pack, seed=seed, epoch=epoch, order=order
+        )
         num_steps = math.ceil(len(members) / packs_per_step)
         num_steps = int(min(num_steps, steps_left, math.ceil(num_steps * min(passes_left, 1))))
         members = members[: num_steps * packs_per_step]
-        for samples in members:
-            index = list(samples)
+        for taken in members:
+            index = list(taken) if mixture.is_plain else rows[list(taken)].tolist()
             packs.append(
                 PackSpec(
-                    samples=samples,
+                    samples=tuple(index),
                     tokens=int(tokens[index].sum()),
                     tiles=int(tiles[index].sum()),
                     supervised=int(supervised[index].sum()),
@@ -223,6 +230,7 @@ def make_plan(
             )
         packs.extend([EMPTY_PACK] * (num_steps * packs_per_step - len(members)))
         steps_per_epoch.append(num_steps)
+    mixture.check_all_taken(len(steps_per_epoch))
 
     settings = {
         "data": data_fingerprint or _fingerprint(tokens, tiles, supervised),
@@ -231,6 +239,7 @@ def make_plan(
         "packs_per_step": packs_per_step,
         "data.order": order,
         "seed": seed,
+        **({"data.sources": mixture.settings} if mixture.settings else {}),
     }
     return Plan(
         packs=tuple(packs), packs_per_step=packs_per_step, steps_per_epoch=tuple(steps_per_epoch), settings=settings
@@ -267,6 +276,8 @@ def pack_epoch(
     """
     random = np.random.default_rng([seed, epoch])
     in_file_order = order == "file"
+    if not len(tokens):  # an epoch in which it is no row's turn
+        return []
     shuffled = np.arange(len(tokens)) if in_file_order else random.permutation(len(tokens))
     # The dominant share of its budget is what makes a sample hard to place.
     weight = np.maximum(tokens / max_tokens, tiles / max_tiles) * random.uniform(1, 1 + JITTER, len(tokens))
