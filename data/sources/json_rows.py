@@ -40,14 +40,14 @@ class JsonRows:
         return int(self._spans[index, 2])
 
     def content(self, index: int) -> bytes:
-        """Text of a row."""
+        """Text of a row, without the space around it."""
         start, stop, number = self._spans[index].tolist()
         content = os.pread(self._file.fileno(), stop - start, start)
         if len(content) < stop - start:
             raise RecordError(
                 self.name, number, "row", "found the file cut short since it was opened; leave it alone and start again"
             )
-        return content
+        return content.strip()
 
 
 def decode_row(content: bytes, *, source: str, number: int) -> Any:
@@ -62,7 +62,11 @@ def decode_row(content: bytes, *, source: str, number: int) -> Any:
     """
     text = ""
     try:
-        text = content.decode("utf-8").strip()
+        text = content.decode("utf-8")
+        if not text:  # no line is: blank ones are no rows
+            raise RecordError(
+                source, number, "row", "found nothing between two commas of the array; remove one of them"
+            )
         return json.loads(text)
     except UnicodeDecodeError as error:
         problem = f"expected UTF-8 text, found byte {error.start} is not"
@@ -76,9 +80,8 @@ def decode_row(content: bytes, *, source: str, number: int) -> Any:
 
 
 def _not_json(text: str, error: json.JSONDecodeError) -> str:
-    problem = (
-        f"expected a JSON object, found text that is not JSON ({error.msg}, column {error.colno}): {text[:_SHOWN]!r}"
-    )
+    place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} of the row, column {error.colno}"
+    problem = f"expected a JSON object, found text that is not JSON ({error.msg}, {place}): {text[:_SHOWN]!r}"
     if text.startswith("[") or text == "{":
         problem += "; a file of JSON lines holds one whole object a line, without brackets or commas around them"
     return problem

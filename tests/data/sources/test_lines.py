@@ -1,7 +1,6 @@
 """JSON lines where they lie: encodings, line ends, row numbers, and one pass over the bytes."""
 
 import io
-import os
 
 import numpy as np
 import pytest
@@ -87,12 +86,3 @@ def test_json_as_python_has_it(tmp_path):
     rows = open_one(path)
     assert rows[0] == {"a": 2}
     assert rows[1]["b"] != rows[1]["b"]
-
-
-def test_what_is_no_file(tmp_path):
-    """To open a pipe would wait for a writer for ever."""
-    with pytest.raises(ValueError, match=r"none\.jsonl: expected a data file .*, found nothing there"):
-        open_one(tmp_path / "none.jsonl")
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="found no regular file there"):
-        open_one(tmp_path / "pipe")
