@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +163,7 @@ def _images(conversation: Conversation, folder: Path, of: SourceSettings) -> tup
             "" if num_placeholders else f"; write {IMAGE_PLACEHOLDER} into the user's message where the picture stands"
         )
         raise FieldError(
-            given[0][0].partition("[")[0] if given else "images",
+            re.sub(r"\[\d+\]$", "", given[0][0]) if given else "images",
             f"expected one picture for each {IMAGE_PLACEHOLDER} in the user messages, found {len(given)} "
             f"{_plural(len(given), 'picture')} for {num_placeholders} {IMAGE_PLACEHOLDER}{hint}",
         )

@@ -6,6 +6,7 @@ import json
 import re
 import reprlib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from vl2.errors import UserError
@@ -15,6 +16,7 @@ _SHORTENED = reprlib.Repr()
 _SHORTENED.maxstring = _SHORTENED.maxother = 100  # characters
 _SHORTENED.maxlist = _SHORTENED.maxdict = 20  # entries
 _MAX_SHOWN = 1000  # characters of a whole list or dictionary
+_MAX_NAME = 100  # characters
 
 _PREFERENCE = "belongs to preference training; keep the answer to be learned, and remove this field"
 _TOOLS = "describes tools, which DeepSeek-VL2's template does not know; write them into the text, or remove this field"
@@ -168,14 +170,17 @@ class Fields:
         for key, value in self.value.items():
             if key in self._read or is_empty(value):
                 continue
-            for pattern, reason in _REFUSED:
-                if pattern.fullmatch(key):
-                    if reason is _WEIGHT and value == 1:  # true and 1 say what is done anyway
-                        break
-                    raise FieldError(self.place(key), f"found {shown(value)}, which is not read: it {reason}")
-            else:
-                names.append(re.sub(r"\[\d+\]", "[]", self.place(key)))
+            reason = _reason_to_refuse(key)
+            if reason and not (reason is _WEIGHT and value == 1):  # true and 1 say what is done anyway
+                raise FieldError(self.place(key), f"found {shown(value)}, which is not read: it {reason}")
+            if not reason:
+                names.append(re.sub(r"\[\d+\]", "[]", self.place(key))[:_MAX_NAME])
         return tuple(names)
+
+
+@lru_cache(maxsize=1000)
+def _reason_to_refuse(key: str) -> str:
+    return next((reason for pattern, reason in _REFUSED if pattern.fullmatch(key)), "")
 
 
 def unpacked(value: Any, where: str) -> Any:

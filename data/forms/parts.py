@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from data.forms.fields import FieldError, Fields, is_empty, kind_of, shown
@@ -10,7 +9,6 @@ from vl2.prompt import IMAGE_PLACEHOLDER
 
 _TEXTS = ("text", "input_text", "output_text")
 _IMAGES = ("image", "image_url", "input_image")
-_LEADING_IMAGES = re.compile(rf"(?:{IMAGE_PLACEHOLDER})+(?=\S)")
 
 
 class FromColumn:
@@ -62,7 +60,12 @@ def read_parts(parts: list[Any], where: str) -> tuple[str, list[tuple[str, Any]]
         if not is_empty(fields.value.get("index")):
             fields.take("index")
         unknown += fields.unknown()
-    return _own_line("".join(texts)), images, unknown
+    for i, text in enumerate(texts):  # pictures that lead
+        if text != IMAGE_PLACEHOLDER or not "".join(texts[i + 1 :]).strip():
+            break
+        if not texts[i + 1][:1].isspace():
+            texts[i] += "\n"
+    return "".join(texts), images, unknown
 
 
 def _type_of(fields: Fields) -> str:
@@ -94,10 +97,3 @@ def _read_image(fields: Fields) -> tuple[str, Any, tuple[str, ...]]:
     if key in ("base64", "data") and isinstance(value, str) and not value.startswith("data:"):
         value = f"data:;base64,{value}"
     return fields.place(key), value, unknown
-
-
-def _own_line(text: str) -> str:
-    lead = _LEADING_IMAGES.match(text)
-    if lead is None:
-        return text
-    return f"{IMAGE_PLACEHOLDER}\n" * (lead.end() // len(IMAGE_PLACEHOLDER)) + text[lead.end() :]

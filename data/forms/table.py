@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from data.boxes import BOX_PLACEHOLDER
 from data.forms import alpaca, columns, conversations, deepseek_vl2, messages, query
 from data.forms.conversation import Conversation
 from data.forms.fields import FieldError, is_empty, kind_of, shown
+from data.forms.objects import LABEL_PLACEHOLDER
 from data.settings import SourceSettings
 from vl2.errors import UserError
+from vl2.prompt import IMAGE_PLACEHOLDER
 
 AUTO = "auto"
 COLUMNS = ("user", "assistant", "system", "image")  # what `data.columns` may name
@@ -60,13 +63,16 @@ def _found(row: Any, of: Columns) -> list[str]:
 
 
 def check_form(of: SourceSettings) -> None:
-    """Check that a source's form is known, and that its columns are named as they can be.
+    """Check that a source's form is known, that its columns are named as they can be, and its system message.
 
     Raises:
         UserError: naming the key.
     """
     if of.form != AUTO and of.form not in FORMS:
         raise UserError(f"data.form: expected auto, {', '.join(FORMS)}, found {shown(of.form)}")
+    for slot in (IMAGE_PLACEHOLDER, BOX_PLACEHOLDER, LABEL_PLACEHOLDER):
+        if slot in of.system:
+            raise UserError(f"data.system: expected a text, found {slot} in it, which only a row can fill; remove it")
     wrong = [key for key in of.columns if key not in COLUMNS]
     if wrong:
         raise UserError(
@@ -124,7 +130,10 @@ def read_row(row: Any, form: str, of: SourceSettings) -> Conversation:
     """
     if form == AUTO:
         form = find_form(row, of)
-    asked, found = FORMS[form], _found(row, of.columns)
+    asked = FORMS[form]
+    if asked.keys and isinstance(row, dict) and all(row.get(key) for key in asked.keys):  # nearly every row
+        return asked.read(row, of.columns)
+    found = _found(row, of.columns)
     if form not in found:
         if found:
             raise FieldError(

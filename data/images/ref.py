@@ -70,7 +70,7 @@ def _of_object(value: Mapping[Any, Any], folder: str | PathLike[str], root: str)
     """The Image feature of `datasets`: bytes, and the path they came from or where they are still to be found."""
     unknown = [key for key in value if key not in ("bytes", "path")]
     data, path = value.get("bytes"), value.get("path")
-    if unknown or (data is None and not path):
+    if unknown or (data is None and not isinstance(path, str)):
         raise UserError(f'{_EXPECTED}, or an object {{"bytes", "path"}}, found an object with {_shown(list(value))}')
     if data is None:
         return image_ref(path, folder, root)
