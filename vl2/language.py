@@ -125,19 +125,26 @@ class LanguageModel(nn.Layer):
         """[N, D] -> float32 [N, V]."""
         return self.lm_head(hidden_ND).astype("float32")
 
-    def loss_sum(self, hidden_ND: paddle.Tensor, labels_N: paddle.Tensor) -> paddle.Tensor:
+    def loss_sum(
+        self, hidden_ND: paddle.Tensor, labels_N: paddle.Tensor, of_tokens: list[paddle.Tensor] | None = None
+    ) -> paddle.Tensor:
         """Sum of -log p(label) over N supervised positions, float32 scalar; logits exist for one chunk at a time.
 
         Args:
             hidden_ND: final hidden states of the supervised positions only, N > 0.
             labels_N: int64 next tokens, all valid.
+            of_tokens: receives the loss of each position, in pieces of [n, 1] that no gradient goes through.
         """
         n = hidden_ND.shape[0]
         if n <= HEAD_CHUNK:
-            return self._chunk_loss(hidden_ND, labels_N)
-        chunks = [slice(i, min(i + HEAD_CHUNK, n)) for i in range(0, n, HEAD_CHUNK)]
-        parts = [recomputed(self._chunk_loss, hidden_ND[c], labels_N[c]) for c in chunks]
-        return paddle.add_n(parts)
+            parts_n1 = [self._chunk_losses(hidden_ND, labels_N)]
+        else:
+            chunks = [slice(i, min(i + HEAD_CHUNK, n)) for i in range(0, n, HEAD_CHUNK)]
+            parts_n1 = [recomputed(self._chunk_losses, hidden_ND[c], labels_N[c]) for c in chunks]
+        if of_tokens is not None:
+            of_tokens += [part.detach() for part in parts_n1]
+        sums = [part.sum() for part in parts_n1]
+        return sums[0] if len(sums) == 1 else paddle.add_n(sums)
 
-    def _chunk_loss(self, hidden_ND: paddle.Tensor, labels_N: paddle.Tensor) -> paddle.Tensor:
-        return F.cross_entropy(self.logits(hidden_ND), labels_N, reduction="sum")
+    def _chunk_losses(self, hidden_ND: paddle.Tensor, labels_N: paddle.Tensor) -> paddle.Tensor:
+        return F.cross_entropy(self.logits(hidden_ND), labels_N.unsqueeze(-1), reduction="none")

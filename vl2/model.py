@@ -109,12 +109,16 @@ class DeepseekVL2(nn.Layer):
         lens = [int(n) for n in _array(seq_lens)]
         return self.language.model(x_TD, _tensor(position_ids), lens, cache, trace, balance)
 
-    def loss(self, batch: Mapping, balance: LoadBalance | None = None) -> tuple[paddle.Tensor, int]:
+    def loss(
+        self, batch: Mapping, balance: LoadBalance | None = None, of_tokens: list[paddle.Tensor] | None = None
+    ) -> tuple[paddle.Tensor, int]:
         """Token-exact loss of a batch.
 
         Args:
             batch: see the class.
             balance: of this batch; receives the load-balance loss, which is not part of what is returned.
+            of_tokens: receives the loss of each supervised token in the order of the stream, as float32 tensors [n, 1]
+                that follow one another and that no gradient goes through.
 
         Returns:
             (sum of -log p over the supervised tokens as a float32 scalar tensor, their number as an int). The sum of a
@@ -127,7 +131,7 @@ class DeepseekVL2(nn.Layer):
         hidden_TD = self(batch, balance=balance)
         hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(supervised, place=hidden_TD.place))
         targets_N = paddle.to_tensor(labels[supervised], place=hidden_TD.place)
-        return self.language.loss_sum(hidden_ND, targets_N), int(supervised.size)
+        return self.language.loss_sum(hidden_ND, targets_N, of_tokens), int(supervised.size)
 
 
 def _array(x: Any) -> np.ndarray:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 SMOOTHING_STEPS = 20  # of the running mean that is drawn over the losses
+_LONGEST_NAME = 32  # characters of a source's name beside its line
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, one a logged step."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -27,8 +29,32 @@ def running_mean(values: Sequence[float], length: int) -> np.ndarray:
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
+def losses_by_source(lines: Sequence[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Loss of each source of a mixture: the steps that learned from it, and the mean over the last 20 of them.
+
+    The mean is that of the tokens, not of the steps' means: a step with few tokens of a source counts little.
+
+    Args:
+        lines: of metrics.jsonl.
+    """
+    found = {}
+    for name in dict.fromkeys(name for line in lines for name in line.get("loss_of", {})):
+        of_source = [line for line in lines if name in line.get("loss_of", {})]
+        tokens = np.array([line["supervised_of"][name] for line in of_source])
+        sums = tokens * [line["loss_of"][name] for line in of_source]
+        mean = running_mean(sums, SMOOTHING_STEPS) / running_mean(tokens, SMOOTHING_STEPS)
+        found[name] = np.array([line["step"] for line in of_source]), mean
+    return found
+
+
+def _label(name: str) -> str:
+    """A source's name for the legend: its end where it is long; to matplotlib `$` is mathematics, and `_` no label."""
+    short = name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
+    return f"{' ' if short.startswith('_') else ''}{short}".replace("$", r"\$")
+
+
 def draw_curve(metrics: Path, picture: Path, *, title: str) -> None:
-    """Draw loss (left axis) and learning rate (right axis) over the optimizer steps.
+    """Draw the loss, of a mixture each source's too (left axis), and the learning rate (right) over the steps.
 
     Args:
         metrics: a metrics.jsonl; without a line, as after `log_steps` that no step reached, nothing is drawn.
@@ -38,6 +64,7 @@ def draw_curve(metrics: Path, picture: Path, *, title: str) -> None:
     lines = read_metrics(metrics)
     if not lines:
         return
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # takes a second, and only a finished run needs it
 
     steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
@@ -48,6 +75,18 @@ def draw_curve(metrics: Path, picture: Path, *, title: str) -> None:
     if dense:
         mean = running_mean(losses, SMOOTHING_STEPS)
         left.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {SMOOTHING_STEPS} steps")
+    colours = colormaps["Dark2"].colors  # type: ignore[attr-defined]
+    for i, (name, (of_source, mean)) in enumerate(losses_by_source(lines).items()):
+        # A lone point is no line.
+        left.plot(
+            of_source,
+            mean,
+            color=colours[i % len(colours)],
+            linewidth=1.2,
+            linestyle=("-", "--", ":", "-.")[i // len(colours) % 4],
+            marker="." if len(mean) == 1 else "",
+            label=_label(name),
+        )
     if min(losses) > 0 and max(losses) > 20 * min(losses):
         left.set_yscale("log")
     left.set(title=title, xlabel="optimizer step", ylabel="loss per supervised token")

@@ -57,7 +57,7 @@ class MetricsLog:
 
     def write(self, metrics: StepMetrics) -> None:
         """One line of metrics.jsonl (numbers unrounded) every `log_steps`, and the bar."""
-        values = asdict(metrics)
+        values = metrics.to_json()
         if metrics.step % self.config.log_steps == 0:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()

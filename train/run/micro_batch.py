@@ -11,6 +11,7 @@ import paddle
 from paddle import nn
 
 from data.plan import Plan
+from train.run.by_source import Sources, sums_by_source
 from train.run.gradients import gather_rows
 from train.run.pack_loader import Pack
 from vl2.balance import LoadBalance
@@ -25,6 +26,8 @@ class PackLoss:
     loss: paddle.Tensor  # sum over its supervised tokens
     aux_loss: paddle.Tensor | float  # its part of the step's
     has_images: bool  # and something supervised
+    of_tokens: list[paddle.Tensor]  # losses of its supervised tokens, in a mixture
+    source_of_tokens: np.ndarray  # int, source of each of them
 
 
 def train_pack(
@@ -36,6 +39,7 @@ def train_pack(
     seed: int,
     aux_weight: float,
     loss_scale: float = 1.0,
+    sources: Sources | None = None,
 ) -> PackLoss:
     """Forward and backward of one pack; its gradients are added to those of the step's packs before it.
 
@@ -50,12 +54,20 @@ def train_pack(
         seed: of the run.
         aux_weight: of the load-balance loss; 0 does not compute it.
         loss_scale: of fp16.
+        sources: of a mixture; None keeps no losses by source.
     """
     batch = dict(inputs)
     pack, supervised = int(batch.pop("pack")), int(batch.pop("supervised_in_step"))
     paddle.seed(pack_seed(seed, step, pack))
     balance = LoadBalance(batch["seq_lens"], batch["labels"] != IGNORE) if aux_weight else None
-    loss_sum, count = model.loss(batch, balance)
+    of_tokens: list[paddle.Tensor] = []
+    source_of_tokens = np.zeros(0, dtype=np.int32)
+    if sources is None:
+        loss_sum, count = model.loss(batch, balance)
+    else:
+        loss_sum, count = model.loss(batch, balance, of_tokens)
+        if count:
+            source_of_tokens = sources.of_tokens(plan.packs[pack], batch["labels"], batch["seq_lens"])
     aux_loss: paddle.Tensor | float = 0.0
     if count:
         loss = loss_sum / supervised
@@ -63,25 +75,40 @@ def train_pack(
             term = balance.total() * (aux_weight / plan.samples(step))
             loss, aux_loss = loss + term, term.detach()
         (loss * loss_scale).backward()
-    return PackLoss(pack=pack, loss=loss_sum.detach(), aux_loss=aux_loss, has_images=count > 0 and "tiles" in batch)
+    return PackLoss(
+        pack=pack,
+        loss=loss_sum.detach(),
+        aux_loss=aux_loss,
+        has_images=count > 0 and "tiles" in batch,
+        of_tokens=of_tokens,
+        source_of_tokens=source_of_tokens,
+    )
 
 
-def gather_losses(done: Sequence[PackLoss]) -> np.ndarray:
+def gather_losses(done: Sequence[PackLoss], num_sources: int = 0) -> np.ndarray:
     """Losses of a step's packs over all ranks, in the plan's order, so that ranks do not change their sum. Collective.
 
     Args:
         done: the packs of this rank.
+        num_sources: of a mixture; 0: there is only one.
 
     Returns:
-        float64 [packs of the step, 3]: index in the plan, loss, load-balance loss.
+        float64 [packs of the step, 3 + num_sources]: index in the plan, loss, load-balance loss, loss of each source.
     """
-    rows = gather_rows(np.array([[one.pack, float(one.loss), float(one.aux_loss)] for one in done], dtype="float64"))
+    own = [
+        [
+            *(one.pack, float(one.loss), float(one.aux_loss)),
+            *sums_by_source(one.of_tokens, one.source_of_tokens, num_sources),
+        ]
+        for one in done
+    ]
+    rows = gather_rows(np.array(own, dtype="float64"))
     return rows[np.argsort(rows[:, 0])]
 
 
 def first_not_finite(rows: np.ndarray) -> tuple[int, str] | None:
     """The first pack of `gather_losses` with a loss that is not a finite number, and which loss, in words."""
-    for pack, *losses in rows:
+    for pack, *losses in rows[:, :3]:
         for name, loss in zip(("loss", "load-balance loss"), losses, strict=True):
             if not math.isfinite(loss):
                 return int(pack), f"the {name} of pack {int(pack)} is {loss}"

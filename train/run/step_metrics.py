@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
 
 from data.plan import Plan
 from train.machine.memory import peak_memory_gb
+from train.run.by_source import Sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +30,26 @@ class StepMetrics:
     seconds: float
     tokens_per_second: float
     memory_gb: float  # peak so far, of this process (CPU) or its GPU
+    loss_of: dict[str, float]  # of each source of a mixture that the step learned from, like `loss`; else empty
+    supervised_of: dict[str, int]  # tokens of each of these sources
+
+    def to_json(self) -> dict[str, Any]:
+        """As a line of metrics.jsonl, which says nothing of sources where there is only one."""
+        line = asdict(self)
+        return line if self.supervised_of else {key: line[key] for key in line if not key.endswith("_of")}
 
 
 def step_metrics(
-    plan: Plan, step: int, *, loss: float, aux_loss: float, lr: float, grad_norm: float | None, started: float
+    plan: Plan,
+    step: int,
+    *,
+    loss: float,
+    aux_loss: float,
+    lr: float,
+    grad_norm: float | None,
+    started: float,
+    loss_of: np.ndarray,
+    sources: Sources | None,
 ) -> StepMetrics:
     """What was measured in a step, with what was planned for it.
 
@@ -37,9 +57,13 @@ def step_metrics(
         step: optimizer steps made before this one.
         loss, aux_loss, lr, grad_norm: see StepMetrics.
         started: when the step began, of time.perf_counter.
+        loss_of: float64, sum of the losses of each source.
+        sources: of a mixture; None: there is only one.
     """
     seconds = time.perf_counter() - started
     packs = plan.step(step)
+    learned = {} if sources is None else dict(zip(sources.names, sources.tokens(packs).tolist(), strict=True))
+    sums = {} if sources is None else dict(zip(sources.names, loss_of.tolist(), strict=True))
     tokens, used = sum(pack.tokens for pack in packs), sum(bool(pack.samples) for pack in packs)
     return StepMetrics(
         step=step + 1,
@@ -55,4 +79,6 @@ def step_metrics(
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         memory_gb=peak_memory_gb(),
+        loss_of={name: sums[name] / count for name, count in learned.items() if count},
+        supervised_of={name: count for name, count in learned.items() if count},
     )

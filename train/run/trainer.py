@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from data.packs import PackDataset
 from data.plan import Plan
 from train.config.schema import TrainConfig
 from train.machine.disk import is_full
+from train.run.by_source import Sources
 from train.run.gradients import (
     ReachCheck,
     any_rank,
@@ -68,6 +68,7 @@ class VL2Trainer(Trainer):
             the run ends.
         save: writes a checkpoint; called on every rank, all of which go on together afterwards.
         history: losses and totals of the steps before, when resuming.
+        sources: of a mixture, whose losses are logged one by one; None: there is only one source.
         callbacks: of the user.
     """
 
@@ -84,6 +85,7 @@ class VL2Trainer(Trainer):
         on_step: Callable[[StepMetrics], None],
         save: Callable[[VL2Trainer], None],
         history: History | None = None,
+        sources: Sources | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         super().__init__(model=model, args=_arguments(config, plan), train_dataset=dataset, callbacks=list(callbacks))
@@ -91,6 +93,7 @@ class VL2Trainer(Trainer):
         self.config, self.plan, self.stop = config, plan, stop
         self.on_step, self.save = on_step, save
         self.history = history or History()
+        self.sources = sources
         self.parameters = trainable_parameters(model)
         self.reach = ReachCheck(list(self.parameters))
         self.scaler: paddle.amp.GradScaler | None = self.scaler if self.do_grad_scaling else None
@@ -142,7 +145,7 @@ class VL2Trainer(Trainer):
                 done.append(self.training_step(self.model, inputs))  # forward and backward
                 if len(done) < num_packs:
                     fire("on_substep_end")
-            loss, aux_loss = self._step_losses(done)
+            loss, aux_loss, loss_of = self._step_losses(done)
 
             reached = {name for name, p in parameters.items() if p.grad is not None}
             self.reach.update(reached, has_images=any(pack.has_images for pack in done))
@@ -169,7 +172,7 @@ class VL2Trainer(Trainer):
             self._count_step()
             self.lr_scheduler.step(state.global_step)  # by number, so that an overflow does not delay the schedule
             measured = {"loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": None if overflow else norm}
-            metrics = step_metrics(plan, step, started=started, **measured)
+            metrics = step_metrics(plan, step, started=started, loss_of=loss_of, sources=self.sources, **measured)
             self.history.add(loss, metrics.tokens, metrics.seconds)
             fire("on_step_end")
             stop = self.stop.code != 0
@@ -198,16 +201,18 @@ class VL2Trainer(Trainer):
             seed=self.config.seed,
             aux_weight=self.config.optim.aux_loss,
             loss_scale=loss_scale(self.scaler),
+            sources=self.sources,
         )
 
-    def _step_losses(self, done: Sequence[PackLoss]) -> tuple[float, float]:
-        """Mean loss and load-balance loss of the step over all ranks; refuses those that are not finite. Collective."""
-        rows = gather_losses(done)
+    def _step_losses(self, done: Sequence[PackLoss]) -> tuple[float, float, np.ndarray]:
+        """Mean loss, load-balance loss and sums by source over all ranks; refuses what is not finite. Collective."""
+        rows = gather_losses(done, len(self.sources.names) if self.sources else 0)
         if found := first_not_finite(rows):
             pack, what = found
             records = [self.train_dataset.records[i] for i in self.plan.packs[pack].samples]
             raise self._diverged(f"{what} ({records[0].source}, row {', '.join(str(one.row) for one in records)})")
-        return float(rows[:, 1].sum()) / self.plan.supervised(self.state.global_step), float(rows[:, 2].sum())
+        loss = float(rows[:, 1].sum()) / self.plan.supervised(self.state.global_step)
+        return loss, float(rows[:, 2].sum()), rows[:, 3:].sum(axis=0)
 
     def _check_finite(self, norm: float, overflow: bool) -> None:
         """Refuse a gradient norm that is not finite, except for a few overflows of fp16 in a row."""
@@ -242,7 +247,7 @@ class VL2Trainer(Trainer):
         try:
             self.on_step(metrics)
             if self.control.should_log or metrics.step % self.config.log_steps == 0:
-                self.log(asdict(metrics))  # fires on_log
+                self.log(metrics.to_json())  # fires on_log
         except OSError as problem:
             if not is_full(problem):
                 raise

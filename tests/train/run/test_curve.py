@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.run.curve import draw_curve, running_mean
+from train.run.curve import draw_curve, losses_by_source, running_mean
 
 
 def test_running_mean():
@@ -30,3 +30,48 @@ def test_nothing_logged_draws_nothing(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     draw_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png", title="sft_tiny")
     assert not (tmp_path / "curve.png").exists()
+
+
+def mixture(steps):
+    """Lines of a mixture in which "charts" is learned from in every third step only."""
+    lines = []
+    for step in range(1, steps + 1):
+        loss_of, supervised_of = {"photos": 4 / step}, {"photos": 30}
+        if step % 3 == 0:
+            loss_of["charts"], supervised_of["charts"] = 8.0, 10 + step
+        lines.append({"step": step, "loss": 5 / step, "lr": 1e-3, "loss_of": loss_of, "supervised_of": supervised_of})
+    return lines
+
+
+def test_losses_by_source_are_means_of_tokens():
+    lines = mixture(6)
+    lines[5]["loss_of"]["charts"] = 2.0
+    found = losses_by_source(lines)
+    assert list(found) == ["photos", "charts"]
+    steps, mean = found["charts"]
+    assert steps.tolist() == [3, 6]
+    assert mean == pytest.approx([8.0, (8.0 * 13 + 2.0 * 16) / 29])
+    assert losses_by_source([{"step": 1, "loss": 2.0, "lr": 0.1}]) == {}
+
+
+def test_picture_names_the_sources(tmp_path, monkeypatch):
+    """A long path is cut, `$` starts no formula, and a name with `_` is in the legend all the same."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    names = ["photos", f"/data/{'very/' * 20}long.jsonl", "_x", "costs_$5_$"]
+    lines = [
+        {
+            "step": 1,
+            "loss": 2.0,
+            "lr": 0.1,
+            "loss_of": dict.fromkeys(names, 1.0),
+            "supervised_of": dict.fromkeys(names, 3),
+        }
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png", title="sft_tiny")
+    (legend,) = drawn[0].legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == ["loss", "photos", f"…{names[1][-31:]}", " _x", r"costs_\$5_\$", "lr"]

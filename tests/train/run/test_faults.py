@@ -41,8 +41,8 @@ def test_a_loss_that_is_not_finite_names_the_rows(arguments, tmp_path, monkeypat
         model, groups = make_trainable(base, config, **options)
         loss = model.loss
 
-        def broken(batch, balance):
-            loss_sum, count = loss(batch, balance)
+        def broken(batch, balance, *of_tokens):
+            loss_sum, count = loss(batch, balance, *of_tokens)
             if name == "loss":
                 return loss_sum * float("nan"), count
             balance.layers[0] = balance.layers[0] * float("nan")
