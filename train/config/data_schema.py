@@ -10,6 +10,7 @@ from train.config.fields import LAST_SEED, LONGEST_TEXT, MANY, OneOrMore, key
 SOURCE_DOC = "a file, a folder, a glob, or a data set on the hub as NAME:CONFIG@SPLIT"
 COLUMNS = ("user", "assistant", "system", "image")
 EXIF = ("ignore", "rotate")
+FORMS = ("auto", "messages", "conversations", "deepseek_vl2", "query", "alpaca", "columns")
 
 
 @dataclass(kw_only=True)
@@ -28,7 +29,7 @@ class SourceConfig:
 
     path: str = key("", f"Where its rows are: {SOURCE_DOC}.", path=True)
     name: str = key("", "What metrics and reports call it; empty: its path.")
-    form: str | None = key(None, "Form of its rows; null: data.form.")
+    form: str | None = key(None, "Form of its rows; null: data.form.", choices=FORMS)
     image_root: str | None = key(None, "Folder of its pictures; null: data.image_root.", path=True)
     columns: dict[str, str] | None = key(
         None, "Its columns of questions, answers and so on; null: data.columns.", choices=COLUMNS
@@ -50,7 +51,7 @@ class RowsConfig:
         path=True,
         one_or_more=True,
     )
-    form: str = key("auto", "Form of the rows; auto: found by their fields.")
+    form: str = key("auto", "Form of the rows; auto: found by their fields.", choices=FORMS)
     image_root: str = key(
         "", "Folder where picture paths start and that none may leave; empty: beside the file, anywhere.", path=True
     )

@@ -18,7 +18,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def running_mean(values: Sequence[float], length: int) -> np.ndarray:
+def running_mean(values: Sequence[float] | np.ndarray, length: int) -> np.ndarray:
     """Mean of each value and the up to `length` - 1 before it.
 
     [4, 2, 0], length 2  ->  [4, 3, 1]

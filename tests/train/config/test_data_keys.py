@@ -6,6 +6,7 @@ import pytest
 
 from train.ask.data_settings import source_settings
 from train.config import conf_files
+from train.config.data_schema import COLUMNS, FORMS
 from train.config.fields import list_entry_keys, list_keys
 from train.config.load import load_config, load_eval_config
 from train.config.schema import TrainConfig
@@ -20,7 +21,7 @@ sources:
   - path: ~/photos.jsonl
     name: photos
   - path: charts.parquet
-    form: llava
+    form: conversations
     image_root: pictures
     columns: {user: question, assistant: answer}
     system: ""
@@ -87,7 +88,7 @@ def test_a_mixture_as_a_group_file_and_in_a_recipe(tmp_path, monkeypatch):
     photos, charts = source_settings(config)
     assert (photos.path, photos.name, photos.repeat, photos.limit) == ("/home/me/photos.jsonl", "photos", 1.0, None)
     assert (photos.form, photos.system, photos.image_root) == ("messages", "You see pictures.", "")
-    assert (charts.form, charts.image_root, charts.system) == ("llava", "pictures", "")
+    assert (charts.form, charts.image_root, charts.system) == ("conversations", "pictures", "")
     assert (charts.repeat, charts.limit, charts.name) == (2.5, 100, "")
     assert charts.columns == {"user": "question", "assistant": "answer"}
     recipe = tmp_path / "mine.yaml"
@@ -139,7 +140,7 @@ def test_what_is_typed_goes_before_a_mixture_of_the_recipe(tmp_path):
         ),
         (["data.sources=a.jsonl"], r"^data\.sources=a\.jsonl: expected a list \[\{key:value\},\.\.\.\]; "),
         (
-            ["data.sources=[{path:a},{path:a,form:llava}]"],
+            ["data.sources=[{path:a},{path:a,form:alpaca}]"],
             r"^data\.sources\[1\]\.name: data\.sources\[0\]\.name is called a",
         ),
         (
@@ -152,6 +153,8 @@ def test_what_is_typed_goes_before_a_mixture_of_the_recipe(tmp_path):
         (["data.eval_path=x", "data.eval_rows=5"], r"^data\.eval_rows=5 with data\.eval_path: "),
         (["data.eval_fraction=0"], r"^data\.eval_fraction=0\.0: expected at least 0\.0001 part of the rows"),
         (["data.eval_fraction=1"], r"^data\.eval_fraction=1\.0: expected at most 0\.9 part of the rows"),
+        (["data.form=llava"], r"^data\.form=llava: expected one of auto, messages, conversations"),
+        (["data.sources=[{path:a,form:llava}]"], r"^data\.sources\[0\]\.form=llava: expected one of auto, messages"),
         (["data.exif=turn"], r"^data\.exif=turn: expected one of ignore, rotate"),
         (["data.supervise=first"], r"^data\.supervise=first: expected one of all, last"),
         (["data.max_pixels=0"], r"^data\.max_pixels=0: expected at least 1 pixels"),
@@ -164,9 +167,9 @@ def test_mistakes_name_the_key_and_its_place(arguments, message):
 
 
 def test_eval_shares_the_keys_of_rows():
-    data = load_eval_config(["model=m", "data.path=[a,b]", "data.form=llava", "data.columns.user=q"]).data
+    data = load_eval_config(["model=m", "data.path=[a,b]", "data.form=conversations", "data.columns.user=q"]).data
     assert [source.path for source in source_settings(data)] == ["a", "b"]
-    assert {(source.form, source.columns["user"]) for source in source_settings(data)} == {("llava", "q")}
+    assert {(source.form, source.columns["user"]) for source in source_settings(data)} == {("conversations", "q")}
 
 
 def test_keys_of_a_list_entry_are_explained():
@@ -176,3 +179,11 @@ def test_keys_of_a_list_entry_are_explained():
     words = help.verb_help("train").split()
     assert len(entries) == 8
     assert all(spec.name in words and spec.doc.endswith(".") for spec in entries)
+
+
+def test_names_are_those_of_the_rooms_below():
+    """The schema spells them out because it must load without the packages that read rows."""
+    from data.forms import table
+
+    assert ("auto", *table.FORMS) == FORMS
+    assert table.COLUMNS == COLUMNS
