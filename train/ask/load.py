@@ -12,9 +12,10 @@ import paddle.distributed as dist
 from tqdm import tqdm
 
 from data.images.reader import DEFAULT_READER, ImageReader
+from data.images.web_cache import default_folder
 from train.ask.model_memory import check_inference, inference_memory
 from train.ask.note import note
-from train.ask.resolutions import resolutions_in_force
+from train.ask.processor import exif_in_force, resolutions_in_force
 from train.ask.source import Source, find_source
 from train.store.hub import resolve_model
 from train.store.names import WEIGHTS_FILE
@@ -42,16 +43,12 @@ class Loaded:
     source: Source
     model: DeepseekVL2  # in eval mode, with the adapter's layers when there is one
     tokenizer: Tokenizer
+    images: ImageReader = DEFAULT_READER  # opens pictures as in training
 
     @property
     def candidates(self) -> tuple[Resolution, ...]:
         """Resolutions an image may be shown at."""
         return self.model.config.candidate_resolutions
-
-    @property
-    def images(self) -> ImageReader:
-        """Opens pictures as the model saw them in training."""
-        return DEFAULT_READER
 
 
 def load(folder: str | Path, precision: str = "auto", base: str = "", check: str = "sizes") -> Loaded:
@@ -84,7 +81,8 @@ def load(folder: str | Path, precision: str = "auto", base: str = "", check: str
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
     model.eval()
-    return Loaded(source=source, model=model, tokenizer=opened.tokenizer)
+    images = ImageReader(exif=exif_in_force(source), cache=default_folder())
+    return Loaded(source=source, model=model, tokenizer=opened.tokenizer, images=images)
 
 
 def stored_dtype(folder: ModelFolder) -> str:

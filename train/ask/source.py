@@ -45,6 +45,11 @@ class Source:
         return self.provenance.max_tiles if self.provenance else None
 
     @property
+    def exif(self) -> Literal["ignore", "rotate"] | None:
+        """What training did with the EXIF orientation of pictures; None: not known, or nothing was trained."""
+        return self.provenance.exif if self.provenance else None
+
+    @property
     def precision(self) -> str | None:
         """Of the base in training, as the setting names it; None: not known, or nothing was trained."""
         return self.provenance.precision if self.provenance else None

@@ -17,10 +17,10 @@ import paddle
 from paddle import nn
 
 from train.ask.note import note
-from train.ask.resolutions import PROCESSOR_CONFIG, resolutions_in_force
+from train.ask.processor import PROCESSOR_CONFIG, exif_in_force, processor_document, resolutions_in_force
 from train.ask.source import Source, find_source
 from train.config.schema import ExportConfig
-from train.export.folder import check_out
+from train.export.folder import TURNED, check_out
 from train.store.facts import to_document, write_fact
 from train.store.names import EXPORT_REPORT
 from train.store.provenance import ExportReport
@@ -43,12 +43,10 @@ from vl2.adapter.paddle_format import PADDLE_NAMES, common_settings, paddle_conf
 from vl2.adapter.peft_format import PEFT_NAMES, peft_config
 from vl2.adapter.rows import changed_rows, written_rows
 from vl2.adapter.slots import Slot, slots
-from vl2.checkpoint import published
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.config import VL2Config
 from vl2.errors import UserError
-from vl2.json_object import read_json_object
 from vl2.lora_settings import LoRASettings
 from vl2.parameters import build_model, init_model
 
@@ -105,6 +103,7 @@ def export_adapter(config: ExportConfig) -> ExportReport:
         versions=versions(),
         verified={},
         cost=None,
+        exif=exif_in_force(source),
     )
 
     def write(folder: Path) -> None:
@@ -135,8 +134,7 @@ def base_values(source: Source, base: ModelFolder) -> Callable[[str], paddle.Ten
 
 def write_processor(folder: Path, source: Source, config: VL2Config) -> None:
     """processor_config.json with the resolutions in force: at others an image becomes other tokens than in training."""
-    own = source.base / PROCESSOR_CONFIG
-    document = read_json_object(own if own.is_file() else published.PROCESSOR_CONFIG)
+    document = processor_document(source, config)
     document["candidate_resolutions"] = [list(pair) for pair in resolutions_in_force(source, config)]
     (folder / PROCESSOR_CONFIG).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -246,6 +244,7 @@ def card(report: ExportReport) -> str:
         f"- read by: {reader}.from_pretrained(model, FOLDER), with {model}",
         *([f"- **{advice}**"] if advice else []),
         "- images: at the resolutions of `processor_config.json` here, as in training",
+        *([TURNED] if report.exif == "rotate" else []),
         "",
         "    bash launch.sh infer model=FOLDER image=... prompt=...",
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from train.ask.resolutions import resolutions_in_force
+from train.ask.processor import PROCESSOR_CONFIG, exif_in_force, processor_document, resolutions_in_force
 from train.ask.source import Source
 from train.export.merge import Merge
 from train.store.checkpoints import is_checkpoint
@@ -27,6 +27,8 @@ from vl2.json_object import read_json_object
 
 # Weights of any kind: those of the base are not copied.
 _WEIGHTS = (".safetensors", ".index.json", ".pdparams", ".bin", ".pt", ".pth")
+# A line of a model card.
+TURNED = "- images: turn them as their EXIF orientation says before they are shown, as in training"
 # Written anew.
 _OWN_FILES = ("config.json", "processor_config.json", EXPORT_REPORT, MANIFEST)
 
@@ -82,12 +84,9 @@ def write_companions(folder: Path, source: Source, merge: Merge) -> None:
     if candidates != [list(c) for c in config.candidate_resolutions]:
         document["candidate_resolutions"] = candidates
     _write_json(folder / "config.json", document, source.base / "config.json")
-    processor = source.base / "processor_config.json"
-    if processor.is_file():
-        document = read_json_object(processor)
-        if candidates != [list(c) for c in config.candidate_resolutions]:
-            document["candidate_resolutions"] = candidates
-        _write_json(folder / "processor_config.json", document, processor)
+    processor = source.base / PROCESSOR_CONFIG
+    if processor.is_file() or exif_in_force(source) == "rotate":
+        _write_json(folder / PROCESSOR_CONFIG, processor_document(source, config), processor)
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 def _write_json(target: Path, document: Mapping[str, Any], original: Path) -> None:
     """Write JSON; where it says what the original says, the original's bytes."""
-    if read_json_object(original) == document:
+    if original.is_file() and read_json_object(original) == document:
         shutil.copyfile(original, target)
     else:
         target.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -114,6 +113,7 @@ def model_card(report: ExportReport) -> str:
         f"- recipe: {report.recipe}",
         f"- base model: {report.base}",
         f"- weights: {report.dtype}, {layout}; the licence is the base model's",
+        *([TURNED] if report.exif == "rotate" else []),
         "",
         "Verified when it was written:",
         *(

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from train.ask.processor import exif_in_force
 from train.ask.source import Source, find_source
 from train.config.load import load_export_config
 from train.config.schema import ExportConfig
@@ -82,6 +83,7 @@ def export(config: ExportConfig) -> ExportReport:
         versions=versions(),
         verified={},
         cost=None,
+        exif=exif_in_force(source),
     )
 
     def write(folder: Path) -> None:

@@ -29,6 +29,7 @@ def identity(config: TrainConfig, *, fingerprint: str, tokenizer: Tokenizer, pla
             **({} if lora["rank"] == 0 else {f"lora.{key}": lora[key] for key in lora if key not in ("rank", "init")}),
             **({"trainable": config.trainable} if lora["rank"] == 0 else {}),
             "data.max_tiles": config.data.max_tiles,
+            **({} if config.data.exif == "ignore" else {"data.exif": config.data.exif}),
         },
         plan=dict(plan.settings),
     )

@@ -189,6 +189,7 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str, callback
         init=config.model.init,  # type: ignore[arg-type]  # checked by the schema
         seed=config.seed,
         max_tiles=config.data.max_tiles,
+        exif=config.data.exif,  # type: ignore[arg-type]
         precision=config.precision,  # type: ignore[arg-type]
         step=None,
         versions=versions(),

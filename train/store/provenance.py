@@ -20,6 +20,7 @@ class Provenance:
     init: Literal["weights", "random"]  # the base's weights are its folder's, or drawn from `seed`
     seed: int
     max_tiles: int  # most local tiles of an image in training
+    exif: Literal["ignore", "rotate"] = "ignore"  # what training did with the EXIF orientation of pictures
     precision: Literal["bf16", "fp16", "fp32"]
     step: int | None  # optimizer steps made, in a checkpoint; None: the end of the run
     versions: dict[str, str]  # of the packages
@@ -50,6 +51,7 @@ class ExportReport:
     versions: dict[str, str]
     verified: dict[str, int | float]
     cost: dict[str, float] | None  # gigabytes and seconds
+    exif: Literal["ignore", "rotate"] = "ignore"  # what is to be done with the EXIF orientation of pictures
 
     @staticmethod
     def from_format_1(document: Mapping[str, Any]) -> dict[str, Any]:

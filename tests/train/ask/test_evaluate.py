@@ -127,7 +127,7 @@ def test_conversation_beyond_the_context_is_refused(model_folder, data_file, arg
 
 def test_image_that_breaks_after_it_was_measured_names_its_row(loaded, records, tmp_path):
     (pictured, *_) = [record for record in records if record.images]
-    gone = dataclasses.replace(pictured, images=(tmp_path / "gone.png",))
+    gone = dataclasses.replace(pictured, images=(ImageRef(kind="file", name=str(tmp_path / "gone.png")),))
     with pytest.raises(
         RecordError, match=rf"data\.jsonl, row {gone.row}, images: expected an image file, found none at"
     ):
