@@ -21,6 +21,7 @@ from data.packs import PackDataset
 from data.plan import make_plan
 from data.record import Record
 from train.ask.answer import BATCH_TOKENS, Answer, answer_all, prepare
+from train.ask.data_settings import read_settings, source_settings
 from train.ask.load import Loaded, load
 from train.config.load import load_eval_config
 from train.machine.devices import use_device
@@ -99,11 +100,11 @@ def num_cut(answers: Sequence[Answer]) -> int:
 
 def mean_loss(loaded: Loaded, dataset: Dataset) -> float:
     """Mean of -log p per supervised token over all conversations."""
-    longest = max(size.tokens for size in dataset.sizes)
+    longest = int(dataset.sizes.tokens.max())
     plan = make_plan(
         dataset.sizes,
         max_tokens=max(longest, BATCH_TOKENS),
-        max_tiles_per_pack=max(32, *(size.tiles for size in dataset.sizes)),
+        max_tiles_per_pack=max(32, int(dataset.sizes.tiles.max())),
         packs_per_step=1,
         seed=0,
         epochs=1,
@@ -154,19 +155,15 @@ def main(arguments: list[str]) -> int:
     check_predictions(Path(config.out))
     loaded = load(config.model, config.precision, config.base, config.check)
     dataset = open_dataset(
-        config.data.path[0],
+        source_settings(config.data),
+        settings=read_settings(config.data),
         tokenizer=loaded.tokenizer,
         candidates=loaded.candidates,
         context=loaded.model.config.language.max_position_embeddings,
-        cache=default_cache(config.data.path[0]),
+        cache=default_cache(),
     )
     if config.limit is not None:
-        dataset = Dataset(
-            records=dataset.records[: config.limit],
-            sizes=dataset.sizes[: config.limit],
-            fingerprint=dataset.fingerprint,
-            skipped=dataset.skipped,
-        )
+        dataset = dataset.first(config.limit)
     questions = [question for record in dataset.records for question in questions_of(record)]
     answers = ask(loaded, questions, max_new_tokens=config.max_new_tokens, title="questions")
     write_predictions(Path(config.out), questions, answers)

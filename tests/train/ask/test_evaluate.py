@@ -12,6 +12,8 @@ import train.ask.evaluate as entry
 from data.dataset import open_dataset
 from data.images.ref import ImageRef
 from data.record import Record, RecordError
+from data.records import Records
+from data.settings import ReadSettings, SourceSettings
 from train.ask.answer import Answer, answer_all
 from train.ask.evaluate import (
     Question,
@@ -37,8 +39,11 @@ def loaded(model_folder) -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def records(loaded, data_file) -> tuple[Record, ...]:
-    return open_dataset(data_file, tokenizer=loaded.tokenizer, candidates=loaded.candidates).records
+def records(loaded, data_file) -> Records:
+    source = SourceSettings(path=str(data_file))
+    return open_dataset(
+        [source], settings=ReadSettings(), tokenizer=loaded.tokenizer, candidates=loaded.candidates
+    ).records
 
 
 def test_predictions_replace_only_predictions(tmp_path):
