@@ -13,6 +13,7 @@ from tests.places import ROOT
 from train.door.launch import BENCHMARKS, prepare_benchmark
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["mha", "mla"])
 def test_step(attention, capsys):
     step.main([attention, "--size=toy", "--repeats=1"])
@@ -39,6 +40,7 @@ def test_benchmark_that_is_none_is_refused():
         prepare_benchmark(["stp"])
 
 
+@pytest.mark.slow
 def test_the_door_runs_a_benchmark_from_any_folder(tmp_path):
     """As the step's docstring had it, that one ended in ModuleNotFoundError, and without the door's settings."""
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -17,6 +17,7 @@ def test_a_folder_with_a_run_is_refused(run, whole):
     assert snapshot(whole) == before
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_the_run(run, whole, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(whole, run_dir)

@@ -168,6 +168,7 @@ def test_frozen_weights_stay_as_they_were(arguments, model_folder, tmp_path, mon
 # ---- stopping and going on
 
 
+@pytest.mark.slow
 def test_sigterm_then_resume_equals_uninterrupted(run, whole, tmp_path, monkeypatch, capsys):
     """A real signal at the second step's report: the third is finished and saved, and the rest follows bit for bit."""
     write = MetricsLog.write
@@ -322,11 +323,13 @@ def test_two_processes_equal_one(run, arguments, tmp_path):
     assert json.loads((run_dir / "report.json").read_text())["run"]["processes"] == 2
 
 
+@pytest.mark.slow
 def test_lora_init_starts_from_an_adapter(run, whole, tmp_path):
     assert run(tmp_path / "run", f"lora.init={whole / 'adapter'}", "lora.dropout=0", "max_steps=1") == 0
     assert losses(tmp_path / "run")[0] < losses(whole)[0] - 0.05
 
 
+@pytest.mark.slow
 def test_load_balance_is_reported_beside_the_loss(run, whole, tmp_path, capsys):
     """Off, it is zero. On, it is about 1 for each of the three expert layers, and no part of the loss."""
     assert [line["aux_loss"] for line in metrics(whole)] == [0.0] * 6
@@ -340,6 +343,7 @@ def test_load_balance_is_reported_beside_the_loss(run, whole, tmp_path, capsys):
 # ---- what is asked before and after
 
 
+@pytest.mark.slow
 def test_questions_are_asked_once_before_and_once_after(arguments, data_file, tmp_path, capsys):
     import train.run.training as entry
 
