@@ -106,8 +106,11 @@ def test_summary(whole):
 def test_loss_curve_is_the_golden_one(whole):
     """Full digits, so that any change of the numbers is seen.
 
-    Tolerance 1e-4: one thread instead of two, another order of float32 sums, moved a loss by 4e-6 here, and another
-    BLAS may do ten times that; a change of data order, dropout masks or schedule moves it by more than 1e-3.
+    Tolerance 1e-4: one thread or four instead of two, or kernels with AVX2, other orders of float32 sums, move a loss
+    by 1e-6 here, and another BLAS may do ten times that; a change of data order, dropout masks or schedule
+    moves it by more than 1e-3. So does a token that goes to another expert: with seed 42 two experts were 4e-8 apart,
+    one thread (what Paddle takes where OMP_NUM_THREADS is not set) chose the other one, and step 6 was off by 3e-3.
+    With seed 6 the nearest choice is decided by 3e-6, three times what those threads and kernels move a score there.
     """
     golden = [float(line) for line in GOLDEN_CURVE.read_text().splitlines() if not line.startswith("#")]
     assert losses(whole) == pytest.approx(golden, abs=1e-4)
@@ -119,7 +122,7 @@ def test_every_trainable_weight_moved(whole, model_folder):
     from vl2.lora_settings import LoRASettings
 
     settings = LoRASettings(groups=("attention", "experts", "shared_experts", "dense_mlp"), rank=8, dropout=0.2)
-    start = apply_lora(load_model(model_folder), settings, seed=42).factors()
+    start = apply_lora(load_model(model_folder), settings, seed=6).factors()
     end = tensors(whole / "adapter" / "peft_model.safetensors")
     assert end.keys() == start.keys()
     still = [name for name in end if np.array_equal(end[name], start[name].numpy())]
