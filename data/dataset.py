@@ -64,15 +64,21 @@ class Dataset:
     skipped: tuple[RecordError, ...]
     """Rows that were left out, with on_bad_record=skip."""
 
-    def first(self, count: int) -> Dataset:
-        """Return the data set of the first records; its `sources` and `skipped` are those of all."""
+    def take(self, indices: np.ndarray) -> Dataset:
+        """Return the data set of some records, in the order given; its `sources` and `skipped` are those of all.
+
+        Args:
+            indices: int [M] of records.
+        """
+        digest = hashlib.sha256(self.fingerprint.encode())
+        digest.update(np.ascontiguousarray(indices, dtype=np.int64).data)
         return Dataset(
-            records=self.records[:count],
-            sizes=self.sizes[:count],
-            source_of=self.source_of[:count],
-            content_keys=self.content_keys[:count],
+            records=self.records.take(indices),
+            sizes=self.sizes.take(indices),
+            source_of=self.source_of[indices],
+            content_keys=self.content_keys[indices],
             sources=self.sources,
-            fingerprint=self.fingerprint,
+            fingerprint=digest.hexdigest(),
             skipped=self.skipped,
         )
 

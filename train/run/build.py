@@ -13,11 +13,12 @@ import paddle
 from paddle import nn
 
 from data.dataset import Dataset, default_cache, open_dataset
+from data.images.reader import ImageReader
 from data.plan import Plan, make_plan
 from data.record import Record, RecordError
 from data.settings import SourceSettings
 from data.shapes.write import write_shapes
-from train.ask.data_settings import read_settings, source_settings
+from train.ask.data_settings import image_reader, read_settings, source_settings
 from train.ask.load import load_with_bar
 from train.config.schema import TrainConfig
 from train.run.say import say
@@ -54,6 +55,7 @@ class Data:
     plan: Plan
     tokenizer: Tokenizer
     candidates: tuple[Resolution, ...]  # resolutions that data.max_tiles leaves
+    images: ImageReader  # opens the pictures
     questions: tuple[Record, ...]  # held out; empty when nothing is asked
     skipped_questions: tuple[RecordError, ...]  # rows left out of their file
 
@@ -79,6 +81,7 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
     """
     tokenizer = folder.tokenizer
     candidates = limit_candidates(folder.config.candidate_resolutions, config.data.max_tiles)
+    images = image_reader(config.data, exif=config.data.exif)  # type: ignore[arg-type]  # checked by the schema
     sources, held_out = source_settings(config.data), source_settings(config.data, config.data.eval_path)
     if not sources:
         shapes = config.data.shapes
@@ -99,6 +102,7 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
             settings=read_settings(config.data),
             tokenizer=tokenizer,
             candidates=candidates,
+            images=images,
             max_tokens=max_tokens,
             max_tiles_per_pack=max_tiles,
             context=context,
@@ -130,6 +134,7 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
         plan=plan,
         tokenizer=tokenizer,
         candidates=candidates,
+        images=images,
         questions=questions,
         skipped_questions=skipped_questions,
     )

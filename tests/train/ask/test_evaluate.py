@@ -10,6 +10,7 @@ import pytest
 import train.ask.answer as answer
 import train.ask.evaluate as entry
 from data.dataset import open_dataset
+from data.images.reader import DEFAULT_READER
 from data.images.ref import ImageRef
 from data.record import Record, RecordError
 from data.records import Records
@@ -71,7 +72,7 @@ def test_questions_of_a_conversation_and_their_permutation():
         images = tuple(ImageRef(kind="file", name=f"{name}{i}") for i in (1, 2))
         return Record(messages=messages, images=images, source="f", row=1)
 
-    asked = [q for name in "xyz" for q in questions_of(record(name))]
+    asked = [q for name in "xyz" for q in questions_of(record(name), DEFAULT_READER)]
     assert [(len(q.messages), len(q.images), q.expected) for q in asked[:2]] == [(1, 1, "b"), (3, 2, "d")]
     shown = permuted(asked)
     assert [q.images[0].name for q in shown] == ["y1", "y1", "z1", "z1", "x1", "x1"]
