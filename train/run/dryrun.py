@@ -15,28 +15,36 @@ from typing import TypeVar
 
 import paddle
 
+from data.images.reader import DEFAULT_READER
 from data.record import RecordError, UnusableRows
 from train.ask.source import check_model, check_trained
 from train.config.load import load_config
 from train.config.schema import TrainConfig
 from train.machine.devices import use_device
 from train.machine.memory import gigabytes
+from train.page.page import make_page, write_page
 from train.page.sources import SourceFacts, source_facts
 from train.run.build import Data, PartCount, build_data, check_settings, lora_settings
 from train.run.memory import check_training, plan_parts
 from train.run.report import PlanFacts, RunFacts, count_tables, pairs, plan_facts, plan_words, run_words, table
 from train.store.hub import missing_files, resolve_model
+from train.store.names import DRYRUN_PAGE, PAGE
 from train.store.run_dir import check_run_dir
 from vl2.adapter.folder import open_adapter
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.errors import UserError
 from vl2.lora import GroupReport
 from vl2.parameters import build_model
+from vl2.tokenizer import Tokenizer
 
 MOST_LISTED = 5000  # bad rows; reading stops there
 _MOST_SAID = 10  # of them on the terminal
 _FLOAT32_BYTES = 4
 _MOMENTS = 2  # that Adam keeps of each number
+_REHEARSED = (
+    "counted for nano. Exact: pictures, image tokens and tiles. Not: text tokens, and so packs and steps, which are "
+    "counted with nano's tokenizer; and bytes, which are nano's"
+)
 
 Found = TypeVar("Found")
 
@@ -50,10 +58,19 @@ class DryRun:
     notes: tuple[str, ...]
     bad: tuple[RecordError, ...]  # rows that cannot be used, at most MOST_LISTED
     bad_is_refused: bool
+    tokenizer: Tokenizer
     parts: tuple[PartCount, ...] | None
     groups: tuple[GroupReport, ...]
     data: Data | None
     plan: PlanFacts | None
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why training would not start; empty where it would."""
+        if not self.bad_is_refused:
+            return self.refused
+        advice = "correct them, or leave them out with data.on_bad_record=skip and a data.max_bad that allows it"
+        return (*self.refused, f"{len(self.bad):,} bad rows; {advice}")
 
 
 def main(arguments: list[str]) -> int:
@@ -62,23 +79,23 @@ def main(arguments: list[str]) -> int:
     use_device(config.device)
     if config.rehearsal:
         print(rehearsal_note(arguments), flush=True)
-    check_run_dir(Path(config.run_dir), resume=config.resume, overwrite=config.overwrite)
+    run_dir = Path(config.run_dir)
+    there = check_run_dir(run_dir, resume=config.resume, overwrite=config.overwrite)
+    page = run_dir / (DRYRUN_PAGE if there else PAGE)
     with tempfile.TemporaryDirectory(prefix="dryrun-") as drawn:
         found = dry_run(config, Path(drawn))
         print(dry_text(found), flush=True)
+        write_page(page, dry_page(found))
     for error in found.bad[:_MOST_SAID]:
         print(f"bad row: {error}", file=sys.stderr)
     if len(found.bad) > _MOST_SAID:
         print(f"... and {len(found.bad) - _MOST_SAID:,} more bad rows", file=sys.stderr)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
-    reasons = list(found.refused)
-    if found.bad_is_refused:
-        reasons.append(f"{len(found.bad):,} bad rows; correct them, or leave them out with data.on_bad_record=skip")
-    for reason in reasons:
+    for reason in found.reasons:
         print(f"error: training would refuse: {reason}", file=sys.stderr)
-    print("training would refuse this" if reasons else "training would start", flush=True)
-    return 2 if reasons else 0
+    print("training would refuse this" if found.reasons else "training would start", f"(all of it: {page})", flush=True)
+    return 2 if found.reasons else 0
 
 
 def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
@@ -92,7 +109,7 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
         UserError: no config or tokenizer, without which nothing can be measured.
     """
     refused: list[str] = []
-    notes: list[str] = []
+    notes: list[str] = [_REHEARSED] if config.rehearsal else []
 
     def attempt(look: Callable[[], Found]) -> Found | None:
         try:
@@ -134,6 +151,7 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
         notes=tuple(notes),
         bad=tuple(bad[:MOST_LISTED]),
         bad_is_refused=len(bad) > allowed,
+        tokenizer=folder.tokenizer,
         parts=counted[0] if counted else None,
         groups=counted[1] if counted else (),
         data=data,
@@ -178,19 +196,15 @@ def check_initial_adapter(config: TrainConfig, folder: ModelFolder) -> None:
 
 
 def rehearsal_note(arguments: Sequence[str]) -> str:
-    """What a dry run on nano counts exactly and what not, and the command that counts for the recipe's model."""
+    """What a dry run on nano is, and the command that counts for the recipe's model."""
     kept = [argument for argument in arguments if not argument.startswith("rehearse=")]
-    lines = [
-        "REHEARSAL: counted for the nano model.",
-        "  Exact: pictures, image tokens and tiles. Not: text tokens and so packs and steps, counted with nano's",
-        "  tokenizer; bytes are nano's.",
-        "  For the recipe's model, of which config and tokenizer are fetched, no weights: "
-        f"bash launch.sh dryrun {shlex.join([*kept, 'rehearse=false'])}",
-    ]
-    return "\n".join(lines)
+    return (
+        "REHEARSAL: counted for the nano model. For the recipe's own, of which config and tokenizer are fetched, no "
+        f"weights:\n  bash launch.sh dryrun {shlex.join([*kept, 'rehearse=false'])}"
+    )
 
 
-def memory_words(found: DryRun) -> dict[str, str]:
+def byte_words(found: DryRun) -> dict[str, str]:
     """Bytes of weights, gradients and optimizer in each process, in words."""
     if found.parts is None:
         return {}
@@ -214,7 +228,23 @@ def header(found: DryRun) -> dict[str, str]:
         precision=config.precision,
     )
     plan = plan_words(found.plan) if found.plan else {}
-    return {**run_words(run, config.run_dir), **plan, **memory_words(found)}
+    return {**run_words(run, config.run_dir), **plan, **byte_words(found)}
+
+
+def dry_page(found: DryRun) -> str:
+    """What a dry run found, as a page."""
+    title = f"{found.config.recipe}, dry run" + (" (rehearsal)" if found.config.rehearsal else "")
+    return make_page(
+        title=title,
+        words=header(found),
+        dataset=found.data.dataset if found.data else None,
+        plan=found.data.plan if found.data else None,
+        tokenizer=found.tokenizer,
+        reader=DEFAULT_READER,
+        bad=found.bad,
+        refused=found.reasons,
+        notes=found.notes,
+    )
 
 
 def dry_text(found: DryRun) -> str:

@@ -123,13 +123,8 @@ def plan_facts(plan: Plan, *, num_samples: int, num_skipped: int) -> PlanFacts:
 
 def start_text(report: StartReport, run_dir: str) -> str:
     """`start_report` as tables."""
-    run, plan, memory = report.run, report.plan, report.memory
-    words = {
-        **plan_words(plan),
-        "memory": f"weights {memory.weights_gb:.2f} GB, gradients and Adam {memory.training_state_gb:.2f} GB, "
-        f"held now {memory.resident_gb:.2f} GB, machine {memory.machine_gb:.1f} GB",
-    }
-    return "\n\n".join([pairs(run_words(run, run_dir)), *count_tables(report.parts, report.lora), pairs(words)])
+    words = {**plan_words(report.plan), **memory_words(report.memory)}
+    return "\n\n".join([pairs(run_words(report.run, run_dir)), *count_tables(report.parts, report.lora), pairs(words)])
 
 
 def run_words(run: RunFacts, run_dir: str) -> dict[str, str]:
@@ -159,6 +154,14 @@ def plan_words(plan: PlanFacts) -> dict[str, str]:
         "plan": f"{plan.samples} samples{skipped}, {plan.packs} packs {plan.fill:.1%} full, "
         f"{plan.steps} steps of {plan.packs_per_step} packs, {plan.epochs} epoch(s)",
         "tokens": f"{plan.tokens:,} ({plan.supervised:,} supervised), {plan.tiles:,} tiles",
+    }
+
+
+def memory_words(memory: MemoryFacts) -> dict[str, str]:
+    """What a process holds at the start, in words."""
+    return {
+        "memory": f"weights {memory.weights_gb:.2f} GB, gradients and Adam {memory.training_state_gb:.2f} GB, "
+        f"held now {memory.resident_gb:.2f} GB, machine {memory.machine_gb:.1f} GB"
     }
 
 

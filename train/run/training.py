@@ -21,6 +21,7 @@ import paddle.distributed as dist
 from paddle import nn
 from paddlenlp.trainer import TrainerCallback
 
+from data.images.reader import DEFAULT_READER
 from data.packs import PackDataset
 from train.ask.evaluate import ask_run
 from train.ask.load import Loaded
@@ -29,6 +30,7 @@ from train.config.compose import to_yaml
 from train.config.load import check_divides, load_config, rehearsal_notice
 from train.config.schema import TrainConfig
 from train.machine.devices import use_device
+from train.page.page import make_page, write_page
 from train.run.barrier import barrier
 from train.run.build import Data, build_base, build_data, count_parts, make_trainable, open_base
 from train.run.curve import draw_curve
@@ -37,7 +39,7 @@ from train.run.identity import identity
 from train.run.memory import check_published, check_training
 from train.run.metrics import MetricsLog
 from train.run.next_commands import next_commands
-from train.run.report import start_report, start_text
+from train.run.report import StartReport, memory_words, plan_words, run_words, start_report, start_text
 from train.run.resume import choose_wandb_id, find_resumed, leave_later_checkpoints
 from train.run.say import say
 from train.run.state import load_trained, save_state, save_trained, trained_folder
@@ -47,7 +49,7 @@ from train.run.trainer import VL2Trainer
 from train.store.checkpoints import checkpoint_path, prune
 from train.store.facts import write_fact
 from train.store.hub import resolve_model
-from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS, REPORT, SUMMARY
+from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS, PAGE, REPORT, SUMMARY
 from train.store.overwrite import removable, remove
 from train.store.provenance import Provenance, absolute_folder
 from train.store.run_dir import RunMarker, check_run_dir, hold_run_dir, read_marker, update_marker, write_marker
@@ -80,7 +82,7 @@ def ask_held_out(model: nn.Layer, data: Data, config: TrainConfig, when: str) ->
     model.eval()
     source = Source(kind="adapter" if lora else "weights", base=Path(config.model.path))
     return ask_run(
-        Loaded(source=source, model=inner, tokenizer=data.tokenizer, images=data.images),
+        Loaded(source=source, model=inner, tokenizer=data.tokenizer),
         data.questions,
         limit=config.eval.questions,
         max_new_tokens=config.eval.max_new_tokens,
@@ -175,6 +177,7 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str, callback
         write_marker(run_dir, marker)
         (run_dir / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
         write_fact(run_dir / REPORT, report)
+        write_page(run_dir / PAGE, start_page(config, report, data))
         print(f"{to_yaml(config)}\n{start_text(report, config.run_dir)}", flush=True)
     for error in data.dataset.skipped[:10]:
         say(f"skipped: {error}", sys.stderr)
@@ -270,7 +273,6 @@ def _fit(
         data.dataset.sizes,
         data.tokenizer,
         data.candidates,
-        images=data.images,
         num_ranks=dist.get_world_size(),
         on_bad_record=config.data.on_bad_record,  # type: ignore[arg-type]  # checked by the schema
         max_bad=config.data.max_bad,
@@ -336,6 +338,19 @@ def _evaluate_once(
             sys.stderr,
         )
     return found
+
+
+def start_page(config: TrainConfig, report: StartReport, data: Data) -> str:
+    """What a run starts with, as a page."""
+    return make_page(
+        title=config.recipe + (" (rehearsal)" if config.rehearsal else ""),
+        words={**run_words(report.run, config.run_dir), **plan_words(report.plan), **memory_words(report.memory)},
+        dataset=data.dataset,
+        plan=data.plan,
+        tokenizer=data.tokenizer,
+        reader=DEFAULT_READER,
+        bad=[*data.dataset.skipped, *data.skipped_questions],
+    )
 
 
 def _first_rank_first(build: Callable[[], Built]) -> Built:

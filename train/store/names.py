@@ -7,5 +7,6 @@ WEIGHTS_FILE, WEIGHTS_METADATA = "trained.safetensors", "metadata.json"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 EXPORT_REPORT = "export.json"
 REPORT, SUMMARY = "report.json", "summary.json"
+PAGE, DRYRUN_PAGE = "report.html", "dryrun.html"  # the second beside a run that lies there
 MARKER = "run.json"
 METRICS, CURVE = "metrics.jsonl", "curve.png"

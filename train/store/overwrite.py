@@ -14,9 +14,11 @@ from train.store.names import (
     CHECKPOINTS,
     CONFIG_FILE,
     CURVE,
+    DRYRUN_PAGE,
     EXPORT_REPORT,
     MARKER,
     METRICS,
+    PAGE,
     REPORT,
     SUMMARY,
     WEIGHTS,
@@ -26,7 +28,7 @@ from train.store.whole_folder import strangers
 from vl2.errors import UserError
 
 # Single files of a run; its marker, which tells that they are its, goes last.
-_FILES = (CONFIG_FILE, REPORT, METRICS, CURVE, SUMMARY, MARKER)
+_FILES = (CONFIG_FILE, REPORT, PAGE, DRYRUN_PAGE, METRICS, CURVE, SUMMARY, MARKER)
 _CHECKPOINT = re.compile(r"(aside-(\d+-)?)?step-\d{6,}")
 _EXPORT = re.compile(r"(export|adapter_peft|adapter_paddle)(-step-\d{6,})?")
 

@@ -1,11 +1,12 @@
 """A run's folder: what lies where, who uses it, and when a new run may.
 
 run.json        marks the folder as a run's: recipe, status, steps
-config.yaml  report.json  metrics.jsonl  curve.png  summary.json  wandb/
+config.yaml  report.json  report.html  metrics.jsonl  curve.png  summary.json  wandb/
 checkpoints/step-000200/
 adapter/ or weights/     the trained weights
 data/           drawn pictures, when there is no data.path
 export/  adapter_peft/  adapter_paddle/  export-step-000200/
+dryrun.html     of a dry run for a folder with a run in it
 .lock           while a run goes on here
 """
 
@@ -19,13 +20,13 @@ from typing import Any, Literal
 
 from train.store.facts import read_fact, write_fact
 from train.store.lock import hold
-from train.store.names import MARKER
+from train.store.names import MARKER, PAGE
 from train.store.overwrite import check_replaceable, removable
 from vl2.errors import UserError
 
 LOCK = ".lock"
-# Deterministic and keyed by their settings, or of a moment: kept, and allowed before the marker is written.
-_KEPT = ("data", "log", LOCK, f".{MARKER}")
+# Deterministic and keyed by their settings, of a moment, or of a dry run: allowed before the marker is written.
+_KEPT = ("data", "log", LOCK, f".{MARKER}", PAGE, f".{PAGE}")
 
 
 @dataclass(frozen=True, kw_only=True)

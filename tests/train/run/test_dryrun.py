@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.train.run.test_refusals import snapshot
 from train.run import dryrun
 from train.run.memory import training_memory
+from train.store.overwrite import removable
 from vl2.config import VL2Config
 
 
@@ -43,7 +45,7 @@ def test_it_says_what_training_says(dry, run, tmp_path, capsys, monkeypatch):
     """The plan's line is the one that the run prints before its first step."""
     code, said, _ = dry(tmp_path / "dry", "max_steps=1")
     assert code == 0
-    assert said.rstrip().endswith("training would start")
+    assert "\ntraining would start (all of it: " in said
     monkeypatch.undo()
     assert run(tmp_path / "run", "max_steps=1", evaluate=None) == 0
     trained = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -76,7 +78,7 @@ def test_every_bad_row_is_listed(dry, tmp_path):
     assert re.findall(r"bad row: \S+, row (\d)", errors) == ["2", "3", "5", "6"]
     assert "error: training would refuse: 4 bad rows; correct them, or leave them out" in errors
     assert "2 samples, 4 rows skipped" in said  # the rest is planned all the same
-    assert said.rstrip().endswith("training would refuse this")
+    assert "\ntraining would refuse this (all of it: " in said
 
 
 @pytest.mark.parametrize(("max_bad", "code"), [(1, 2), (2, 0)])
@@ -144,10 +146,37 @@ def test_a_run_that_lies_there_is_refused(dry, whole):
     assert snapshot(whole) == before
 
 
+def test_training_takes_the_place_of_a_dry_run(dry, run, tmp_path, monkeypatch):
+    """Its page is no foreign file in the folder, and the run's own takes its place."""
+    run_dir = tmp_path / "run"
+    assert dry(run_dir)[0] == 0
+    assert [path.name for path in run_dir.iterdir()] == ["report.html"]
+    assert "dry run" in (run_dir / "report.html").read_text("utf-8")
+    monkeypatch.undo()
+    assert run(run_dir, "max_steps=1", evaluate=None) == 0
+    assert "dry run" not in (run_dir / "report.html").read_text("utf-8")
+
+
+def test_a_run_keeps_its_own_page_beside_a_dry_run(dry, whole, tmp_path):
+    """`dryrun ... resume=auto` asks about a run that is there, and damages nothing of it."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole, run_dir)
+    before = snapshot(run_dir)
+    assert str(run_dir / "report.html") in before  # of the training
+    code, said, _ = dry(run_dir, "resume=auto")
+    assert code == 0
+    assert f"(all of it: {run_dir / 'dryrun.html'})" in said
+    after = snapshot(run_dir)
+    assert after.pop(str(run_dir / "dryrun.html"))
+    assert after == before
+    left = removable(run_dir, None)
+    assert run_dir / "dryrun.html" in left and run_dir / "report.html" in left
+
+
 def test_nothing_is_drawn_into_run_dir(dry, tmp_path):
     """Training draws its shapes there; a dry run draws them elsewhere and takes them away again."""
     shapes = ("data.path=null", "data.shapes.train=4", "data.shapes.test=2", "data.max_tokens=4096")
     code, said, _ = dry(tmp_path / "run", *shapes)
     assert code == 0
     assert "4 samples" in said
-    assert not (tmp_path / "run" / "data").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["report.html"]

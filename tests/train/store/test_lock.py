@@ -19,7 +19,8 @@ from pathlib import Path
 from train.store.lock import hold
 with hold(Path(sys.argv[1]), "x"):
     if os.fork() == 0:  # a data worker, which outlives its parent
-        print("held", flush=True)  # and has let go of the parent's lock by now
+        time.sleep(30)
+    print("held", flush=True)
     time.sleep(30)
 """
 

@@ -28,7 +28,6 @@ def own(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "config", "key"),
     [
