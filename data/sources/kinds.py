@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ _MAGIC: tuple[tuple[bytes, Kind], ...] = (
     (b"\x1f\x8b", "gzip"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
 )
+_MESSAGES = re.compile(rb'\[\s*\{\s*"role"\s*:')
 
 
 def kind_of_file(path: Path) -> Kind:
@@ -36,8 +38,11 @@ def kind_of_file(path: Path) -> Kind:
 
 
 def kind_of_text(head: bytes) -> Text:
-    """Tell one JSON array from JSON lines, by the beginning of a text; nothing but space is empty."""
+    """Tell one JSON array from JSON lines, by the beginning of a text; nothing but space is empty.
+
+    What begins with a list of messages has such a list in each line: no row of any form is a single message.
+    """
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if not text:
         return "empty"
-    return "array" if text.startswith(b"[") else "lines"
+    return "array" if text.startswith(b"[") and not _MESSAGES.match(text) else "lines"

@@ -284,3 +284,13 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"{kind}: the disk is full: its rows are unpacked into .*/tables; free"):
             all_rows(write(tmp_path, kind), tmp_path / "cache")
         assert not any((tmp_path / "cache" / "tables").iterdir())
+
+
+def test_lines_that_are_lists_of_messages(tmp_path):
+    """DeepSeek-VL2's own conversations are bare lists: a file of them was taken for one array."""
+    talk = [{"role": "<|User|>", "content": "Hi"}, {"role": "<|Assistant|>", "content": "Hello"}]
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(talk)}\n{json.dumps(talk)}\n")
+    (tmp_path / "a.json").write_text(json.dumps([talk, talk]))
+    for name in ("a.jsonl", "a.json"):
+        (rows,) = open_sources(SourceSettings(path=str(tmp_path / name)), cache=None)
+        assert [rows[i] for i in range(len(rows))] == [talk, talk]
