@@ -39,7 +39,7 @@ def open_file(place: Place) -> Rows:
     """
     _check_file(place)
     try:
-        kind = kind_of_file(place.path)
+        kind = kind_of_file(place.path, name=place.name)
         fingerprint = content_hash(place.path, place.cache)
         if kind == "lines" or kind == "empty":
             return _open_json(place, fingerprint, "lines", find_lines)

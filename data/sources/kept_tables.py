@@ -38,7 +38,7 @@ def kept_table(folder: Path | None, build: Callable[[Path], Dataset], *, name: s
             return _open(folder)
     building = _temporary(folder)
     try:
-        with no_progress_bars():
+        with quiet():
             table = build(building)
         files = [Path(file["filename"]) for file in table.cache_files]
         sizes = {str(file.relative_to(building.resolve())): file.stat().st_size for file in files}
@@ -93,15 +93,16 @@ def _temporary(folder: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Have `datasets` draw no progress bars inside."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def quiet() -> Iterator[None]:
+    """Have `datasets` draw no progress bars inside, and say nothing that is no error."""
+    import datasets  # here: the import takes seconds
 
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
+    bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     try:
         yield
     finally:
-        enable_progress_bars()
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -24,15 +24,15 @@ _MAGIC: tuple[tuple[bytes, Kind], ...] = (
 _MESSAGES = re.compile(rb'\[\s*\{\s*"role"\s*:')
 
 
-def kind_of_file(path: Path) -> Kind:
-    """Look at a regular file."""
+def kind_of_file(path: Path, *, name: str) -> Kind:
+    """Look at a regular file, which may have another name than it came with."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
     text = kind_of_text(head)
-    if path.suffix.lower() in (".csv", ".tsv") and not head.lstrip().startswith(b'{"') and text != "empty":
+    if Path(name).suffix.lower() in (".csv", ".tsv") and not head.lstrip().startswith(b'{"') and text != "empty":
         return "csv"
     return text
 

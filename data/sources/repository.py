@@ -1,7 +1,8 @@
 """Opens what `datasets` knows: saved data sets, folders it understands, names on the hub.
 
-`datasets` decides which files belong to which split and makes tables of them. JSON among them is read by our own
-reader: that of `datasets` wants every row to have the same keys of the same types, and forgets row numbers.
+`datasets` decides which files belong to which split and makes tables of them. JSON and CSV among them are read as if
+they were named themselves: `datasets` wants every JSON row to have the same keys of the same types, and forgets row
+numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from data.sources.arrow_rows import ArrowRows
 from data.sources.content import content_hash, write_whole
 from data.sources.files import open_file
-from data.sources.kept_tables import kept_table, no_progress_bars, open_tables
+from data.sources.kept_tables import kept_table, open_tables, quiet
 from data.sources.place import Place
 from data.sources.rows import Rows
 from data.sources.tables import check_table, damage, shortened
@@ -84,10 +85,10 @@ def open_folder(place: Place, config: str, split: str) -> list[Rows]:
     Raises:
         UserError: nothing in it, several and none named, or damaged files.
     """
-    with damage(place.name, "folder"):
+    with damage(place.name, "folder"), quiet():
         builder = _builder(str(place.path), config, place.kept("folders"))
         split = choose_split(_splits(builder), split, place.name)
-    if _is_json(builder):
+    if _is_text(builder):
         return [
             open_file(replace(place, path=Path(file), name=_name_inside(place, file)))
             for file in builder.config.data_files[split]
@@ -133,7 +134,7 @@ def open_name(place: Place, name: str, config: str, split: str) -> list[Rows]:
     splits = _known_splits(known)
     if splits is None:
         try:
-            with no_progress_bars():
+            with quiet():
                 splits = _fetched(name, config)
         except (UserError, MemoryError):
             raise
@@ -158,10 +159,10 @@ def _fetched(name: str, config: str) -> dict[str, list[_File]]:
     from datasets import DownloadManager
 
     builder = _builder(name, config, None)
-    if _is_json(builder):
+    if _is_text(builder):
         manager = DownloadManager(dataset_name=builder.dataset_name)
         return {
-            split: [
+            str(split): [
                 _File(path, f"{name}/{url.rpartition('/')[2]}", os.path.getsize(path))
                 for url, path in zip(urls, manager.download(list(urls)), strict=True)
             ]
@@ -195,10 +196,11 @@ def _builder(path: str, config: str, cache: Path | None) -> DatasetBuilder:
     return load_dataset_builder(path, config or None, cache_dir=cache and str(cache), trust_remote_code=False)
 
 
-def _is_json(builder: DatasetBuilder) -> bool:
+def _is_text(builder: DatasetBuilder) -> bool:
+    from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.json.json import Json
 
-    return isinstance(builder, Json)
+    return isinstance(builder, Json | Csv)
 
 
 def _splits(builder: DatasetBuilder) -> list[str]:

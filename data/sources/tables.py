@@ -68,8 +68,9 @@ def _find_damage(place: Place) -> None:
     with pq.ParquetFile(place.path) as file:
         whole = 0
         try:
-            for batch in file.iter_batches(use_threads=False):
-                whole += batch.num_rows
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(row_groups=[group], use_threads=False):
+                    whole += batch.num_rows
         except (pa.ArrowException, OSError) as error:
             text = shortened(error)
             raise UserError(
