@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data.answer_boxes import read_boxes
 from data.forms.fields import FieldError
 from data.images.files import ImageError
-from data.images.reader import DEFAULT_READER
+from data.images.reader import ImageReader
 from data.images.ref import ImageRef
+from data.images.web_cache import default_folder
 from data.turns import parse_messages
 from train.ask.answer import answer_limit, check_text, prepare
+from train.ask.drawing import box_row, check_drawing, write_drawings
 from train.ask.load import Loaded, load
 from train.config.load import load_infer_config
 from train.config.schema import InferConfig
@@ -29,6 +34,8 @@ def main(arguments: list[str]) -> int:
     """Entry script."""
     config = load_infer_config(arguments)
     use_device(config.device)
+    if config.draw:
+        check_drawing(Path(config.draw), len(config.image))
     check_images(config.image)
     started = time.perf_counter()
     loaded = load(config.model, config.precision, config.base, config.check)
@@ -38,7 +45,12 @@ def main(arguments: list[str]) -> int:
     result = {**infer(loaded, config), "load_seconds": round(loading, 3), "rehearsal": loaded.source.rehearsal}
     for note in notes(result, config):
         print(f"note: {note}", file=sys.stderr)
-    print(json.dumps(result, ensure_ascii=False) if config.json else result["text"])
+    if config.json:
+        print(json.dumps(result, ensure_ascii=False))
+        return 0
+    print(result["text"], flush=True)
+    for row in result["boxes"]:
+        print(f"box: {json.dumps(row, ensure_ascii=False)}", file=sys.stderr)
     return 0
 
 
@@ -46,14 +58,17 @@ def infer(loaded: Loaded, config: InferConfig) -> dict[str, Any]:
     """The answer to a prompt or a conversation.
 
     Returns:
-        ids, text, prompt_tokens, max_new_tokens (fewer than asked for where the context has less room), cut (whether
-        the answer reached them before its end), prepare_seconds (images and text) and generate_seconds.
+        ids, text, boxes (`box_row` of each, in pixels), malformed_boxes (how many could not be read), prompt_tokens,
+        max_new_tokens (fewer than asked for where the context has less room), cut (whether the answer reached them
+        before its end), prepare_seconds (images and text), generate_seconds, and with `draw` drawn (the files).
     """
     started = time.perf_counter()
+    loaded = dataclasses.replace(loaded, images=_trusting(loaded.images))
+    images = references(config.image)
     messages = conversation(config, loaded.tokenizer)
     context = loaded.model.config.language.max_position_embeddings
     check_text(messages, loaded.tokenizer, context)
-    prompt = prepare(messages, references(config.image), loaded)
+    prompt = prepare(messages, images, loaded)
     prompt_tokens = len(prompt["input_ids"])
     limit = answer_limit(prompt_tokens, config.max_new_tokens, context)
     prepared = time.perf_counter()
@@ -67,19 +82,29 @@ def infer(loaded: Loaded, config: InferConfig) -> dict[str, Any]:
         chunk=config.chunk or None,
         seed=config.seed,
     )
+    text = loaded.tokenizer.decode(ids)
+    seconds = time.perf_counter() - prepared
+    read = read_boxes(text, [loaded.images.size(image) for image in images])
+    drawn = {}
+    if config.draw:
+        shown = [loaded.images.decode(image) for image in images]
+        drawn["drawn"] = [str(path) for path in write_drawings(Path(config.draw), shown, read.boxes)]
     return {
         "ids": ids,
-        "text": loaded.tokenizer.decode(ids),
+        "text": text,
+        "boxes": [box_row(each) for each in read.boxes],
+        "malformed_boxes": read.malformed,
         "prompt_tokens": prompt_tokens,
         "max_new_tokens": limit,
         "cut": len(ids) == limit,
         "prepare_seconds": round(prepared - started, 3),
-        "generate_seconds": round(time.perf_counter() - prepared, 3),
+        "generate_seconds": round(seconds, 3),
+        **drawn,
     }
 
 
 def notes(result: Mapping[str, Any], config: InferConfig) -> list[str]:
-    """What somebody who reads the answer should know of its length."""
+    """What somebody who reads the answer should know of its length and its boxes."""
     limit, found = result["max_new_tokens"], []
     if limit < config.max_new_tokens:
         found.append(
@@ -91,12 +116,21 @@ def notes(result: Mapping[str, Any], config: InferConfig) -> list[str]:
             f"the answer was cut after {limit} tokens, before it had ended"
             + ("" if found else "; raise max_new_tokens")
         )
+    if result["malformed_boxes"]:
+        found.append(f"{result['malformed_boxes']} boxes of the answer cannot be read, and are left out")
+    if config.draw and not result["boxes"]:
+        found.append(f"the answer has no boxes, so {config.draw} shows none")
     return found
 
 
-def references(paths: Sequence[str]) -> list[ImageRef]:
-    """The pictures that were typed."""
-    return [ImageRef(kind="file", name=path) for path in paths]
+def references(names: Sequence[str]) -> list[ImageRef]:
+    """The pictures that were typed: files, or addresses of http and https."""
+    return [ImageRef(kind="url" if re.match("https?://", name, re.IGNORECASE) else "file", name=name) for name in names]
+
+
+def _trusting(images: ImageReader) -> ImageReader:
+    """A reader for addresses that the user typed, who may well mean a machine nearby."""
+    return dataclasses.replace(images, allow_private_urls=True)
 
 
 def check_images(paths: Sequence[str]) -> None:
@@ -105,9 +139,10 @@ def check_images(paths: Sequence[str]) -> None:
     Raises:
         UserError: naming the file and what is wrong with it.
     """
+    reader = _trusting(ImageReader(cache=default_folder()))
     for image in references(paths):
         try:
-            DEFAULT_READER.size(image)
+            reader.size(image)
         except ImageError as error:
             raise UserError(f"image: {error}") from error
 

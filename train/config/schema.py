@@ -194,9 +194,12 @@ class InferConfig:
     model: str = key("", MODEL_DOC, path=True)
     base: str = key("", BASE_DOC, path=True)
     check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
-    image: list[str] = key(factory=list, doc="An image; image=A image=B for several.", path=True)
+    image: list[str] = key(factory=list, doc="An image, a file or an address; image=A image=B for several.", path=True)
     prompt: str = key("", "The question; <image> marks where images stand, else they come first.")
     messages: str = key("", "JSON file with a list of messages, instead of prompt.", path=True)
+    draw: str = key(
+        "", "FILE.png to draw the answer's boxes into, of several images FILE-1.png, FILE-2.png ...", path=True
+    )
     chunk: int = key(
         0, "Prefill in pieces of that size, which saves memory; 0: at once.", unit="tokens", low=0, high=LONGEST_TEXT
     )
