@@ -1,159 +1,203 @@
-"""Opens a data file for a run: read, measured, checked against the budget. The one door through which data comes."""
+"""Opens the sources of a run: read, measured, checked against the budget. The one door through which data comes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+
+from data.budget import Budget
 from data.images.reader import DEFAULT_READER, ImageReader
-from data.jsonl import read_records
 from data.measure import measure
-from data.record import BadRecords, Record, RecordError, UnusableRows
-from data.settings import OnBadRecord, SpecialTokens, Verify
-from data.size_table import Size
-from vl2.prompt import IMAGE_PLACEHOLDER
-from vl2.tiles import Resolution, num_image_tokens
+from data.record import BadRecords, RecordError, UnusableRows
+from data.records import RecordReader, Records
+from data.settings import ReadSettings, SourceSettings
+from data.size_table import column, count_values, sizes_of
+from data.sizes import Sizes
+from data.sources.open import open_sources
+from vl2.tiles import Resolution
 from vl2.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """Usable records with their sizes."""
+class Source:
+    """What was found in one source."""
 
-    records: tuple[Record, ...]
-    """In the order of the file."""
-    sizes: tuple[Size, ...]
+    settings: SourceSettings
+    rows: int
+    """In its files, or as many as `settings.limit` takes."""
+    kept: int
+    """Of these, rows that can be used."""
+    form: str
+    """Form of its rows as `data.forms.table` calls it; several in the order they were found in its files."""
+    unknown: Mapping[str, int]
+    """Fields of the kept rows that say nothing here, with the number of rows that have each."""
+
+    @property
+    def skipped(self) -> int:
+        """Rows that were left out."""
+        return self.rows - self.kept
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """N usable records of all sources with their sizes: numbers in columns, records when they are asked for."""
+
+    records: Records
+    """In the order of the sources and their rows."""
+    sizes: Sizes
     """One for each record."""
+    source_of: np.ndarray
+    """int32 [N]: the index in `sources` of each record."""
+    content_keys: np.ndarray
+    """uint64 [N]: hash of what each conversation says and shows, whatever its form, file and place."""
+    sources: tuple[Source, ...]
     fingerprint: str
     """sha256 hex of what the records say, their images' names and bytes, and their sizes; no absolute path, no time."""
     skipped: tuple[RecordError, ...]
     """Rows that were left out, with on_bad_record=skip."""
 
+    def take(self, indices: np.ndarray) -> Dataset:
+        """Return the data set of some records, in the order given; its `sources` and `skipped` are those of all.
+
+        Args:
+            indices: int [M] of records.
+        """
+        digest = hashlib.sha256(self.fingerprint.encode())
+        digest.update(np.ascontiguousarray(indices, dtype=np.int64).data)
+        return Dataset(
+            records=self.records.take(indices),
+            sizes=self.sizes.take(indices),
+            source_of=self.source_of[indices],
+            content_keys=self.content_keys[indices],
+            sources=self.sources,
+            fingerprint=digest.hexdigest(),
+            skipped=self.skipped,
+        )
+
 
 def open_dataset(
-    path: str | PathLike[str],
+    sources: Sequence[SourceSettings],
     *,
+    settings: ReadSettings,
     tokenizer: Tokenizer,
     candidates: Sequence[Resolution],
     images: ImageReader = DEFAULT_READER,
     max_tokens: int | None = None,
     max_tiles_per_pack: int | None = None,
     context: int | None = None,
-    special_tokens: SpecialTokens = "error",
-    on_bad_record: OnBadRecord = "error",
-    max_bad: int = 0,
-    verify: Verify = "header",
     cache: Path | None = None,
     workers: int | None = None,
+    bad: BadRecords | None = None,
 ) -> Dataset:
-    """Read and measure a data file, and check that each conversation fits into a pack.
+    """Read and measure data, and check that each conversation fits into a pack.
 
     Args:
-        path: JSON lines with `messages` and `images`.
+        sources: where it lies.
+        settings: how rows become records, and what is done with those that cannot be used.
         tokenizer: counts the text.
         candidates: resolutions (width, height) in pixels an image may be shown at.
         images: opens the pictures.
         max_tokens: budget of a pack, tokens; None does not check.
         max_tiles_per_pack: budget of a pack, tiles with global views; None does not check.
         context: positions the model was made for, tokens; None does not check. Training may go beyond them.
-        special_tokens: "error" refuses special tokens typed into a text, "neutralise" encodes them as plain text.
-        on_bad_record: "error" stops at the first row that cannot be used, "skip" lists it in `skipped`.
-        max_bad: rows that may be skipped.
-        verify: "header" or "decode", see `data.measure.measure`.
-        cache: file of the size table, see `default_cache`.
+        cache: folder for what need not be found out twice, see `default_cache`; None keeps nothing.
         workers: processes for measuring; None takes one a core.
+        bad: what is done with rows that cannot be used instead of what `settings` say.
 
     Raises:
         UserError: no such file; `RecordError` names file, row and field; `UnusableRows`: none is usable, or too many
             are bad.
     """
-    bad = BadRecords(on_bad_record=on_bad_record, max_bad=max_bad)
-    read = read_records(path, tokenizer=tokenizer, special_tokens=special_tokens, bad=bad)
-    longest = min([limit for limit in (max_tokens, context) if limit is not None], default=None)
-    records = []
-    for record in read:  # before they are measured: to encode a text of 50 MB takes minutes and all memory
-        if problem := _far_too_long(record, tokenizer, longest):
-            bad.add(problem)
-        else:
-            records.append(record)
-    sizes = measure(records, tokenizer, candidates, images=images, cache=cache, workers=workers, verify=verify, bad=bad)
-    kept: list[tuple[Record, Size]] = []
-    for record, size in zip(records, sizes, strict=True):
-        if size is None:
-            continue
-        problem = _over_budget(record, size, max_tokens, max_tiles_per_pack, context)
-        if problem:
-            bad.add(problem)
-        else:
-            kept.append((record, size))
-    if not kept:
-        found = f"none; all {len(bad.skipped)} rows were skipped" if bad.skipped else "an empty file"
-        raise UnusableRows(f"{path}: empty dataset: expected at least one conversation, found {found}", bad.skipped)
+    if bad is None:
+        bad = BadRecords(on_bad_record=settings.on_bad_record, max_bad=settings.max_bad)
+    budget = Budget(max_tokens=max_tokens, max_tiles_per_pack=max_tiles_per_pack, context=context)
+    parts: list[_Part] = []
+    found = []
+    for number, of in enumerate(sources):
+        num_rows, own = 0, []
+        for rows in open_sources(of, cache=cache):
+            limit = len(rows) if of.limit is None else min(len(rows), of.limit - num_rows)
+            reader = RecordReader(rows=rows, of=of, settings=settings, tokenizer=tokenizer)
+            table, kept = measure(
+                reader,
+                candidates,
+                limit=limit,
+                images=images,
+                budget=budget,
+                cache=cache / "sizes" if cache is not None else None,
+                workers=workers,
+                bad=bad,
+            )
+            own.append(_Part(reader=reader, source=number, rows=kept, table=table))
+            num_rows += limit
+        parts.extend(own)
+        found.append(_source(of, num_rows, own))
+    if not any(len(part.rows) for part in parts):
+        named = ", ".join(of.path for of in sources)
+        saw = f"none; all {len(bad.skipped)} rows were skipped" if bad.skipped else "an empty file"
+        raise UnusableRows(f"{named}: empty dataset: expected at least one conversation, found {saw}", bad.skipped)
+    columns = {name: np.concatenate([part.column(name) for part in parts]) for name in ("content", "learned")}
+    sizes = Sizes.concatenate([sizes_of(part.table).take(part.rows) for part in parts])
     return Dataset(
-        records=tuple(record for record, _ in kept),
-        sizes=tuple(size for _, size in kept),
-        fingerprint=_fingerprint(kept, tokenizer),
-        skipped=tuple(sorted(bad.skipped, key=lambda error: error.row)),
+        records=Records(
+            [part.reader for part in parts],
+            np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.rows) for part in parts]),
+            np.concatenate([part.rows for part in parts]),
+        ),
+        sizes=sizes,
+        source_of=np.repeat(
+            np.array([part.source for part in parts], dtype=np.int32), [len(part.rows) for part in parts]
+        ),
+        content_keys=columns["content"],
+        sources=tuple(found),
+        fingerprint=_fingerprint(tokenizer, sizes, columns["learned"]),
+        skipped=tuple(bad.skipped),
     )
 
 
-def default_cache(path: str | PathLike[str]) -> Path:
-    """Return the size table's usual place for a data file: in the user's cache folder, named after the file's path."""
+def default_cache() -> Path:
+    """Return the usual place for what need not be found out twice: in the user's cache folder."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
-    return root / "deepseek-vl2-finetune" / f"sizes-{name}.npz"
+    return root / "deepseek-vl2-finetune"
 
 
-def _far_too_long(record: Record, tokenizer: Tokenizer, longest: int | None) -> RecordError | None:
-    if longest is None:
-        return None
-    texts = [message.content.strip() for message in record.messages]
-    least = sum(map(tokenizer.least_tokens, texts))
-    if least <= longest:
-        return None
-    characters = sum(map(len, texts))
-    return record.error(
-        "messages",
-        f"conversation of {characters} characters, at least {least} tokens, expected at most {longest} tokens; "
-        "shorten it",
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """One file or table of a source, measured."""
+
+    reader: RecordReader
+    source: int
+    rows: np.ndarray  # int64, those that can be used
+    table: pa.Table
+
+    def column(self, name: str) -> np.ndarray:
+        return column(self.table, name)[self.rows]
+
+
+def _source(of: SourceSettings, num_rows: int, parts: Sequence[_Part]) -> Source:
+    unknown: Counter[str] = Counter()
+    for part in parts:
+        for names, count in count_values(part.table, "unknown", part.rows).items():
+            unknown.update(dict.fromkeys(json.loads(names) if names else [], count))
+    return Source(
+        settings=of,
+        rows=num_rows,
+        kept=sum(len(part.rows) for part in parts),
+        form=", ".join(dict.fromkeys(part.reader.form for part in parts)),
+        unknown=dict(unknown.most_common()),
     )
 
 
-def _over_budget(
-    record: Record, size: Size, max_tokens: int | None, max_tiles_per_pack: int | None, context: int | None
-) -> RecordError | None:
-    of_images = sum(num_image_tokens(grid) for grid in size.grids)
-    found = f"conversation of {size.tokens} tokens ({of_images} of them for {len(size.grids)} {IMAGE_PLACEHOLDER})"
-    if max_tokens is not None and size.tokens > max_tokens:
-        return record.error(
-            "messages",
-            f"{found}, expected at most data.max_tokens={max_tokens}; "
-            "shorten it, lower data.max_tiles or raise data.max_tokens",
-        )
-    if context is not None and size.tokens > context:
-        return record.error(
-            "messages", f"{found}, expected at most the {context} that the model was made for; shorten it"
-        )
-    if max_tiles_per_pack is not None and size.tiles > max_tiles_per_pack:
-        return record.error(
-            "images",
-            f"conversation of {size.tiles} tiles, expected at most data.max_tiles_per_pack={max_tiles_per_pack}; "
-            "lower data.max_tiles or raise data.max_tiles_per_pack",
-        )
-    return None
-
-
-def _fingerprint(kept: Sequence[tuple[Record, Size]], tokenizer: Tokenizer) -> str:
+def _fingerprint(tokenizer: Tokenizer, sizes: Sizes, learned: np.ndarray) -> str:
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
-    for record, size in kept:
-        messages = [[m.role, m.content, m.plain, m.learn] for m in record.messages]
-        images = [[Path(image.name).name, Path(image.name).stat().st_size] for image in record.images]
-        digest.update(
-            json.dumps([messages, repr(record.boxes), images, size.tokens, size.supervised, size.grids]).encode()
-        )
+    for numbers in (learned, sizes.tokens, sizes.supervised, sizes.first_image, sizes.grids):
+        digest.update(np.ascontiguousarray(numbers).data)
     return digest.hexdigest()

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import paddle.io
 
+from data.boxes import place_boxes
 from data.images.files import ImageError
 from data.images.reader import DEFAULT_READER, ImageReader
 from data.plan import Plan
 from data.record import BadRecords, Record
 from data.settings import OnBadRecord
-from data.size_table import Size
+from data.sizes import Size, Sizes
 from vl2.prompt import IGNORE, render
 from vl2.tiles import PAD_COLOUR, TILE_SIZE, Grid, Resolution, cut_tiles, num_tiles, tile_grid
 from vl2.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ class PackDataset(paddle.io.Dataset):
         self,
         records: Sequence[Record],
         plan: Plan,
-        sizes: Sequence[Size],
+        sizes: Sizes,
         tokenizer: Tokenizer,
         candidates: Sequence[Resolution],
         *,
@@ -65,7 +66,7 @@ class PackDataset(paddle.io.Dataset):
         """Keep what packs are built from; nothing is read yet.
 
         Args:
-            records, sizes: as the plan was made of.
+            records, sizes: as the plan was made of; a record is read when its pack is built.
             plan: which samples form each pack.
             tokenizer: gives the ids.
             candidates: resolutions (width, height) in pixels an image may be shown at.
@@ -113,7 +114,14 @@ class PackDataset(paddle.io.Dataset):
     def _build(self, index: int) -> Batch:
         """Render a sample and cut its images; what comes out has the size that was planned."""
         record, size = self.records[index], self.sizes[index]
-        rendered = render(record.messages, size.grids, self.tokenizer)
+        shown: Batch = {}
+        pixels: list[tuple[int, int]] | None = []
+        if record.images:
+            shown["tiles"], pixels = self._tiles(index, record, size)
+            shown["grids"] = np.array(size.grids, dtype=np.int64)
+        if pixels is None:
+            return {**_nothing_learned(record, size, self.tokenizer), **shown}
+        rendered = render(place_boxes(record, pixels), size.grids, self.tokenizer)
         labels = rendered.labels
         built = (len(labels), int((labels != IGNORE).sum()))
         if built != (size.tokens, size.supervised):
@@ -122,19 +130,22 @@ class PackDataset(paddle.io.Dataset):
                 f"planned as {size.tokens} tokens, {size.supervised} of them supervised, but built as {built[0]} and "
                 f"{built[1]}: the plan was made with another tokenizer or other data; start again",
             )
-        sample: Batch = {"input_ids": rendered.input_ids, "labels": labels}
-        if size.grids:
-            tiles, whole = self._tiles(index)
-            if not whole:
-                sample["labels"] = np.full_like(labels, IGNORE)
-            sample["tiles"] = tiles
-            sample["grids"] = np.array(size.grids, dtype=np.int64)
-        return sample
+        return {"input_ids": rendered.input_ids, "labels": labels, **shown}
 
-    def _tiles(self, index: int) -> tuple[np.ndarray, bool]:
-        """Decode and cut the images of a sample; False when one of them is broken and may be skipped."""
-        record, size = self.records[index], self.sizes[index]
-        tiles, whole = [], True
+    def _tiles(self, index: int, record: Record, size: Size) -> tuple[np.ndarray, list[tuple[int, int]] | None]:
+        """Decode and cut the images of a sample.
+
+        Returns:
+            (tiles, (width, height) of each image in pixels); instead of these None when one of the images is broken
+            and may be skipped.
+        """
+        if len(record.images) != len(size.grids):
+            raise record.error(
+                "images",
+                f"planned with {len(size.grids)} pictures, found {len(record.images)}: "
+                "the file changed after it was measured; start again",
+            )
+        tiles, pixels, whole = [], [], True
         for i, (picture, grid) in enumerate(zip(record.images, size.grids, strict=True)):
             try:
                 image = self.images.decode(picture)
@@ -155,11 +166,22 @@ class PackDataset(paddle.io.Dataset):
                     "the image changed after it was measured; start again",
                 )
             tiles.append(cut_tiles(image, grid))
-        return np.concatenate(tiles), whole
+            pixels.append(image.size)
+        return np.concatenate(tiles), pixels if whole else None
 
 
 def _plain_tiles(grid: Grid) -> np.ndarray:
     return np.full((num_tiles(grid), 3, TILE_SIZE, TILE_SIZE), PAD_COLOUR[0], dtype=np.uint8)
+
+
+def _nothing_learned(record: Record, size: Size, tokenizer: Tokenizer) -> Batch:
+    """A sample of the planned length; boxes cannot be written without their picture, and leave another length."""
+    input_ids = render(record.messages, size.grids, tokenizer).input_ids[: size.tokens]
+    missing = size.tokens - len(input_ids)
+    return {
+        "input_ids": np.concatenate([input_ids, np.full(missing, tokenizer.eos_id, dtype=np.int64)]),
+        "labels": np.full(size.tokens, IGNORE, dtype=np.int64),
+    }
 
 
 def _empty_sample(tokenizer: Tokenizer) -> dict[str, Any]:

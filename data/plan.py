@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data.mixture import Mixture, plain_mixture
-from data.size_table import Size
+from data.sizes import Sizes
 from vl2.errors import UserError
 
 PATCHES_PER_TILE = 729  # 27 × 27: what a tile costs the vision tower, in the unit of a language token
@@ -148,7 +148,7 @@ class Plan:
 
 
 def make_plan(
-    sizes: Sequence[Size],
+    sizes: Sizes,
     *,
     max_tokens: int,
     max_tiles_per_pack: int,
@@ -180,7 +180,7 @@ def make_plan(
     Raises:
         UserError: no records, a record over the budget, a setting out of range, or a source that gives no row.
     """
-    if not sizes:
+    if not len(sizes):
         raise UserError("empty dataset: expected at least one record to plan")
     for name, value in (
         ("packs_per_step", packs_per_step),
@@ -192,9 +192,7 @@ def make_plan(
             raise UserError(f"{name}={value}: expected a number above 0")
     if epochs is None and max_steps is None:
         raise UserError("epochs and max_steps are both null: expected at least one of them")
-    tokens = np.array([size.tokens for size in sizes], dtype=np.int64)
-    tiles = np.array([size.tiles for size in sizes], dtype=np.int64)
-    supervised = np.array([size.supervised for size in sizes], dtype=np.int64)
+    tokens, tiles, supervised = sizes.tokens, sizes.tiles, sizes.supervised
     if tokens.max() > max_tokens or tiles.max() > max_tiles_per_pack:
         worst = int(np.argmax((tokens > max_tokens) | (tiles > max_tiles_per_pack)))
         raise UserError(
@@ -264,8 +262,8 @@ def pack_epoch(
     most 0.3 % more packs.
 
     Args:
-        tokens: int64 [samples], tokens of each sample.
-        tiles: int64 [samples], tiles of each sample.
+        tokens: int [samples], tokens of each sample.
+        tiles: int [samples], tiles of each sample.
         max_tokens: budget of a pack, tokens.
         max_tiles: budget of a pack, tiles.
         seed, epoch: all that the order depends on.

@@ -1,131 +1,242 @@
-"""Remembers measured sizes on disk, so that a second run measures only what is new or changed.
+"""Remembers what was measured, in columns on disk, so that a second start measures only what is new or changed.
 
-A size is kept under a key that holds everything it was computed from; a wrong size cannot be found, only none.
+A table holds a row for each row of one file; it lies under a name made of everything else that decides a size and of
+the file's content. When the content changed, the rows that stayed are found in the table of before by hashes of theirs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from data.images.reader import DEFAULT_READER, ImageReader
-from data.record import Record
-from vl2.tiles import Grid, Resolution, num_tiles
-from vl2.tokenizer import Tokenizer
+from data.images.reader import ImageReader
+from data.images.ref import picture_root
+from data.records import RecordReader
+from data.sizes import Sizes
+from vl2.tiles import Resolution
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # raise it when sizes change, or when more is found wrong: what passed before is looked at again then
+_VERSION = 3  # raise it when sizes change, or when more is found wrong: what passed before is looked at again then
+NOT_MEASURED = -1  # tokens of a row that was not, or that could not be used: it is looked at anew, as it may be mended
+_TABLES_KEPT = 64
+_BYTES_KEPT = 2 << 30
+_HEAD_BYTES = 64
+_OLDER_TRIED = 4  # tables of before in which rows are looked for
+
+IMAGE = pa.struct(
+    [
+        ("kind", pa.string()),  # of its ImageRef
+        ("name", pa.string()),
+        ("state", pa.binary(16)),  # hash of `ImageReader.state`
+        ("columns", pa.uint8()),
+        ("rows", pa.uint8()),
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("row_key", pa.binary(16)),  # hash of the row as it lies in the file
+        ("tokens", pa.int32()),
+        ("supervised", pa.int32()),
+        ("content", pa.uint64()),  # hash of what the conversation says and shows
+        ("learned", pa.uint64()),  # hash of that and of what is learned of it
+        ("unknown", pa.large_string()),  # JSON list of the columns that nobody reads; empty: none
+        ("images", pa.large_list(IMAGE)),
+    ]
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much of a pack a record takes."""
-
-    tokens: int
-    """Ids of the whole conversation, image tokens included."""
-    supervised: int
-    """Of these, tokens that are learned."""
-    grids: tuple[Grid, ...]
-    """(columns, rows) of local tiles of each image."""
-
-    @property
-    def tiles(self) -> int:
-        """Tiles the vision tower sees, global views included."""
-        return sum(num_tiles(grid) for grid in self.grids)
+def hash_key(content: bytes) -> bytes:
+    """Hash to the 16 bytes that rows and states are found by."""
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def record_key(
-    record: Record,
-    *,
-    tokenizer: Tokenizer,
-    candidates: Sequence[Resolution],
-    verify: str,
-    images: ImageReader = DEFAULT_READER,
-) -> bytes | None:
-    """Hash what decides a record's size: its messages, the tokenizer, the resolutions, each image's state.
-
-    Returns:
-        16 bytes, or None when an image is missing.
-    """
-    states = [images.state(image) for image in record.images]
-    if None in states:
-        return None
-    messages = [[m.role, m.content, m.plain, m.learn] for m in record.messages]
-    text = json.dumps([_VERSION, tokenizer.fingerprint, list(candidates), verify, messages, repr(record.boxes), states])
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-class SizeTable:
-    """Sizes by key, in one .npz file; without a path it remembers nothing beyond the process."""
-
-    def __init__(self, path: Path | None):
-        self.path = path
-        self._sizes: dict[bytes, Size] = {}
-        self._changed = False
-        if path is not None and path.is_file():
-            try:
-                self._sizes = _load(path)
-            except Exception as error:  # whatever is wrong with the file, its content can be measured again
-                logger.warning("size table %s cannot be read (%s); measuring everything again", path, error)
-
-    def __len__(self) -> int:
-        return len(self._sizes)
-
-    def get(self, key: bytes) -> Size | None:
-        """Return the size kept under a key."""
-        return self._sizes.get(key)
-
-    def put(self, key: bytes, size: Size) -> None:
-        """Keep a size under a key until `save`."""
-        self._sizes[key] = size
-        self._changed = True
-
-    def save(self) -> None:
-        """Write the table if something was added; the file is replaced whole, so a reader never sees half of it."""
-        if self.path is None or not self._changed:
-            return
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.npz")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _dump(temporary, self._sizes)
-            os.replace(temporary, self.path)
-        except OSError as error:  # a read-only or full disk costs time in the next run, nothing else
-            logger.warning("size table %s cannot be written: %s", self.path, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        self._changed = False
-
-
-def _dump(path: Path, sizes: dict[bytes, Size]) -> None:
-    rows = list(sizes.values())
-    grids = [grid for size in rows for grid in size.grids]
-    np.savez(
-        path,
-        keys=np.frombuffer(b"".join(sizes), dtype=np.uint8).reshape(-1, 16),
-        tokens=np.array([size.tokens for size in rows], dtype=np.int64),
-        supervised=np.array([size.supervised for size in rows], dtype=np.int64),
-        num_images=np.array([len(size.grids) for size in rows], dtype=np.int64),
-        grids=np.array(grids, dtype=np.int64).reshape(-1, 2),
+def sizes_of(table: pa.Table) -> Sizes:
+    """Read the sizes out of a table: of its rows that were not measured, NOT_MEASURED tokens."""
+    first_image = _combined(table, "images").offsets.to_numpy()
+    shown = pictures(table)
+    grids = np.stack([shown.field(name).to_numpy() for name in ("columns", "rows")], axis=1)
+    return Sizes(
+        tokens=column(table, "tokens"),
+        supervised=column(table, "supervised"),
+        first_image=first_image - first_image[0],
+        grids=grids,
     )
 
 
-def _load(path: Path) -> dict[bytes, Size]:
-    with np.load(path, allow_pickle=False) as file:
-        keys, grids = file["keys"], file["grids"].tolist()
-        columns = [file[name].tolist() for name in ("tokens", "supervised", "num_images")]
-    sizes = {}
-    first = 0
-    for key, tokens, supervised, num_images in zip(keys, *columns, strict=True):
-        own = tuple((columns_, rows_) for columns_, rows_ in grids[first : first + num_images])
-        first += num_images
-        sizes[key.tobytes()] = Size(tokens=tokens, supervised=supervised, grids=own)
-    return sizes
+def pictures(table: pa.Table) -> pa.StructArray:
+    """The pictures of all rows of a table, one after the other."""
+    return _combined(table, "images").flatten()
+
+
+def forget(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """The table with some rows blank.
+
+    Args:
+        table: of N rows.
+        rows: bool [N].
+    """
+    kept = np.where(rows, len(table), np.arange(len(table)))
+    return pa.concat_tables([table, blank(1)]).take(pa.array(kept))
+
+
+def column(table: pa.Table, name: str) -> np.ndarray:
+    """One column of numbers of a table."""
+    return _combined(table, name).to_numpy(zero_copy_only=False)
+
+
+def count_values(table: pa.Table, name: str, rows: np.ndarray) -> dict[str, int]:
+    """How often each text stands in a column, among some rows."""
+    found = pc.value_counts(_combined(table, name).take(pa.array(rows)))
+    return {entry["values"]: entry["counts"] for entry in found.to_pylist()}
+
+
+def blank(count: int) -> pa.Table:
+    """A table of rows that were not measured."""
+    fills = {"row_key": bytes(16), "tokens": NOT_MEASURED, "unknown": ""}
+    flat = [field for field in SCHEMA if field.name != "images"]
+    columns = [pa.repeat(pa.scalar(fills.get(field.name, 0), field.type), count) for field in flat]
+    no_images = pa.LargeListArray.from_arrays(np.zeros(count + 1, dtype=np.int64), pa.array([], IMAGE))
+    return pa.table([*columns, no_images], schema=SCHEMA)
+
+
+class SizeTable:
+    """The tables of one file's rows under everything that decides a size; without a folder it remembers nothing."""
+
+    def __init__(
+        self, folder: Path | None, reader: RecordReader, *, candidates: Sequence[Resolution], images: ImageReader
+    ):
+        """Name the table; nothing is read yet.
+
+        Args:
+            folder: where tables are kept.
+            reader: of the rows.
+            candidates: resolutions (width, height) in pixels an image may be shown at.
+            images: opens the pictures.
+        """
+        self.folder, self.reader = folder, reader
+        self._decides = _decides(reader, candidates, images)
+        self._name = f"{self._decides}-{hash_key(reader.rows.fingerprint.encode()).hex()[:16]}.arrow"
+
+    def load(self) -> pa.Table | None:
+        """Return what was measured of a file with this very content: a row for each of its rows."""
+        if self.folder is None or not (self.folder / self._name).is_file():
+            return None
+        table = _read(self.folder / self._name)
+        if table is None or len(table) != len(self.reader.rows):
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / self._name)  # the tables used last are kept
+        return self._here(table)
+
+    def older(self) -> Iterator[pa.Table]:
+        """Tables of other content under the same settings, the newest first: rows that stayed may be in one."""
+        if self.folder is None:
+            return
+        paths = [path for path in _by_age(self.folder) if path.name.startswith(f"{self._decides}-")]
+        for path in paths[:_OLDER_TRIED]:
+            table = _read(path) if path.name != self._name else None
+            if table is not None:
+                yield self._here(table)
+
+    def save(self, table: pa.Table) -> None:
+        """Keep a table; the file is replaced whole, so a reader never sees half of it."""
+        if self.folder is None:
+            return
+        temporary = self.folder / f".{self._name}.{os.getpid()}"
+        table = table.replace_schema_metadata({"folder": str(self.reader.rows.folder)})
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+            content = sink.getvalue()
+            with temporary.open("wb") as file:
+                file.write(_head(content))
+                file.write(content)
+            os.replace(temporary, self.folder / self._name)
+        except OSError as error:  # a read-only or full disk costs time in the next run, nothing else
+            logger.warning("size table %s cannot be written: %s", self.folder / self._name, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        _forget_old(self.folder)
+
+    def _here(self, table: pa.Table) -> pa.Table:
+        """Blank what names a picture by its place, when the file has been moved: the same name is another there."""
+        if (table.schema.metadata or {}).get(b"folder") == str(self.reader.rows.folder).encode():
+            return table
+        pictured = pc.greater(pc.list_value_length(table["images"]), 0)
+        if not pc.any(pictured).as_py():
+            return table
+        return forget(table, _combined(pa.table({"pictured": pictured}), "pictured").to_numpy(zero_copy_only=False))
+
+
+def _decides(reader: RecordReader, candidates: Sequence[Resolution], images: ImageReader) -> str:
+    """Digest of all that decides a size besides the row and the pictures."""
+    of, settings = dataclasses.asdict(reader.of), dataclasses.asdict(reader.settings)
+    for name in ("path", "name", "form", "repeat", "limit"):  # which rows are taken and how often; `reader.form` counts
+        del of[name]
+    for name in ("on_bad_record", "max_bad"):
+        del settings[name]
+    of["image_root"] = picture_root(of["image_root"])
+    of["columns"] = dict(of["columns"])
+    decides = [_VERSION, reader.tokenizer.fingerprint, list(candidates), repr(images), reader.form, of, settings]
+    return hash_key(json.dumps(decides, sort_keys=True).encode()).hex()[:16]
+
+
+def _read(path: Path) -> pa.Table | None:
+    """Map a table into memory: its pages are read when they are used, and take none that others could not have."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            whole = file.read_buffer()
+        head, content = whole[:_HEAD_BYTES], whole[_HEAD_BYTES:]
+        if head != _head(content):
+            raise pa.ArrowInvalid("it is damaged")
+        table = pa.ipc.open_file(content).read_all()
+        if not table.schema.equals(SCHEMA):
+            raise pa.ArrowInvalid("other columns than expected")
+        table.validate(full=True)
+    except (OSError, pa.ArrowException) as error:  # whatever is wrong with the file, its content can be measured again
+        logger.warning("size table %s cannot be read (%s); measuring everything again", path, error)
+        return None
+    return table
+
+
+def _head(content: pa.Buffer) -> bytes:
+    """What stands before a table: a checksum, as long as its columns are aligned."""
+    return hashlib.blake2b(content, digest_size=_HEAD_BYTES).digest()
+
+
+def _combined(table: pa.Table, name: str) -> pa.Array:
+    chunks = table[name].combine_chunks()
+    return pa.concat_arrays(chunks.chunks) if isinstance(chunks, pa.ChunkedArray) else chunks
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """The tables in a folder, the one used last first."""
+    found = []
+    with contextlib.suppress(OSError):  # gone meanwhile, or no folder
+        for entry in os.scandir(folder):
+            if entry.name.endswith(".arrow"):
+                found.append((-entry.stat().st_mtime_ns, Path(entry.path)))
+    return [path for _, path in sorted(found)]
+
+
+def _forget_old(folder: Path) -> None:
+    """Remove the tables that were not used for longest, beyond so many and so much."""
+    num_bytes = 0
+    for i, path in enumerate(_by_age(folder)):
+        with contextlib.suppress(OSError):
+            num_bytes += path.stat().st_size
+            if i and (i >= _TABLES_KEPT or num_bytes > _BYTES_KEPT):
+                path.unlink()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.forms.conversation import Conversation, Turn, show_first
-from data.forms.fields import FieldError, Fields, kind_of, learned, read_images, shown, unpacked
+from data.forms.fields import FieldError, Fields, kind_of, learned, objects_of, read_images, shown
 from data.forms.objects import place_objects
 from vl2.prompt import Role
 
@@ -30,7 +30,7 @@ def read(row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
         FieldError: naming the field.
     """
     fields = Fields(row, "", "an object with conversations")
-    entries = unpacked(fields.take("conversations"), "conversations")
+    entries = objects_of(fields.take("conversations"), "conversations")
     if not isinstance(entries, (list, tuple)) or not entries:
         raise FieldError("conversations", f"expected a list of turns, found {kind_of(row.get('conversations'))}")
     turns: list[Turn] = []

@@ -27,7 +27,7 @@ _PICTURE = "seems to name a picture; call the column images, or give data.column
 _REFUSED = tuple(
     (re.compile(names), reason)
     for names, reason in (
-        (r"chosen(_.*)?|rejected(_.*)?|kto_tag|margin|preferences?", _PREFERENCE),
+        (r"chosen(_.*)?|rejected(_.*)?|kto_tag|margin|preferences?|(non_)?preferred_output", _PREFERENCE),
         (r"labels?", "is a class or a preference, and what is learned here are answers; remove this field"),
         (r"tools|functions|tool_calls|tool_call_id|function_call|tool_choice|parallel_tool_calls", _TOOLS),
         (r"videos?|audios?|video_url|audio_url|input_audio", _MEDIA),
@@ -196,6 +196,21 @@ def unpacked(value: Any, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         problem = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply, or a number too long"
         raise FieldError(where, f"expected JSON ({problem}), found {shown(value)}") from None
+
+
+def objects_of(value: Any, where: str) -> Any:
+    """List the objects of a field, also where a table keeps them as JSON text, or as one list for each of their keys.
+
+    Example: {"from": ["human", "gpt"], "value": ["Hi", "Hello"]}, as `datasets.Sequence` of a dictionary is stored,
+    is [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]; what is neither is returned as it is.
+    """
+    value = unpacked(value, where)
+    if not isinstance(value, Mapping) or not value:
+        return value
+    columns = list(value.values())
+    if not all(isinstance(column, (list, tuple)) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, entry, strict=True)) for entry in zip(*columns, strict=True)]
 
 
 def learned(fields: Fields, role: str) -> bool | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.forms.conversation import Conversation, Turn
-from data.forms.fields import FieldError, Fields, images_of, kind_of, learned, read_images, shown, unpacked
+from data.forms.fields import FieldError, Fields, images_of, kind_of, learned, objects_of, read_images, shown
 from data.forms.objects import place_objects
 from data.forms.parts import FromColumn, read_parts
 from vl2.prompt import IMAGE_PLACEHOLDER, Role
@@ -49,7 +49,7 @@ def read_conversation(fields: Fields, messages: Any, name: str, columns: Mapping
         columns: the user's names of columns.
     """
     column = read_images(fields, columns)
-    turns, images, unknown = read_turns(unpacked(messages, name), name)
+    turns, images, unknown = read_turns(objects_of(messages, name), name)
     system = fields.take_text(columns.get("system", "system"))
     if system is not None:
         if turns[0].role == "system":

@@ -44,22 +44,24 @@ FORMS: dict[str, Form] = {
 
 
 def _found(row: Any, of: Columns) -> list[str]:
-    """Names of the forms whose fields a row has, or which it seems to be meant to have."""
-    if isinstance(row, (list, tuple)) and any(isinstance(message, Mapping) for message in row):
-        return ["deepseek_vl2"]
+    """Names of the forms whose fields a row has."""
+    if isinstance(row, Mapping):
+        return [name for name, keys in _keys(of).items() if all(not is_empty(row.get(key)) for key in keys)]
+    is_talk = isinstance(row, (list, tuple)) and any(isinstance(message, Mapping) for message in row)
+    return ["deepseek_vl2"] if is_talk else []
+
+
+def _meant(row: Any, of: Columns) -> str:
+    """Name of the form that a row seems to be meant to have, so that its error can say what is missing; or empty."""
     if not isinstance(row, Mapping):
-        return []
-    forms = {name: form.keys for name, form in FORMS.items() if form.keys}
-    if "user" in of and "assistant" in of:
-        forms["columns"] = (of["user"], of["assistant"])
-    for enough in (
-        lambda keys: all(not is_empty(row.get(key)) for key in keys),
-        lambda keys: all(key in row for key in keys),
-        lambda keys: any(key in row for key in keys),  # so that the error can say what is missing
-    ):
-        if found := [name for name, keys in forms.items() if enough(keys)]:
-            return found
-    return []
+        return ""
+    near = [name for name, keys in _keys(of).items() if any(key in row for key in keys)]
+    return near[0] if len(near) == 1 else ""
+
+
+def _keys(of: Columns) -> dict[str, tuple[str, ...]]:
+    keys = {name: form.keys for name, form in FORMS.items() if form.keys}
+    return {**keys, "columns": (of["user"], of["assistant"])} if "user" in of and "assistant" in of else keys
 
 
 def check_form(of: SourceSettings) -> None:
@@ -129,18 +131,17 @@ def read_row(row: Any, form: str, of: SourceSettings) -> Conversation:
         UserError: the source says a form or columns that there are not.
     """
     if form == AUTO:
-        form = find_form(row, of)
+        form = (of.form == AUTO and not _found(row, of.columns) and _meant(row, of.columns)) or find_form(row, of)
     asked = FORMS[form]
     if asked.keys and isinstance(row, dict) and all(row.get(key) for key in asked.keys):  # nearly every row
         return asked.read(row, of.columns)
     found = _found(row, of.columns)
-    if form not in found:
-        if found:
-            raise FieldError(
-                "row",
-                f"expected the form {form} ({asked.fields}), that of this source, found {found[0]} "
-                f"({FORMS[found[0]].fields}); give rows of each form a source of their own",
-            )
-        if not isinstance(row, Mapping):
-            raise FieldError("row", f"expected a JSON object with messages and images, found {kind_of(row)}")
+    if found and form not in found:
+        raise FieldError(
+            "row",
+            f"expected the form {form} ({asked.fields}), that of this source, found {found[0]} "
+            f"({FORMS[found[0]].fields}); give rows of each form a source of their own",
+        )
+    if not found and not isinstance(row, Mapping):
+        raise FieldError("row", f"expected a JSON object with messages and images, found {kind_of(row)}")
     return asked.read(row, of.columns)

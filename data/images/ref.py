@@ -136,7 +136,7 @@ def _of_path(value: str, folder: str | PathLike[str], root: str) -> ImageRef:
     _check_characters(value, "file")
     if not root:
         return ImageRef(kind="file", name=os.path.abspath(os.path.join(folder, os.path.expanduser(value))))
-    start = os.path.abspath(os.path.expanduser(root))
+    start = picture_root(root)
     path = os.path.abspath(os.path.join(start, os.path.expanduser(value)))
     if os.path.commonpath([start, path]) != start:
         raise UserError(
@@ -144,6 +144,11 @@ def _of_path(value: str, folder: str | PathLike[str], root: str) -> ImageRef:
             "correct the path, or give a root that holds all pictures"
         )
     return ImageRef(kind="file", name=path, root=start)
+
+
+def picture_root(root: str) -> str:
+    """What `ImageRef.root` of a source's pictures is, given the root as the user typed it."""
+    return os.path.abspath(os.path.expanduser(root)) if root else ""
 
 
 def _check_characters(value: str, what: str) -> None:

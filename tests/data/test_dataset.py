@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.dataset import default_cache, open_dataset
+from data.dataset import Dataset, default_cache, open_dataset
 from data.record import RecordError
+from data.settings import ReadSettings, SourceSettings
 from tests.places import NANO_BPE
 from vl2.tokenizer import Tokenizer
 
@@ -34,8 +35,14 @@ def write(tmp_path):
     return write
 
 
-def open_(path, **options):
-    return open_dataset(path, tokenizer=TOKENIZER, candidates=CANDIDATES, **options)
+def open_(path, *, on_bad_record="error", max_bad=0, **options) -> Dataset:
+    return open_dataset(
+        [SourceSettings(path=str(path))],
+        tokenizer=TOKENIZER,
+        candidates=CANDIDATES,
+        settings=ReadSettings(on_bad_record=on_bad_record, max_bad=max_bad),
+        **options,
+    )
 
 
 def test_records_and_sizes_belong_together(write):
@@ -127,7 +134,7 @@ def test_images_that_are_no_files_are_skipped_like_others(write, tmp_path):
 
 def test_all_rows_skipped(write):
     with pytest.raises(ValueError, match=r"empty dataset: .*found none; all 2 rows were skipped"):
-        open_(write("{", "}"), on_bad_record="skip", max_bad=2)
+        open_(write("oops", "oh"), on_bad_record="skip", max_bad=2)
 
 
 def test_fingerprint_follows_the_content_not_the_place(write, tmp_path):
@@ -145,9 +152,6 @@ def test_fingerprint_follows_the_content_not_the_place(write, tmp_path):
     assert open_(write(*rows)).fingerprint != fingerprint
 
 
-def test_default_cache_is_one_file_for_each_data_file(tmp_path, monkeypatch):
+def test_default_cache_is_in_the_users_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert default_cache("a.jsonl") == default_cache(tmp_path / "a.jsonl")
-    assert default_cache("a.jsonl") != default_cache("b.jsonl")
-    assert default_cache("a.jsonl").parent.parent == tmp_path
+    assert default_cache() == tmp_path / "deepseek-vl2-finetune"

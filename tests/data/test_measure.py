@@ -1,19 +1,28 @@
 """Measuring: sizes are exact, remembered, and measured again when anything they depend on changed."""
 
+import dataclasses
+import json
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import paddle
 import pytest
 from PIL import Image
 
 import data.measure
-from data.images.ref import ImageRef
+from data.budget import Budget
+from data.images.reader import DEFAULT_READER, ImageReader
 from data.measure import measure
-from data.record import BadRecords, Record, RecordError
-from data.size_table import Size, SizeTable, record_key
+from data.record import BadRecords, RecordError
+from data.records import RecordReader
+from data.settings import ReadSettings, SourceSettings
+from data.size_table import NOT_MEASURED, SizeTable, column, sizes_of
+from data.sizes import Size
+from data.sources.open import open_sources
 from tests.places import NANO_BPE
-from vl2.prompt import Message, render
+from vl2.prompt import IGNORE, render
 from vl2.tiles import limit_candidates, num_image_tokens
 from vl2.tokenizer import Tokenizer
 
@@ -21,10 +30,11 @@ TOKENIZER = Tokenizer.from_folder(NANO_BPE)
 CANDIDATES = ((384, 384), (384, 768), (768, 384), (768, 768), (384, 1152), (1152, 384))
 
 
-def record(row: int, question: str = "Hi", *images: Path) -> Record:
-    messages = (Message("user", "<image>" * len(images) + question), Message("assistant", "Hello."))
-    pictures = tuple(ImageRef(kind="file", name=str(image)) for image in images)
-    return Record(messages=messages, images=pictures, source="a.jsonl", row=row)
+def row(question: str = "Hi", *images: Path | str) -> dict:
+    """A row; the id of the conversation is no part of what it says."""
+    said = [("user", "<image>" * len(images) + question), ("assistant", "Hello.")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    return {"messages": messages, "images": [str(image) for image in images]}
 
 
 def picture(path: Path, size=(700, 300)) -> Path:
@@ -32,24 +42,47 @@ def picture(path: Path, size=(700, 300)) -> Path:
     return path
 
 
+def reader_of(path: Path, rows: list, settings=ReadSettings(), **source) -> RecordReader:  # noqa: B008
+    """Write rows to a file, and open it."""
+    lines = [one if isinstance(one, str) else json.dumps(one) for one in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    of = SourceSettings(path=str(path), **source)
+    (opened,) = open_sources(of, cache=None)
+    return RecordReader(rows=opened, of=of, settings=settings, tokenizer=TOKENIZER)
+
+
+@pytest.fixture
+def sizes(tmp_path):
+    """Measure rows written to a file; None for a row that cannot be used."""
+
+    def sizes(rows: list, *, candidates=CANDIDATES, settings=ReadSettings(), of=None, **options):  # noqa: B008
+        reader = reader_of(tmp_path / "a.jsonl", rows, settings, **(of or {}))
+        table, kept = measure(reader, candidates, **options)
+        found = sizes_of(table)
+        return [found[i] if i in kept else None for i in range(len(rows))]
+
+    return sizes
+
+
 @pytest.fixture
 def counted(monkeypatch) -> list[int]:
-    """Rows that were measured instead of found in the table."""
+    """Numbers of the rows that were measured instead of found in the table."""
     rows: list[int] = []
-    original = data.measure._Job.one
+    original = data.measure._Job.chunk
 
-    def one(self, index):
-        rows.append(self.records[index].row)
-        return original(self, index)
+    def chunk(self, indices, **options):
+        rows.extend(self.reader.rows.number(int(i)) for i in indices)
+        return original(self, indices, **options)
 
-    monkeypatch.setattr(data.measure._Job, "one", one)
+    monkeypatch.setattr(data.measure._Job, "chunk", chunk)
     return rows
 
 
-def test_size_is_that_of_the_rendered_conversation(tmp_path):
+def test_size_is_that_of_the_rendered_conversation(tmp_path, sizes):
     a, b = picture(tmp_path / "a.png"), picture(tmp_path / "b.jpg", (300, 300))
-    records = [record(1, "你好"), record(2, "compare", a, b)]
-    text, pair = measure(records, TOKENIZER, CANDIDATES)
+    rows = [row("你好"), row("compare", a, b)]
+    text, pair = sizes(rows)
+    records = [reader_of(tmp_path / "a.jsonl", rows).read(i) for i in range(2)]
     answer = len(TOKENIZER.encode("Hello.")) + 1
     assert text == Size(tokens=len(render(records[0].messages, [], TOKENIZER).input_ids), supervised=answer, grids=())
     ids = render(records[1].messages, [(2, 1), (1, 1)], TOKENIZER).input_ids
@@ -58,169 +91,290 @@ def test_size_is_that_of_the_rendered_conversation(tmp_path):
     assert (ids == TOKENIZER.image_id).sum() == num_image_tokens((2, 1)) + num_image_tokens((1, 1))
 
 
-def test_max_tiles_changes_the_size(tmp_path):
-    one = [record(1, "x", picture(tmp_path / "a.png"))]
-    (size,) = measure(one, TOKENIZER, limit_candidates(CANDIDATES, 1))
+def random_row(draw: random.Random, pictures: list[Path]) -> dict:
+    """A conversation of anything that may be said: many tongues, spaces, special tokens as text, images anywhere."""
+    words = ["word", " ", "\n", "你好", "Ünï", "🙂", "  ", "x" * 50, "12345", "<|User|>", "<|grounding|>", "[[1, 2]]"]
+    words.append("<|ref|>a dog<|/ref|><|det|>[[1, 20, 300, 999]]<|/det|>")
+
+    def text(*more: str) -> str:
+        return "".join(draw.choices([*words, *more], k=draw.randrange(1, 30)))
+
+    messages = [{"role": "system", "content": text()}] if draw.random() < 0.3 else []
+    for _ in range(draw.randrange(1, 4)):
+        messages.append({"role": "user", "content": text("<image>")})
+        messages.append({"role": "assistant", "content": f"a{text()}", "loss": draw.random() < 0.7})
+    messages[-1]["loss"] = True
+    num_images = sum(message["content"].count("<image>") for message in messages)
+    return {"messages": messages, "images": [str(draw.choice(pictures)) for _ in range(num_images)]}
+
+
+def test_measured_is_rendered_for_any_conversation(tmp_path, monkeypatch):
+    """Batches in processes count what rendering one after the other makes, and what is kept is the same once more."""
+    monkeypatch.setattr(data.measure, "_MIN_PARALLEL", 4)
+    monkeypatch.setattr(data.measure, "_CHUNK", 37)
+    monkeypatch.setattr(data.measure, "_BATCH_CHARACTERS", 500)
+    draw = random.Random(5)
+    pictures = [picture(tmp_path / f"{i}.png", size) for i, size in enumerate([(700, 300), (300, 300), (300, 700)])]
+    settings = ReadSettings(special_tokens="neutralise")
+    reader = reader_of(tmp_path / "a.jsonl", [random_row(draw, pictures) for _ in range(200)], settings)
+    expected = []
+    for i in range(200):
+        record = reader.read(i)
+        shown = [DEFAULT_READER.size(image) for image in record.images]
+        grids = tuple(data.measure.tile_grid(size, len(shown), CANDIDATES) for size in shown)
+        rendered = render(record.messages, grids, TOKENIZER)
+        supervised = int((rendered.labels != IGNORE).sum())
+        expected.append(Size(tokens=len(rendered.input_ids), supervised=supervised, grids=grids))
+    assert any(message.plain for i in range(200) for message in reader.read(i).messages)
+    assert {len(size.grids) for size in expected} >= {0, 1, 2, 3}
+    for workers in (1, 2, 2):
+        cache = tmp_path / f"cache{workers}"
+        table, kept = measure(reader, CANDIDATES, workers=workers, cache=cache)
+        assert list(sizes_of(table)) == expected
+        assert kept.tolist() == list(range(200))
+
+
+def test_max_tiles_changes_the_size(tmp_path, sizes):
+    (size,) = sizes([row("x", picture(tmp_path / "a.png"))], candidates=limit_candidates(CANDIDATES, 1))
     assert size.grids == ((1, 1),)
 
 
-def test_third_image_shows_all_uncropped(tmp_path):
+def test_third_image_shows_all_uncropped(tmp_path, sizes):
     a = picture(tmp_path / "a.png")
-    (size,) = measure([record(1, "x", a, a, a)], TOKENIZER, CANDIDATES)
+    (size,) = sizes([row("x", a, a, a)])
     assert size.grids == ((1, 1),) * 3
 
 
-def test_second_run_measures_nothing(tmp_path, counted):
-    records = [record(1), record(2, "x", picture(tmp_path / "a.png"))]
-    table = tmp_path / "cache" / "sizes.npz"
-    first = measure(records, TOKENIZER, CANDIDATES, cache=table)
-    assert measure(records, TOKENIZER, CANDIDATES, cache=table) == first
+def test_second_run_measures_nothing(tmp_path, sizes, counted):
+    rows = [row(), row("x", picture(tmp_path / "a.png"))]
+    first = sizes(rows, cache=tmp_path / "cache")
+    assert sizes(rows, cache=tmp_path / "cache") == first
     assert counted == [1, 2]
 
 
-def test_added_row_measures_only_the_new_one(tmp_path, counted):
-    table = tmp_path / "sizes.npz"
-    measure([record(1, "a"), record(2, "b")], TOKENIZER, CANDIDATES, cache=table)
-    measure([record(1, "new"), record(2, "a"), record(3, "b")], TOKENIZER, CANDIDATES, cache=table)
-    assert counted == [1, 2, 1]
+def test_added_rows_alone_are_measured(tmp_path, sizes, counted):
+    rows = [row(f"question {i % 90}", *[picture(tmp_path / "a.png")] * (i % 3)) for i in range(100)]
+    before = sizes(rows, cache=tmp_path / "cache")
+    del counted[:]
+    after = sizes([*rows[50:], *(row(f"new {i}") for i in range(10)), *rows[:50]], cache=tmp_path / "cache")
+    assert counted == list(range(51, 61))
+    assert after[:50] + after[60:] == before[50:] + before[:50]
+    assert after == sizes([*rows[50:], *(row(f"new {i}") for i in range(10)), *rows[:50]])
 
 
-def test_changed_image_is_measured_again(tmp_path, counted):
+def test_rows_are_found_again_wherever_their_file_lies(tmp_path, counted):
+    """A text means the same in every folder; a picture's name does not."""
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+    picture(tmp_path / "here" / "a.png"), picture(tmp_path / "there" / "a.png", (300, 700))
+    found = []
+    for folder in ("here", "there", "there"):
+        table, _ = measure(
+            reader_of(tmp_path / folder / "a.jsonl", [row(), row("x", "a.png")]), CANDIDATES, cache=tmp_path / "cache"
+        )
+        found.append([size.grids for size in sizes_of(table)])
+    assert found == [[(), ((2, 1),)], [(), ((1, 2),)], [(), ((1, 2),)]]
+    assert counted == [1, 2, 2]
+
+
+def test_changed_image_is_measured_again(tmp_path, sizes, counted):
     """A cache keyed by the row alone returns the size of the old picture."""
     image = picture(tmp_path / "a.png")
-    records = [record(1, "x", image), record(2, "y")]
-    table = tmp_path / "sizes.npz"
-    before, _ = measure(records, TOKENIZER, CANDIDATES, cache=table)
+    rows = [row("x", image), row("y")]
+    before, _ = sizes(rows, cache=tmp_path / "cache")
     picture(image, (300, 700))
-    after, _ = measure(records, TOKENIZER, CANDIDATES, cache=table)
+    after, _ = sizes(rows, cache=tmp_path / "cache")
     assert (before.grids, after.grids) == (((2, 1),), ((1, 2),))
     assert counted == [1, 2, 1]
 
 
-def test_touched_image_is_measured_again(tmp_path, counted):
+def test_touched_image_is_measured_again(tmp_path, sizes, counted):
     image = picture(tmp_path / "a.png")
-    table = tmp_path / "sizes.npz"
     for nanoseconds in (1, 1, 2):
         os.utime(image, ns=(nanoseconds, nanoseconds))
-        measure([record(1, "x", image)], TOKENIZER, CANDIDATES, cache=table)
+        sizes([row("x", image)], cache=tmp_path / "cache")
     assert counted == [1, 1]
 
 
-def test_key_holds_all_that_a_size_depends_on(tmp_path):
-    image = picture(tmp_path / "a.png")
-    base = {"tokenizer": TOKENIZER, "candidates": CANDIDATES, "verify": "header"}
-    key = record_key(record(1, "x", image), **base)
-    assert key == record_key(record(9, "x", image), **base)  # where a row stands does not matter
-    plain = Record(messages=(Message("user", "x", plain=True),), images=(), source="", row=1)
-    keys = {
-        key,
-        record_key(record(1, "y", image), **base),
-        record_key(record(1, "x", image), **{**base, "candidates": CANDIDATES[:1]}),
-        record_key(record(1, "x", image), **{**base, "verify": "decode"}),
-        record_key(plain, **base),
-        record_key(Record(messages=(Message("user", "x"),), images=(), source="", row=1), **base),
-    }
-    assert len(keys) == 6
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"candidates": CANDIDATES[:1]},
+        {"settings": ReadSettings(verify="decode")},
+        {"settings": ReadSettings(special_tokens="neutralise")},
+        {"settings": ReadSettings(supervise="last")},
+        {"settings": ReadSettings(unknown="error")},
+        {"of": {"form": "query"}},
+        {"of": {"system": "You see."}},
+        {"of": {"columns": {"image": "picture"}}},
+    ],
+    ids=str,
+)
+def test_changed_settings_measure_again(tmp_path, changed):
+    def name_of(**changed) -> str:
+        settings, of = changed.pop("settings", ReadSettings()), changed.pop("of", {})
+        reader = reader_of(tmp_path / "a.jsonl", [row()], settings, **of)
+        options = {"candidates": CANDIDATES, "images": DEFAULT_READER, **changed}
+        return SizeTable(tmp_path, reader, **options)._name
+
+    assert name_of() == name_of(settings=ReadSettings(on_bad_record="skip", max_bad=3), of={"limit": 5, "repeat": 2.0})
+    assert name_of(**changed) != name_of()
 
 
-def test_table_keeps_every_field(tmp_path):
-    path = tmp_path / "sizes.npz"
-    table = SizeTable(path)
-    sizes = [
-        Size(tokens=5, supervised=2, grids=()),
-        Size(tokens=700, supervised=1, grids=((2, 1), (1, 9))),
-        Size(tokens=421, supervised=0, grids=((1, 1),)),
-    ]
-    for i, size in enumerate(sizes):
-        table.put(bytes([i]) * 16, size)
-    table.save()
-    again = SizeTable(path)
-    assert len(again) == 3
-    assert [again.get(bytes([i]) * 16) for i in range(3)] == sizes
-    assert again.get(bytes(16 * [7])) is None
-    assert sorted(tmp_path.iterdir()) == [path]  # no temporary file stays
+def test_another_image_reader_measures_again(tmp_path):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Turned(ImageReader):
+        turned: bool = True
+
+    reader = reader_of(tmp_path / "a.jsonl", [row()])
+    tables = [SizeTable(None, reader, candidates=(), images=Turned(turned=turned)) for turned in (False, True)]
+    assert tables[0]._name != tables[1]._name
 
 
-def test_broken_table_is_measured_again(tmp_path, counted, caplog):
-    table = tmp_path / "sizes.npz"
-    table.write_bytes(b"PK\x03\x04 half a file")
-    measure([record(1)], TOKENIZER, CANDIDATES, cache=table)
-    assert "cannot be read" in caplog.text
-    measure([record(1)], TOKENIZER, CANDIDATES, cache=table)
-    assert counted == [1]
+def test_damaged_table_is_measured_again(tmp_path, sizes, counted, caplog):
+    """One wrong byte among the numbers would be a wrong size, which no header tells of."""
+    before = sizes([row(), row("more")], cache=tmp_path / "cache")
+    (table,) = (tmp_path / "cache").iterdir()
+    content = table.read_bytes()
+    for damaged in (content[:100], b"", b"other", content.replace(b"\x0f\0\0\0", b"\x0e\0\0\0")):
+        assert damaged != content
+        table.write_bytes(damaged)
+        del counted[:]
+        caplog.clear()
+        assert sizes([row(), row("more")], cache=tmp_path / "cache") == before
+        assert counted == [1, 2] and "cannot be read" in caplog.text
+    assert sizes([row(), row("more")], cache=tmp_path / "cache") == before
+    assert counted == [1, 2]
 
 
-def test_unwritable_table_costs_nothing_but_time(tmp_path, caplog):
+def test_nothing_but_the_table_stays(tmp_path, sizes):
+    sizes([row()], cache=tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".arrow"]
+
+
+def test_old_tables_are_forgotten(tmp_path, sizes, monkeypatch):
+    monkeypatch.setattr("data.size_table._TABLES_KEPT", 3)
+    for i in range(6):
+        sizes([row(f"{i}")], cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_unwritable_table_costs_nothing_but_time(tmp_path, sizes, caplog):
     (tmp_path / "file").write_text("")
-    (size,) = measure([record(1)], TOKENIZER, CANDIDATES, cache=tmp_path / "file" / "sizes.npz")
+    (size,) = sizes([row()], cache=tmp_path / "file" / "sizes")
     assert size is not None
     assert "cannot be written" in caplog.text
 
 
-def test_processes_give_the_same_sizes(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(data.measure, "_MIN_PARALLEL", 4)
+def test_processes_leave_paddle_and_the_library_in_peace(tmp_path, monkeypatch, capfd):
+    """Threads or forks, never both: a fork after the library's threads were used makes it complain."""
     monkeypatch.setattr(data.measure, "_CHUNK", 8)
-    image = picture(tmp_path / "a.png")
-    records = [record(i, f"question {i} " * (i % 7), *[image] * (i % 4)) for i in range(50)]
-    alone = measure(records, TOKENIZER, CANDIDATES, workers=1)
+    reader = reader_of(tmp_path / "a.jsonl", [row(f"question {i} " * (i % 7)) for i in range(50)])
+    alone, _ = measure(reader, CANDIDATES)
     (paddle.ones([256, 256]) @ paddle.ones([256, 256])).sum().item()  # Paddle's threads exist when the processes fork
-    assert measure(records, TOKENIZER, CANDIDATES, workers=3) == alone
-    assert "TOKENIZERS_PARALLELISM" not in capfd.readouterr().err  # said where threads of the tokenizer ran before
+    monkeypatch.setattr(data.measure, "_MIN_PARALLEL", 4)
+    forked, _ = measure(reader, CANDIDATES, workers=3)
+    assert list(sizes_of(forked)) == list(sizes_of(alone))
+    assert "TOKENIZERS_PARALLELISM" not in capfd.readouterr().err
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
-def test_progress_bar_goes_to_stderr(monkeypatch, capfd):
+def test_progress_bar_goes_to_stderr(sizes, monkeypatch, capfd):
     monkeypatch.setattr(data.measure, "_MIN_SHOWN", 2)
-    measure([record(1), record(2)], TOKENIZER, CANDIDATES)
+    sizes([row(), row()])
     out, err = capfd.readouterr()
     assert "measuring" in err and "2/2" in err
     assert out == ""
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_missing_image(tmp_path, monkeypatch, workers):
+def test_first_bad_row_of_the_file_is_said(tmp_path, sizes, monkeypatch, workers):
+    """Whatever is wrong with the rows after it, and however quickly another process finds that."""
     monkeypatch.setattr(data.measure, "_MIN_PARALLEL", 2)
     monkeypatch.setattr(data.measure, "_CHUNK", 1)
-    records = [record(1), record(2, "x", picture(tmp_path / "a.png"), tmp_path / "b.png"), record(3)]
-    with pytest.raises(
-        RecordError, match=r"^a\.jsonl, row 2, images\[1\]: expected an image file, found none at .*b\.png"
+    a = picture(tmp_path / "a.png")
+    rows = [row(), row("x", a, tmp_path / "b.png"), "oops", row("long " * 50)]
+    for first, max_tokens, expected in (
+        (0, 2000, r"a\.jsonl, row 2, images\[1\]: expected an image file, found none at .*b\.png"),
+        (2, 2000, r"a\.jsonl, row 1, row: expected a JSON object"),
+        (3, 60, r"a\.jsonl, row 1, messages: conversation of \d+ tokens"),
     ):
-        measure(records, TOKENIZER, CANDIDATES, workers=workers)
+        with pytest.raises(RecordError, match=expected):
+            sizes(rows[first:] + rows[:first], workers=workers, budget=Budget(max_tokens=max_tokens))
 
 
-def test_truncated_image(tmp_path):
+def test_rows_over_the_budget_are_in_their_place_among_the_others(tmp_path, sizes):
+    """Also when they were measured under another budget before."""
+    rows = [row("long " * 20), row("x", tmp_path / "late.png"), row("long " * 20), row(), "{"]
+    for _ in range(2):
+        bad = BadRecords(on_bad_record="skip", max_bad=4)
+        sizes(rows, cache=tmp_path / "cache", budget=Budget(max_tokens=30), bad=bad)
+        assert [error.row for error in bad.skipped] == [1, 2, 3, 5]
+    bad = BadRecords(on_bad_record="skip", max_bad=4)
+    assert len([size for size in sizes(rows, cache=tmp_path / "cache", bad=bad) if size]) == 3
+
+
+def test_truncated_image(tmp_path, sizes):
     image = picture(tmp_path / "a.jpg")
     image.write_bytes(image.read_bytes()[:-50])
-    with pytest.raises(RecordError, match=r"^a\.jsonl, row 4, images\[0\]: truncated image, its end is missing"):
-        measure([record(4, "x", image)], TOKENIZER, CANDIDATES)
+    with pytest.raises(RecordError, match=r"a\.jsonl, row 1, images\[0\]: truncated image, its end is missing"):
+        sizes([row("x", image)])
 
 
-def test_verify_decode_finds_damage_that_headers_hide(tmp_path):
+def test_verify_decode_finds_damage_that_headers_hide(tmp_path, sizes):
     image = picture(tmp_path / "a.jpg")
     content = image.read_bytes()
     tables = content.index(b"\xff\xdb"), content.index(b"\xff\xda")  # without them no pixel can be computed
     image.write_bytes(content[: tables[0]] + content[content.index(b"\xff\xc0") : tables[1]] + content[tables[1] :])
-    table = tmp_path / "sizes.npz"
-    assert measure([record(4, "x", image)], TOKENIZER, CANDIDATES, cache=table)[0].tiles == 3
-    with pytest.raises(RecordError, match=r"^a\.jsonl, row 4, images\[0\]: cannot read the image"):
-        measure([record(4, "x", image)], TOKENIZER, CANDIDATES, cache=table, verify="decode")
+    assert sizes([row("x", image)], cache=tmp_path / "cache")[0].tiles == 3
+    with pytest.raises(RecordError, match=r"a\.jsonl, row 1, images\[0\]: cannot read the image"):
+        sizes([row("x", image)], cache=tmp_path / "cache", settings=ReadSettings(verify="decode"))
 
 
-def test_skipped_records_have_no_size(tmp_path, counted):
-    records = [record(1), record(2, "x", tmp_path / "gone.png"), record(3)]
-    table = tmp_path / "sizes.npz"
+def test_bad_rows_are_looked_at_anew(tmp_path, sizes, counted):
+    """Their image may be back."""
+    rows = [row(), row("x", tmp_path / "gone.png"), row()]
     for _ in range(2):
         bad = BadRecords(on_bad_record="skip", max_bad=1)
-        sizes = measure(records, TOKENIZER, CANDIDATES, bad=bad, cache=table)
-        assert [size is None for size in sizes] == [False, True, False]
+        found = sizes(rows, bad=bad, cache=tmp_path / "cache")
+        assert [size is None for size in found] == [False, True, False]
         assert [error.row for error in bad.skipped] == [2]
-    assert counted == [1, 2, 3, 2]  # a bad record is looked at anew: its image may be back
+    picture(tmp_path / "gone.png")
+    assert None not in sizes(rows, cache=tmp_path / "cache")
+    assert counted == [1, 2, 3, 2, 2]
 
 
-def test_what_was_measured_before_a_bad_record_is_kept(tmp_path, counted):
-    table = tmp_path / "sizes.npz"
-    records = [record(1), record(2, "x", tmp_path / "late.png")]
+def test_what_was_measured_before_a_bad_row_is_kept(tmp_path, sizes, counted):
+    rows = [row(), row("x", tmp_path / "late.png")]
     with pytest.raises(RecordError):
-        measure(records, TOKENIZER, CANDIDATES, cache=table)
+        sizes(rows, cache=tmp_path / "cache")
     picture(tmp_path / "late.png")
-    measure(records, TOKENIZER, CANDIDATES, cache=table)
+    sizes(rows, cache=tmp_path / "cache")
     assert counted == [1, 2, 2]
+
+
+def test_limit_measures_the_first_rows_only(tmp_path, sizes, counted):
+    rows = [row(), row("b"), row("c"), "{"]
+    assert [size is None for size in sizes(rows, limit=2, cache=tmp_path / "cache")] == [False, False, True, True]
+    assert [size is None for size in sizes(rows, limit=3, cache=tmp_path / "cache")] == [False, False, False, True]
+    assert counted == [1, 2, 3]
+    assert [size is None for size in sizes(rows, limit=1, cache=tmp_path / "cache")] == [False, True, True, True]
+
+
+def test_content_keys_are_of_what_is_said_and_shown(tmp_path):
+    """The same conversation under another id, in another file and folder has the same key; another has not."""
+    keys = {}
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        picture(tmp_path / folder / "a.png")
+        rows = [
+            {**row("x", tmp_path / folder / "a.png"), "id": folder},
+            row(f"only in {folder}", "a.png"),
+            row(" x\n"),
+            row("x"),
+        ]
+        table, _ = measure(reader_of(tmp_path / folder / "a.jsonl", rows), CANDIDATES)
+        assert NOT_MEASURED not in column(table, "tokens")
+        keys[folder] = column(table, "content").tolist()
+    assert [a == b for a, b in zip(keys["one"], keys["two"])] == [True, False, True, True]
+    assert np.unique(keys["one"]).size == 3  # spaces around a text are not said

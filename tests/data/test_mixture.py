@@ -5,7 +5,7 @@ import pytest
 
 from data.mixture import Mixture
 from data.plan import Plan, make_plan
-from data.size_table import Size
+from data.sizes import Size, Sizes
 from vl2.errors import UserError
 
 
@@ -22,8 +22,8 @@ def times(mixed: Mixture, epochs: range, seed: int = 3) -> np.ndarray:
     return np.bincount(np.concatenate(taken), minlength=len(mixed.source_of))
 
 
-def sizes(count: int) -> list[Size]:
-    return [Size(tokens=20 + i % 7, supervised=3 + i % 5, grids=()) for i in range(count)]
+def sizes(count: int) -> Sizes:
+    return Sizes.of(Size(tokens=20 + i % 7, supervised=3 + i % 5, grids=()) for i in range(count))
 
 
 def plan(mixed: Mixture, **changed) -> Plan:

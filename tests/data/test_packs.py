@@ -13,6 +13,8 @@ from data.images.reader import DEFAULT_READER
 from data.packs import PackDataset
 from data.plan import make_plan
 from data.record import RecordError
+from data.settings import ReadSettings, SourceSettings
+from data.sizes import Sizes
 from tests.places import NANO_BPE
 from vl2.prompt import IGNORE, render
 from vl2.tiles import cut_tiles
@@ -43,7 +45,8 @@ def write_data(folder: Path) -> Path:
 
 @pytest.fixture
 def opened(tmp_path) -> Dataset:
-    return open_dataset(write_data(tmp_path), tokenizer=TOKENIZER, candidates=CANDIDATES, max_tokens=1200)
+    source = SourceSettings(path=str(write_data(tmp_path)))
+    return open_dataset([source], settings=ReadSettings(), tokenizer=TOKENIZER, candidates=CANDIDATES, max_tokens=1200)
 
 
 def build(opened: Dataset, *, packs_per_step: int = 4, max_tokens: int = 1200, **options) -> PackDataset:
@@ -193,7 +196,7 @@ def test_image_of_another_size_than_planned(opened, on_bad_record):
 
 
 def test_pack_that_differs_from_the_plan(opened):
-    sizes = (dataclasses.replace(opened.sizes[0], tokens=opened.sizes[0].tokens + 1), *opened.sizes[1:])
+    sizes = Sizes.of([dataclasses.replace(opened.sizes[0], tokens=opened.sizes[0].tokens + 1), *opened.sizes[1:]])
     packs = build(dataclasses.replace(opened, sizes=sizes))
     with pytest.raises(RecordError, match=r"row 1, messages: planned as 16 tokens, 5 of them supervised, but built as"):
         [packs[i] for i in range(len(packs))]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.plan import EMPTY_PACK, Plan, make_plan, pack_epoch
-from data.size_table import Size
+from data.sizes import Size, Sizes
 from vl2.tiles import num_image_tokens, tile_grid
 
 CANDIDATES = [(384 * w, 384 * h) for w in range(1, 10) for h in range(1, 10) if w * h <= 9]
@@ -35,7 +35,7 @@ SIZES = mixed_sizes(2000, seed=0)
 
 def plan(sizes=SIZES, **changed) -> Plan:
     settings = {"max_tokens": 4096, "max_tiles_per_pack": 32, "packs_per_step": 8, "seed": 1}
-    return make_plan(sizes, **{**settings, "epochs": 1, **changed})
+    return make_plan(Sizes.of(sizes), **{**settings, "epochs": 1, **changed})
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -208,8 +208,10 @@ def test_windows_pack_well(monkeypatch):
 
 def test_file_order_keeps_neighbours_together_and_every_sample_once():
     """A curriculum: easy rows first must be trained on first; packs change places within 128 rows only."""
-    sizes = [Size(tokens=50 + i % 40, supervised=5, grids=()) for i in range(1000)]
-    plan = make_plan(sizes, max_tokens=400, max_tiles_per_pack=32, packs_per_step=2, seed=1, epochs=1, order="file")
+    sizes = Sizes.of(Size(tokens=50 + i % 40, supervised=5, grids=()) for i in range(1000))
+    plan = make_plan(
+        Sizes.of(sizes), max_tokens=400, max_tiles_per_pack=32, packs_per_step=2, seed=1, epochs=1, order="file"
+    )
     samples = [sample for pack in plan.packs for sample in pack.samples]
     assert sorted(samples) == list(range(1000))
     assert max(abs(sample - place) for place, sample in enumerate(samples)) <= 128

@@ -8,25 +8,21 @@ import time
 
 import pytest
 
-import data.measure
-from data.measure import measure
+from data.processes import map_forked
 from tests.places import ROOT
 from tests.processes import assert_end
 from vl2.errors import UserError
-from vl2.tokenizer import Tokenizer
 
 MEASURES = """
 import os, sys, time
 from pathlib import Path
-import data.measure
+from data.processes import map_forked
 
-def one(self, index):
+def work(item):
     Path(sys.argv[1], str(os.getpid())).touch()
     time.sleep(60)
 
-data.measure._Job.one, data.measure._MIN_PARALLEL, data.measure._CHUNK = one, 2, 1
-job = data.measure._Job(range(4), None, (), "header", None)
-list(data.measure._run(job, 2))
+list(map_forked(work, range(4), 2))
 """
 ORPHAN = """
 import os, signal, sys, time
@@ -68,16 +64,22 @@ def test_a_parent_that_ended_before_is_noticed(tmp_path):
     assert not mark.exists()
 
 
-def test_a_killed_measuring_process_is_said(tmp_path, monkeypatch):
+def test_a_killed_measuring_process_is_said():
     """It was the traceback of a BrokenProcessPool."""
 
-    def one(self, index):
-        if index == 3:
+    def work(item):
+        if item == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(data.measure._Job, "one", one)
-    monkeypatch.setattr(data.measure, "_CHUNK", 1)
-    monkeypatch.setattr(data.measure, "_num_workers", lambda job, workers: 2)
-    monkeypatch.setattr(data.measure, "record_key", lambda *_, **__: None)
     with pytest.raises(UserError, match=r"killed \(out of memory\?\): 2 were at work; give data\.workers=1, which"):
-        measure([None] * 6, Tokenizer.from_folder(ROOT / "vl2" / "nano"), ())
+        list(map_forked(work, range(6), 2))
+
+
+def test_forked_work_comes_back_in_order():
+    """A child sees what the parent holds, without it being sent, and encodes without threads."""
+    held = object()
+
+    def work(item):
+        return item, id(held), os.environ["TOKENIZERS_PARALLELISM"]
+
+    assert list(map_forked(work, range(50), 3)) == [(i, id(held), "false") for i in range(50)]

@@ -182,6 +182,7 @@ def test_pretraining_begins_with_single_shapes():
     assert all(row.scenes for row in test), "lessons are not asked in the test"
 
 
+@pytest.mark.slow
 def test_pretrain_rows_mix_everything():
     train = after_warm_up(1000, wide_share=0.1)
     assert {len(row.scenes) for row in train} == {0, 1, 2, 3}
@@ -202,6 +203,7 @@ def test_pretrain_rows_mix_everything():
     assert all(len(row.turns) == (1 if row.preamble else len(row.scenes)) for row in test)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("single_threaded_tokenizers")
 def test_text_lessons_reach_every_token():
     """Each entry that stands for printable text is a target; what is left are control characters and broken ones."""

@@ -59,6 +59,7 @@ def arguments(model_folder, data_file):
             "data.max_tokens": 640,
             "data.workers": 0,
             "max_steps": 6,
+            "seed": 6,  # no router of it decides near a tie: see test_loss_curve_is_the_golden_one
             "packs_per_step": 4,
             "lora.dropout": 0.2,
             "optim.lr": 1e-2,

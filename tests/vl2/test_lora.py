@@ -221,6 +221,7 @@ def test_deltas_name_every_tuned_tensor_once(config):
     assert np.allclose(up, 1 + 3.0 * lora.up_A[5].numpy() @ lora.up_B[5].numpy(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_factor_gradients_follow_from_the_full_gradient(config, batch):
     """dL/dA = s dL/dW B^T and dL/dB = s A^T dL/dW, with dL/dW of a model that holds the merged weights."""
     lora_model = apply_lora(new_model(config), ALL)

@@ -21,6 +21,7 @@ from vl2.model import DeepseekVL2
 from vl2.parameters import train_parameters
 
 CASES = ("text", "crop2x1", "three", "multiturn")
+LONG = [pytest.param(case, marks=pytest.mark.slow) for case in ("three", "multiturn")]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -44,7 +45,7 @@ def assert_close(ours, theirs, tolerance=2e-5):
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["text", "crop2x1", *LONG])
 def test_forward_equals_official(model, family, case, expert_way):
     expected = golden(family, case)
     batch = batch_of(case, expected)
@@ -72,7 +73,7 @@ def test_forward_equals_official(model, family, case, expert_way):
     assert float(loss_sum) / count == pytest.approx(expected["loss_eval"], abs=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["text", "crop2x1", *LONG])
 def test_router_choices_equal(model, family, case):
     expected = golden(family, case)
     hidden = []
@@ -116,6 +117,7 @@ def test_prompts_of_a_batch_do_not_touch_each_other(model, family):
         assert answers == [expected[case]["generate"] for case in CASES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 300])
 def test_batch_of_prompts_equals_the_rows_of_the_officially_padded_batch(model, family, chunk):
     """Officially two prompts of 64 and 722 tokens are padded on the left to 722; here they lie end to end.
@@ -153,7 +155,7 @@ def test_batch_of_prompts_equals_the_rows_of_the_officially_padded_batch(model, 
 @pytest.mark.parametrize(
     ("recompute", "batches"), [(0, False), (1, False), (2, False), pytest.param(1, True, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("case", ["text", "crop2x1"])
+@pytest.mark.parametrize("case", ["text", pytest.param("crop2x1", marks=pytest.mark.slow)])
 def test_gradients_equal_official(folder, family, case, recompute, batches, monkeypatch):
     monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: batches)
     expected = golden(family, case)

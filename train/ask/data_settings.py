@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from data.images.pixels import Exif
+from data.images.reader import ImageReader
+from data.images.web_cache import default_folder
 from data.settings import ReadSettings, SourceSettings
 from train.config.data_schema import DataConfig, RowsConfig, SourceConfig
 
@@ -56,4 +59,19 @@ def read_settings(config: RowsConfig) -> ReadSettings:
         on_bad_record=config.on_bad_record,  # type: ignore[arg-type]
         max_bad=config.max_bad,
         verify=config.verify,  # type: ignore[arg-type]
+    )
+
+
+def image_reader(config: RowsConfig, exif: Exif) -> ImageReader:
+    """What opens the pictures of the rows.
+
+    Args:
+        config: the keys of `data`.
+        exif: what is done with the EXIF orientation: in training data.exif, later what training did.
+    """
+    return ImageReader(
+        exif=exif,
+        max_pixels=config.max_pixels,
+        allow_private_urls=config.allow_private_urls,
+        cache=default_folder(),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import sys
 from collections import defaultdict
@@ -14,13 +16,16 @@ import numpy as np
 import paddle
 from tqdm import tqdm
 
+from data.boxes import place_boxes
 from data.dataset import Dataset, default_cache, open_dataset
 from data.images.files import ImageError
+from data.images.reader import ImageReader
 from data.images.ref import ImageRef
 from data.packs import PackDataset
 from data.plan import make_plan
 from data.record import Record
 from train.ask.answer import BATCH_TOKENS, Answer, answer_all, prepare
+from train.ask.data_settings import image_reader, read_settings, source_settings
 from train.ask.load import Loaded, load
 from train.config.load import load_eval_config
 from train.machine.devices import use_device
@@ -39,15 +44,28 @@ class Question:
     expected: str
 
 
-def questions_of(record: Record) -> Iterator[Question]:
+def questions_of(record: Record, images: ImageReader) -> Iterator[Question]:
     """Every assistant's turn of a conversation is a question.
 
+    Args:
+        record: the conversation.
+        images: tells the sizes of its pictures, where it has boxes on them.
+
     user A, assistant b, user C, assistant d  ->  (A -> b), (A b C -> d)
+
+    Raises:
+        RecordError: a picture with boxes that cannot be opened.
     """
-    for i, message in enumerate(record.messages):
+    messages = record.messages
+    if record.boxes:
+        try:
+            messages = place_boxes(record, [images.size(image) for image in record.images])
+        except ImageError as error:
+            raise record.error("images", str(error)) from error
+    for i, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        asked = record.messages[:i]
+        asked = messages[:i]
         num_images = sum(m.content.count(IMAGE_PLACEHOLDER) for m in asked)
         yield Question(
             record=record, messages=asked, images=record.images[:num_images], expected=message.content.strip()
@@ -99,16 +117,16 @@ def num_cut(answers: Sequence[Answer]) -> int:
 
 def mean_loss(loaded: Loaded, dataset: Dataset) -> float:
     """Mean of -log p per supervised token over all conversations."""
-    longest = max(size.tokens for size in dataset.sizes)
+    longest = int(dataset.sizes.tokens.max())
     plan = make_plan(
         dataset.sizes,
         max_tokens=max(longest, BATCH_TOKENS),
-        max_tiles_per_pack=max(32, *(size.tiles for size in dataset.sizes)),
+        max_tiles_per_pack=max(32, int(dataset.sizes.tiles.max())),
         packs_per_step=1,
         seed=0,
         epochs=1,
     )
-    packs = PackDataset(dataset.records, plan, dataset.sizes, loaded.tokenizer, loaded.candidates)
+    packs = PackDataset(dataset.records, plan, dataset.sizes, loaded.tokenizer, loaded.candidates, images=loaded.images)
     total, count = 0.0, 0
     with paddle.no_grad():
         for i in tqdm(range(plan.num_packs), desc="loss", unit="pack", file=sys.stderr, mininterval=1.0):
@@ -133,7 +151,8 @@ def ask_run(
         `questions` (their number), `exact_match`, `cut` (answers that were cut at max_new_tokens), and with `permute`
         `exact_match_permuted`.
     """
-    questions = [question for record in records for question in questions_of(record)][:limit]
+    every = (question for record in records for question in questions_of(record, loaded.images))
+    questions = list(itertools.islice(every, limit))
     answers = ask(loaded, questions, max_new_tokens=max_new_tokens, title="questions")
     found = {
         "questions": float(len(questions)),
@@ -153,21 +172,19 @@ def main(arguments: list[str]) -> int:
     use_device(config.device)
     check_predictions(Path(config.out))
     loaded = load(config.model, config.precision, config.base, config.check)
+    loaded = dataclasses.replace(loaded, images=image_reader(config.data, exif=loaded.images.exif))
     dataset = open_dataset(
-        config.data.path[0],
+        source_settings(config.data),
+        settings=read_settings(config.data),
         tokenizer=loaded.tokenizer,
         candidates=loaded.candidates,
+        images=loaded.images,
         context=loaded.model.config.language.max_position_embeddings,
-        cache=default_cache(config.data.path[0]),
+        cache=default_cache(),
     )
     if config.limit is not None:
-        dataset = Dataset(
-            records=dataset.records[: config.limit],
-            sizes=dataset.sizes[: config.limit],
-            fingerprint=dataset.fingerprint,
-            skipped=dataset.skipped,
-        )
-    questions = [question for record in dataset.records for question in questions_of(record)]
+        dataset = dataset.take(np.arange(len(dataset.records))[: config.limit])
+    questions = [question for record in dataset.records for question in questions_of(record, loaded.images)]
     answers = ask(loaded, questions, max_new_tokens=config.max_new_tokens, title="questions")
     write_predictions(Path(config.out), questions, answers)
     result: dict[str, Any] = {

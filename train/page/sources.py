@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,25 +41,20 @@ class SourceFacts:
 
 def source_facts(dataset: Dataset) -> list[SourceFacts]:
     """What each source of a data set gives, in their order."""
-    skipped = Counter(error.source for error in dataset.skipped)
-    names = list(dict.fromkeys([*(record.source for record in dataset.records), *skipped]))
-    which = np.array([names.index(record.source) for record in dataset.records])
-    tokens = np.array([size.tokens for size in dataset.sizes])
-    supervised = np.array([size.supervised for size in dataset.sizes])
-    images = np.array([len(size.grids) for size in dataset.sizes])
-    tiles = np.array([size.tiles for size in dataset.sizes])
+    sizes = dataset.sizes
+    images = np.diff(sizes.first_image)
     facts = []
-    for number, name in enumerate(names):
-        own = which == number
+    for number, source in enumerate(dataset.sources):
+        own = dataset.source_of == number
         facts.append(
             SourceFacts(
-                name=name,
-                kept=int(own.sum()),
-                skipped=skipped[name],
-                tokens=int(tokens[own].sum()),
-                supervised=int(supervised[own].sum()),
+                name=source.settings.name or source.settings.path,
+                kept=source.kept,
+                skipped=source.skipped,
+                tokens=int(sizes.tokens[own].sum()),
+                supervised=int(sizes.supervised[own].sum()),
                 images=int(images[own].sum()),
-                tiles=int(tiles[own].sum()),
+                tiles=int(sizes.tiles[own].sum()),
             )
         )
     return facts

@@ -7,14 +7,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import paddle
 from paddle import nn
 
 from data.dataset import Dataset, default_cache, open_dataset
+from data.images.reader import ImageReader
 from data.plan import Plan, make_plan
 from data.record import Record, RecordError
+from data.settings import SourceSettings
 from data.shapes.write import write_shapes
+from train.ask.data_settings import image_reader, read_settings, source_settings
 from train.ask.load import load_with_bar
 from train.config.schema import TrainConfig
 from train.run.say import say
@@ -51,6 +55,7 @@ class Data:
     plan: Plan
     tokenizer: Tokenizer
     candidates: tuple[Resolution, ...]  # resolutions that data.max_tiles leaves
+    images: ImageReader  # opens the pictures
     questions: tuple[Record, ...]  # held out; empty when nothing is asked
     skipped_questions: tuple[RecordError, ...]  # rows left out of their file
 
@@ -76,39 +81,42 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
     """
     tokenizer = folder.tokenizer
     candidates = limit_candidates(folder.config.candidate_resolutions, config.data.max_tiles)
-    path, questions_path = _only(config.data.path), _only(config.data.eval_path)
-    if path is None:
+    images = image_reader(config.data, exif=config.data.exif)  # type: ignore[arg-type]  # checked by the schema
+    sources, held_out = source_settings(config.data), source_settings(config.data, config.data.eval_path)
+    if not sources:
         shapes = config.data.shapes
         drawn = Path(config.run_dir, "data")
-        path = str(write_shapes(drawn, task=shapes.task, split="train", count=shapes.train, seed=shapes.seed))
-        if questions_path is None:
-            questions_path = str(
-                write_shapes(drawn, task=shapes.task, split="test", count=shapes.test, seed=shapes.seed)
-            )
 
-    def open_file(file: str, max_tokens: int | None, max_tiles: int | None, context: int | None = None) -> Dataset:
+        def draw(split: Literal["train", "test"], count: int) -> tuple[SourceSettings, ...]:
+            path = write_shapes(drawn, task=shapes.task, split=split, count=count, seed=shapes.seed)
+            return (SourceSettings(path=str(path)),)
+
+        sources = draw("train", shapes.train)
+        held_out = held_out or draw("test", shapes.test)
+
+    def open_(
+        of: Sequence[SourceSettings], max_tokens: int | None, max_tiles: int | None, context: int | None = None
+    ) -> Dataset:
         return open_dataset(
-            file,
+            of,
+            settings=read_settings(config.data),
             tokenizer=tokenizer,
             candidates=candidates,
+            images=images,
             max_tokens=max_tokens,
             max_tiles_per_pack=max_tiles,
             context=context,
-            special_tokens=config.data.special_tokens,  # type: ignore[arg-type]  # checked by the schema
-            on_bad_record=config.data.on_bad_record,  # type: ignore[arg-type]
-            max_bad=config.data.max_bad,
-            verify=config.data.verify,  # type: ignore[arg-type]
-            cache=default_cache(file),
+            cache=default_cache(),
             workers=config.data.workers,
         )
 
-    dataset = open_file(path, config.data.max_tokens, config.data.max_tiles_per_pack)
+    dataset = open_(sources, config.data.max_tokens, config.data.max_tiles_per_pack)
     questions: tuple[Record, ...] = ()
     skipped_questions: tuple[RecordError, ...] = ()
-    if questions_path is not None and config.eval.questions:
+    if held_out and config.eval.questions:
         context = folder.config.language.max_position_embeddings
-        held_out = open_file(questions_path, None, None, context)
-        questions, skipped_questions = held_out.records[: config.eval.questions], held_out.skipped
+        asked = open_(held_out, None, None, context)
+        questions, skipped_questions = tuple(asked.records[: config.eval.questions]), asked.skipped
     plan = make_plan(
         dataset.sizes,
         max_tokens=config.data.max_tokens,
@@ -121,20 +129,15 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
         data_fingerprint=dataset.fingerprint,
     )
     return Data(
-        path=path,
+        path=", ".join(of.path for of in sources),
         dataset=dataset,
         plan=plan,
         tokenizer=tokenizer,
         candidates=candidates,
+        images=images,
         questions=questions,
         skipped_questions=skipped_questions,
     )
-
-
-def _only(paths: list[str]) -> str | None:
-    if len(paths) > 1:
-        raise UserError(f"expected one file, found {len(paths)}")
-    return paths[0] if paths else None
 
 
 def build_base(config: TrainConfig, folder: ModelFolder) -> DeepseekVL2:

@@ -82,7 +82,7 @@ def ask_held_out(model: nn.Layer, data: Data, config: TrainConfig, when: str) ->
     model.eval()
     source = Source(kind="adapter" if lora else "weights", base=Path(config.model.path))
     return ask_run(
-        Loaded(source=source, model=inner, tokenizer=data.tokenizer),
+        Loaded(source=source, model=inner, tokenizer=data.tokenizer, images=data.images),
         data.questions,
         limit=config.eval.questions,
         max_new_tokens=config.eval.max_new_tokens,
@@ -273,6 +273,7 @@ def _fit(
         data.dataset.sizes,
         data.tokenizer,
         data.candidates,
+        images=data.images,
         num_ranks=dist.get_world_size(),
         on_bad_record=config.data.on_bad_record,  # type: ignore[arg-type]  # checked by the schema
         max_bad=config.data.max_bad,

@@ -117,6 +117,14 @@ SAME = {
         "conversations",
         {"images": ["cat.jpg"], "conversations": [{"from": "system", "value": "Be brief."}, *LLAVA]},
     ),
+    "a list for each key, as datasets.Sequence is stored": (
+        "conversations",
+        {
+            "image": "cat.jpg",
+            "system": "Be brief.",
+            "conversations": {"from": ["human", "gpt"], "value": ["<image>\nWho?", "A cat."]},
+        },
+    ),
     "conversations of role and content": (
         "conversations",
         {"images": ["cat.jpg"], "conversations": [SYSTEM, QUESTION, ANSWER]},
@@ -237,6 +245,8 @@ def test_form_that_cannot_be_told():
     none = r"those of none among \['a', 'b'\]\. The forms are messages: .*alpaca: .*columns="
     with pytest.raises(FieldError, match=none):
         find_form({"a": 1, "b": 2}, of)
+    with pytest.raises(FieldError, match="those of none among"):
+        find_form({"instruction": "A row that lacks its answer decides for no other."}, of)
     # A merged table fills the fields of the other form with null.
     assert find_form({**both, "conversations": None}, of) == "messages"
 

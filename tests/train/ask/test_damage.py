@@ -99,6 +99,7 @@ def test_a_text_for_people_may_be_edited(place):
     assert find_source("adapter_peft").kind == "adapter"
 
 
+@pytest.mark.slow
 def test_a_base_is_found_from_another_folder(place, run, monkeypatch, tmp_path):
     """Trained with model.path=model, then used from elsewhere: "which is not there now"."""
     assert run(Path("new"), "model.path=model", "max_steps=1", "lora.rank=1", "lora.groups=[dense_mlp]") == 0

@@ -10,8 +10,11 @@ import pytest
 import train.ask.answer as answer
 import train.ask.evaluate as entry
 from data.dataset import open_dataset
+from data.images.reader import DEFAULT_READER
 from data.images.ref import ImageRef
 from data.record import Record, RecordError
+from data.records import Records
+from data.settings import ReadSettings, SourceSettings
 from train.ask.answer import Answer, answer_all
 from train.ask.evaluate import (
     Question,
@@ -37,8 +40,11 @@ def loaded(model_folder) -> Loaded:
 
 
 @pytest.fixture(scope="module")
-def records(loaded, data_file) -> tuple[Record, ...]:
-    return open_dataset(data_file, tokenizer=loaded.tokenizer, candidates=loaded.candidates).records
+def records(loaded, data_file) -> Records:
+    source = SourceSettings(path=str(data_file))
+    return open_dataset(
+        [source], settings=ReadSettings(), tokenizer=loaded.tokenizer, candidates=loaded.candidates
+    ).records
 
 
 def test_predictions_replace_only_predictions(tmp_path):
@@ -66,7 +72,7 @@ def test_questions_of_a_conversation_and_their_permutation():
         images = tuple(ImageRef(kind="file", name=f"{name}{i}") for i in (1, 2))
         return Record(messages=messages, images=images, source="f", row=1)
 
-    asked = [q for name in "xyz" for q in questions_of(record(name))]
+    asked = [q for name in "xyz" for q in questions_of(record(name), DEFAULT_READER)]
     assert [(len(q.messages), len(q.images), q.expected) for q in asked[:2]] == [(1, 1, "b"), (3, 2, "d")]
     shown = permuted(asked)
     assert [q.images[0].name for q in shown] == ["y1", "y1", "z1", "z1", "x1", "x1"]

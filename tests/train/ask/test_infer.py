@@ -73,6 +73,7 @@ def test_messages_file_that_cannot_be_used(tmp_path, content, message):
         conversation(InferConfig(messages=str(file)), Tokenizer.from_folder(NANO_BPE))
 
 
+@pytest.mark.slow
 def test_images_and_chunks_through_infer(loaded, tmp_path):
     """Two images, whole prefill = chunked prefill; sampling is a function of the seed."""
     for i, colour in enumerate(("red", "blue")):

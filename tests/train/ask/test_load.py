@@ -79,6 +79,7 @@ def once_each(folder: Path) -> dict[str, int]:
     return {file.name: 1 for file in folder.iterdir() if file.name in READ_ONCE or file.suffix == ".safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "run", "adapter", "export"])
 def test_each_file_of_a_model_is_opened_once(kind, sharded, trained, tmp_path, opened):
     """An adapter's base was parsed three to five times: for its tokenizer, its type, its size, its weights, and again
@@ -96,11 +97,13 @@ def test_each_file_of_a_model_is_opened_once(kind, sharded, trained, tmp_path, o
     assert len(once_each(base)) == 6
 
 
+@pytest.mark.slow
 def test_each_file_of_a_base_is_opened_once_by_a_run(run, sharded, tmp_path, opened):
     assert run(tmp_path / "run", f"model.path={sharded}", "max_steps=1", "eval.questions=0") == 0
     assert opened(sharded) == once_each(sharded)
 
 
+@pytest.mark.slow
 def test_an_export_needs_no_paddlenlp(golden_folder):
     """A comment claimed so, but the import of `infer` brought PaddleNLP in by four others: 3.2 of 5.0 seconds."""
     program = (

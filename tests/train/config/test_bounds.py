@@ -5,7 +5,7 @@ import re
 import pytest
 
 from train.config import load
-from train.config.fields import list_entry_keys, list_keys
+from train.config.fields import check_values, list_entry_keys, list_keys, value_of
 from train.config.schema import EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from train.machine.devices import Machine
 from vl2.errors import UserError
@@ -19,6 +19,11 @@ NUMBERS = [
     for spec in (key, *list_entry_keys(key, "0"))
     if spec.type in (int, float, dict[str, int], dict[str, float])
 ]
+
+
+def is_of_entry(spec):
+    """Whether a key belongs to an entry of a list, as data.sources[0].repeat does."""
+    return "[0]." in spec.name
 
 
 def read(schema, argument):
@@ -46,14 +51,41 @@ def test_number_has_both_bounds(schema, spec):
     assert spec.low < spec.high < float("inf")
 
 
-@pytest.mark.parametrize(("schema", "spec"), NUMBERS, ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.parametrize(
+    ("schema", "spec"),
+    [(schema, spec) for schema, spec in NUMBERS if not is_of_entry(spec)],
+    ids=lambda value: getattr(value, "name", ""),
+)
 def test_what_is_no_sane_number_is_refused_by_name(schema, spec):
     """epochs=inf planned for ever, optim.lr=1e9 trained weights of 2e9 at exit 0, seed=10^23 overflowed."""
-    name = f"{spec.name}.experts" if spec.is_table else spec.name
-    for value in ("inf", "nan", "-inf", "1" + "0" * 30):
-        place = re.escape(name)
-        with pytest.raises(UserError, match=f"^{place}={value}: expected |^{place}=.*: expected at (most|least)"):
-            read(schema, argument(name, value))
+    owner, _, leaf = spec.name.rpartition(".")
+    for value in (float("inf"), float("nan"), float("-inf"), 10**30, -(10**30)):
+        config = schema()
+        check_values(config)
+        setattr(value_of(config, owner) if owner else config, leaf, {"experts": value} if spec.is_table else value)
+        name = f"{spec.name}.experts" if spec.is_table else spec.name
+        with pytest.raises(UserError, match=f"^{re.escape(f'{name}={value}')}: expected at (most|least)"):
+            check_values(config)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf", "1" + "0" * 30])
+@pytest.mark.parametrize(
+    ("schema", "name"),
+    [
+        (TrainConfig, "save_steps"),
+        (TrainConfig, "epochs"),
+        (TrainConfig, "lora.ranks.experts"),
+        (TrainConfig, "lora.alphas.experts"),
+        (InferConfig, "top_p"),
+        (EvaluateConfig, "limit"),
+        *((schema, spec.name) for schema, spec in NUMBERS if is_of_entry(spec)),
+    ],
+)
+def test_what_is_no_sane_number_is_refused_as_typed(schema, name, value):
+    """A key of each type, through Hydra, which converts the text: also what it cannot convert is said by name."""
+    place = re.escape(name)
+    with pytest.raises(UserError, match=f"^{place}={value}: expected |^{place}=.*: expected at (most|least)"):
+        read(schema, argument(name, value))
 
 
 @pytest.mark.parametrize(

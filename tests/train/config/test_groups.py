@@ -58,6 +58,7 @@ IN_USE = {  # (group, option) -> a recipe that takes it and adds nothing to it
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "option"), IN_USE)
 def test_option_takes_the_place_of_the_recipes(group, option):
     """What the recipe's own option says and the typed one does not is the schema's default again."""

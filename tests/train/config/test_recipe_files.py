@@ -44,6 +44,7 @@ def test_recipe_from_anywhere(recipe, monkeypatch):
     assert load_config(["conf=./mine.yaml", "optim=deepseek_sft_tiny"], GPU).optim.lr == 3e-5
 
 
+@pytest.mark.slow
 def test_recipe_from_anywhere_rehearses(recipe, tmp_path):
     config = load_config([f"conf={recipe}"], CPU)
     assert config.rehearsal

@@ -54,6 +54,7 @@ def test_full_disk_is_one_line(number, monkeypatch, capsys, tmp_path):
     assert list((tmp_path / "data").iterdir()) == []  # nothing half drawn is taken for data later
 
 
+@pytest.mark.slow
 def test_worker_that_ignores_signals_does_not_keep_the_process(tmp_path):
     """A run that failed inside an epoch hung for good: Python waited for workers that ignore SIGTERM."""
     (tmp_path / "script.py").write_text(

@@ -112,6 +112,7 @@ def test_images_messages_and_model_arrive_as_typed():
     assert config["run"] == "out, (1)=x"
 
 
+@pytest.mark.slow
 def test_repository_in_an_awkward_place(tmp_path):
     place = tmp_path / "my models, (1)=x"
     place.mkdir()
@@ -131,6 +132,7 @@ def test_repository_in_an_awkward_place(tmp_path):
     assert yaml.safe_load(shown.stdout)["model"]["path"] == str(place / "vl2" / "nano")
 
 
+@pytest.mark.slow
 def test_works_from_any_folder(tmp_path):
     """Relative paths stay those of the folder where the command is typed; folders there hide none of ours."""
     for name in ("train", "data", "vl2"):

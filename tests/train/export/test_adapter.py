@@ -100,6 +100,7 @@ def test_peft_configuration_has_no_key_that_0_10_does_not_know(peft):
     assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (4, 8, True)
 
 
+@pytest.mark.slow
 def test_peft_there_and_back_gives_the_same_bits(run, peft):
     assert np.array_equal(logits(run), logits(peft))
     ours, theirs = load(run), load(peft)
@@ -152,6 +153,7 @@ def changed(folder: Path, target: Path, **config) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_an_adapter_without_a_word_of_ours(tiny_peft, model_folder, tmp_path):
     """The base from its configuration, or from base=; all resolutions of the base are in force."""
     foreign = changed(tiny_peft, tmp_path / "a")
@@ -173,6 +175,7 @@ def test_an_adapter_without_a_word_of_ours(tiny_peft, model_folder, tmp_path):
     assert json.loads((tmp_path / "merged" / "export.json").read_text())["base"] == str(model_folder)
 
 
+@pytest.mark.slow
 def test_base_is_for_adapters_and_must_be_the_right_one(tiny, tiny_peft, model_folder, tmp_path):
     with pytest.raises(ValueError, match=r"base=x: .* holds neither an adapter nor trained weights"):
         load(model_folder, base="x")
@@ -207,6 +210,7 @@ def started(arguments, model_folder, folder, settings, tmp_path, *more):
     return make_trainable(model, config, candidates=model.config.candidate_resolutions, base_fingerprint=fingerprint)[0]
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_peft_adapter(arguments, model_folder, tiny, tiny_peft, tmp_path):
     expected = factors_of(load(tiny))
     for folder in (tiny / "adapter", tiny_peft):
@@ -215,6 +219,7 @@ def test_training_starts_from_a_peft_adapter(arguments, model_folder, tiny, tiny
         assert model.settings.dropout == 0.2  # the run's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -266,6 +271,7 @@ def test_an_adapter_is_written_without_the_bases_weights(tiny, tiny_peft, model_
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_adapter_takes_its_resolutions_along(tiny, tiny_peft, model_folder, tmp_path):
     """An image of 437 tokens in training had 1431 on the other side: processor_config.json stayed behind.
 
@@ -299,6 +305,7 @@ def without_o_proj(folder: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_modules_without_factors_are_named(arguments, model_folder, tiny_peft, tmp_path, capsys):
     """An adapter that lacked a Linear of a group was taken without a word: by infer, both exports and lora.init."""
     part = without_o_proj(tiny_peft, tmp_path / "part")
@@ -315,6 +322,7 @@ def test_modules_without_factors_are_named(arguments, model_folder, tiny_peft, t
     assert "have no factors" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "call"), [("peft", "merge_and_unload()"), ("paddle", "merge()")])
 @pytest.mark.parametrize("family", ["nano_tiny", "nano_small"])
 def test_latent_attention_must_be_merged_first(golden_folder, tmp_path, capsys, family, form, call):

@@ -56,6 +56,7 @@ def exported(run) -> Path:
     return run / "export"
 
 
+@pytest.mark.slow
 def test_export_in_float32_answers_as_the_adapter(run, exported):
     """The same greedy tokens, and logits within 1e-5 of the largest: only the order of two float32 sums differs."""
     adapter, merged = load(run), load(exported)
@@ -66,6 +67,7 @@ def test_export_in_float32_answers_as_the_adapter(run, exported):
     assert infer(adapter, config)["ids"] == infer(merged, config)["ids"]
 
 
+@pytest.mark.slow
 def test_the_adapter_matters(base, run):
     loaded = load(base)
     probe = make_probe(loaded.tokenizer, loaded.candidates)
@@ -90,6 +92,7 @@ def test_export_report_and_files(run, exported, base):
     assert find_source(exported).rehearsal
 
 
+@pytest.mark.slow
 def test_export_in_the_base_dtype_leaves_untouched_tensors_bit_for_bit(run, base, tmp_path):
     report = export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
     assert report.dtype == "bfloat16"
@@ -136,6 +139,7 @@ def test_broken_processor_config_of_the_base_is_said_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_export_is_refused_when_rounding_costs_too_much(run, tmp_path, monkeypatch):
     monkeypatch.setattr("train.export.verify.MAX_KL", 0.0)
     with pytest.raises(ValueError, match="rounding costs a KL of"):
@@ -179,6 +183,7 @@ def test_adapter_of_another_base_is_refused(run, base, tmp_path):
         load(other)
 
 
+@pytest.mark.slow
 def test_adapter_knows_its_base_in_the_precision_of_its_training(run, base, tmp_path):
     """A base of bfloat16, trained on as float16: it is the same base when it is loaded or exported in another type."""
     other = tmp_path / "other"

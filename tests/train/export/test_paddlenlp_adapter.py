@@ -167,6 +167,7 @@ def test_rows_that_were_trained_are_part_of_the_adapter(base, run, written, tmp_
     assert not (tmp_path / "peft").exists()
 
 
+@pytest.mark.slow
 def test_training_does_not_start_from_rows_that_its_adapter_would_lose(arguments, model_folder, tmp_path):
     run = make_run(tmp_path / "run", model_folder, SAME)
     export(ExportConfig(run=str(run), out=str(tmp_path / "written"), adapter="paddle"))

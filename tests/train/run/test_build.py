@@ -33,7 +33,7 @@ def test_no_workers_measures_in_the_process_itself(plan, monkeypatch, tmp_path):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # nothing has been measured yet
     monkeypatch.setattr("data.measure._MIN_PARALLEL", 1)
-    monkeypatch.setattr("data.measure.ProcessPoolExecutor", start)
+    monkeypatch.setattr("data.processes.ProcessPoolExecutor", start)
     with pytest.raises(AssertionError, match="a process was started"):
         plan("data.workers=2", "max_steps=1")
     assert plan("data.workers=0", "max_steps=1").num_steps == 1

@@ -9,6 +9,7 @@ from train.config.load import load_config
 from train.run.training import train
 
 
+@pytest.mark.slow
 def test_an_adapter_that_nothing_uses_stops_the_first_step(arguments, tmp_path, monkeypatch):
     """As absorbed MLA does with kv_b_proj: the projection's weight is read, its forward is never called."""
     import train.run.training as entry
@@ -24,6 +25,7 @@ def test_an_adapter_that_nothing_uses_stops_the_first_step(arguments, tmp_path, 
         entry.train(load_config(arguments(tmp_path / "run")))
 
 
+@pytest.mark.slow
 def test_divergence_names_the_step_and_saves_nothing(arguments, tmp_path):
     config = load_config(arguments(tmp_path / "run", "optim.max_grad_norm=0", "max_steps=6"))
     config.optim.lr = 1e30  # beyond the bound of the key, so that it diverges at once
@@ -32,6 +34,7 @@ def test_divergence_names_the_step_and_saves_nothing(arguments, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss", "load-balance loss"])
 def test_a_loss_that_is_not_finite_names_the_rows(arguments, tmp_path, monkeypatch, name):
     """Made so by hand: Paddle's CPU cross entropy takes NaN logits for equal ones, and only the gradient shows it."""

@@ -48,6 +48,7 @@ for name in EVENTS:
     setattr(Recorder, name, _recording(name))
 
 
+@pytest.mark.slow
 def test_callback_gets_every_event_in_order(run, tmp_path):
     """Two steps of two packs: Trainer's own loop would have fired these, and a user's callback counts on them."""
     recorder = Recorder()
@@ -66,6 +67,7 @@ def test_callback_gets_every_event_in_order(run, tmp_path):
         assert recorder.seen[part] is not None
 
 
+@pytest.mark.slow
 def test_callback_may_ask_for_a_save_and_a_stop(run, tmp_path):
     """A stop counts as the end of the run: its weights are kept, its marker says how many steps were made."""
     run_dir = tmp_path / "run"
@@ -90,6 +92,7 @@ def test_one_rank_that_asks_is_enough(monkeypatch):
     assert gradients.any_rank(True, False, False) == [True, True, False]
 
 
+@pytest.mark.slow
 def test_disk_full_in_the_log_saves_the_step(run, tmp_path, monkeypatch):
     """The steps since the last save were lost: writing metrics.jsonl raised before the checkpoint was due."""
     run_dir, write = tmp_path / "run", MetricsLog.write

@@ -42,6 +42,7 @@ def test_need_is_what_a_run_holds(kind, precision, settings, tmp_path, arguments
     assert found.trained == 16 * learned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "figure"), [("tiny", "6.74"), ("small", "32.30"), ("base", "54.96")])
 def test_published_model_that_has_no_room_is_not_even_fetched(name, figure, monkeypatch, tmp_path):
     for user in ("train.ask.load", "train.run.training"):

@@ -122,6 +122,7 @@ def test_workers_ignore_the_signals_that_ask_for_a_stop():
     loader.close()
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_run():
     """They stayed, 330 MB each, and took no SIGTERM: one that builds a pack, and one that waits to hand it over."""
     script = """

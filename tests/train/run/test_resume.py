@@ -21,6 +21,7 @@ class Killed(BaseException):
     """As SIGKILL: nothing is saved."""
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_leaves_the_newer_ones_aside(run, whole, tmp_path, monkeypatch, capsys):
     """Resumed from step 4 with another learning rate and killed; resume=auto took step 6 of the attempt given up.
 
@@ -46,6 +47,7 @@ def test_an_older_checkpoint_leaves_the_newer_ones_aside(run, whole, tmp_path, m
     assert (aside / "state.json").read_bytes() == (whole / "checkpoints/step-000006/state.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_branch_leaves_the_other_run_alone(run, whole, tmp_path):
     before = sorted(path.name for path in (whole / "checkpoints").iterdir())
     run_dir = tmp_path / "branch"
@@ -82,6 +84,7 @@ def test_a_run_with_a_broken_marker_goes_on(run, whole, tmp_path):
     assert marker is not None and (marker.status, marker.step, marker.wandb_id) == ("finished", 6, known.wandb_id)
 
 
+@pytest.mark.slow
 def test_a_run_of_format_1_goes_on(run, model_folder, tmp_path, monkeypatch):
     """Its second step again: the same loss, in a run that was begun before documents said their format."""
     shutil.copytree(GOLDENS / "folders_v1", tmp_path / "here")

@@ -106,8 +106,11 @@ def test_summary(whole):
 def test_loss_curve_is_the_golden_one(whole):
     """Full digits, so that any change of the numbers is seen.
 
-    Tolerance 1e-4: one thread instead of two, another order of float32 sums, moved a loss by 4e-6 here, and another
-    BLAS may do ten times that; a change of data order, dropout masks or schedule moves it by more than 1e-3.
+    Tolerance 1e-4: one thread or four instead of two, or kernels with AVX2, other orders of float32 sums, move a loss
+    by 1e-6 here, and another BLAS may do ten times that; a change of data order, dropout masks or schedule
+    moves it by more than 1e-3. So does a token that goes to another expert: with seed 42 two experts were 4e-8 apart,
+    one thread (what Paddle takes where OMP_NUM_THREADS is not set) chose the other one, and step 6 was off by 3e-3.
+    With seed 6 the nearest choice is decided by 3e-6, three times what those threads and kernels move a score there.
     """
     golden = [float(line) for line in GOLDEN_CURVE.read_text().splitlines() if not line.startswith("#")]
     assert losses(whole) == pytest.approx(golden, abs=1e-4)
@@ -119,7 +122,7 @@ def test_every_trainable_weight_moved(whole, model_folder):
     from vl2.lora_settings import LoRASettings
 
     settings = LoRASettings(groups=("attention", "experts", "shared_experts", "dense_mlp"), rank=8, dropout=0.2)
-    start = apply_lora(load_model(model_folder), settings, seed=42).factors()
+    start = apply_lora(load_model(model_folder), settings, seed=6).factors()
     end = tensors(whole / "adapter" / "peft_model.safetensors")
     assert end.keys() == start.keys()
     still = [name for name in end if np.array_equal(end[name], start[name].numpy())]
@@ -168,6 +171,7 @@ def test_frozen_weights_stay_as_they_were(arguments, model_folder, tmp_path, mon
 # ---- stopping and going on
 
 
+@pytest.mark.slow
 def test_sigterm_then_resume_equals_uninterrupted(run, whole, tmp_path, monkeypatch, capsys):
     """A real signal at the second step's report: the third is finished and saved, and the rest follows bit for bit."""
     write = MetricsLog.write
@@ -322,11 +326,13 @@ def test_two_processes_equal_one(run, arguments, tmp_path):
     assert json.loads((run_dir / "report.json").read_text())["run"]["processes"] == 2
 
 
+@pytest.mark.slow
 def test_lora_init_starts_from_an_adapter(run, whole, tmp_path):
     assert run(tmp_path / "run", f"lora.init={whole / 'adapter'}", "lora.dropout=0", "max_steps=1") == 0
     assert losses(tmp_path / "run")[0] < losses(whole)[0] - 0.05
 
 
+@pytest.mark.slow
 def test_load_balance_is_reported_beside_the_loss(run, whole, tmp_path, capsys):
     """Off, it is zero. On, it is about 1 for each of the three expert layers, and no part of the loss."""
     assert [line["aux_loss"] for line in metrics(whole)] == [0.0] * 6
@@ -340,6 +346,7 @@ def test_load_balance_is_reported_beside_the_loss(run, whole, tmp_path, capsys):
 # ---- what is asked before and after
 
 
+@pytest.mark.slow
 def test_questions_are_asked_once_before_and_once_after(arguments, data_file, tmp_path, capsys):
     import train.run.training as entry
 

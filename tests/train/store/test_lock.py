@@ -19,8 +19,7 @@ from pathlib import Path
 from train.store.lock import hold
 with hold(Path(sys.argv[1]), "x"):
     if os.fork() == 0:  # a data worker, which outlives its parent
-        time.sleep(30)
-    print("held", flush=True)
+        print("held", flush=True)  # and has let go of the parent's lock by now
     time.sleep(30)
 """
 

@@ -28,6 +28,7 @@ def own(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "config", "key"),
     [

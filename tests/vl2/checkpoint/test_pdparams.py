@@ -186,6 +186,7 @@ def test_shape_that_its_bytes_do_not_fill(tmp_path):
         read_pdparams(tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_names_nested_a_million_deep_do_not_end_the_process(tmp_path):
     """Python hashes a tuple's tuples without counting how deep it is: a file of 1 MB ended infer by a segmentation
     fault. In a process of its own, because that would end the tests too."""
