@@ -1,6 +1,7 @@
 """The benchmarks run as their docstrings say, here on their smallest sizes."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import packing, step
+from tests.bench import images, packing, step
 from tests.places import ROOT
 from train.door.launch import BENCHMARKS, prepare_benchmark
 
@@ -28,6 +29,12 @@ def test_packing(capsys):
     assert [line.split()[0] for line in lines] == ["samples", "50", "50"]
 
 
+def test_images(capsys):
+    images.main(["--count", "20", "--decoded", "2", "--size", "96", "64"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["count"], found["header_part"]) == (20, round(found["header_ms"] / found["decode_ms"], 4))
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_docstring_names_the_command(name):
     module = importlib.import_module(f"tests.bench.{name}")
@@ -36,7 +43,7 @@ def test_docstring_names_the_command(name):
 
 
 def test_benchmark_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"^bench stp: expected one of packing, .*; did you mean step\?$"):
+    with pytest.raises(ValueError, match=r"^bench stp: expected one of images, .*; did you mean step\?$"):
         prepare_benchmark(["stp"])
 
 
