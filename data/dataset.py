@@ -19,7 +19,7 @@ from data.measure import measure
 from data.record import BadRecords, RecordError, UnusableRows
 from data.records import RecordReader, Records
 from data.settings import ReadSettings, SourceSettings
-from data.size_table import column, count_values, sizes_of
+from data.size_table import column, count_values, pictures, sizes_of
 from data.sizes import Sizes
 from data.sources.open import open_sources
 from vl2.tiles import Resolution
@@ -58,6 +58,8 @@ class Dataset:
     """int32 [N]: the index in `sources` of each record."""
     content_keys: np.ndarray
     """uint64 [N]: hash of what each conversation says and shows, whatever its form, file and place."""
+    picture_keys: np.ndarray
+    """uint64 [I]: hash of each picture in `sizes`: the same for the same file, address or bytes; 0: unknown."""
     sources: tuple[Source, ...]
     fingerprint: str
     """sha256 hex of what the records say, their images' names and bytes, and their sizes; no absolute path, no time."""
@@ -77,6 +79,7 @@ class Dataset:
             sizes=self.sizes.take(indices),
             source_of=self.source_of[indices],
             content_keys=self.content_keys[indices],
+            picture_keys=self.picture_keys[self.sizes.images_of(indices)],
             sources=self.sources,
             fingerprint=digest.hexdigest(),
             skipped=self.skipped,
@@ -157,6 +160,7 @@ def open_dataset(
             np.array([part.source for part in parts], dtype=np.int32), [len(part.rows) for part in parts]
         ),
         content_keys=columns["content"],
+        picture_keys=np.concatenate([part.picture_keys() for part in parts]),
         sources=tuple(found),
         fingerprint=_fingerprint(tokenizer, sizes, columns["learned"]),
         skipped=tuple(bad.skipped),
@@ -180,6 +184,12 @@ class _Part:
 
     def column(self, name: str) -> np.ndarray:
         return column(self.table, name)[self.rows]
+
+    def picture_keys(self) -> np.ndarray:
+        """uint64, of the pictures of the rows that can be used."""
+        states = pictures(self.table).field("state")  # of 16 bytes each, of which the first 8 will do
+        halves = np.frombuffer(states.buffers()[1], dtype="<u8")[2 * states.offset :][: 2 * len(states)]
+        return halves[2 * sizes_of(self.table).images_of(self.rows)]
 
 
 def _source(of: SourceSettings, num_rows: int, parts: Sequence[_Part]) -> Source:

@@ -105,14 +105,21 @@ class Sizes(Sequence[Size]):
         Args:
             indices: int [M] of records.
         """
+        return Sizes(
+            tokens=self.tokens[indices],
+            supervised=self.supervised[indices],
+            first_image=np.concatenate([[0], np.cumsum(np.diff(self.first_image)[indices])]),
+            grids=self.grids[self.images_of(indices)],
+        )
+
+    def images_of(self, indices: np.ndarray) -> np.ndarray:
+        """Return where the images of some records lie in `grids`, int64.
+
+        Args:
+            indices: int [M] of records.
+        """
         num_images = np.diff(self.first_image)[indices]
         first_image = np.concatenate([[0], np.cumsum(num_images)])
         # Image k of record i: where i's images begin here, plus k.
         within = np.arange(first_image[-1]) - np.repeat(first_image[:-1], num_images)
-        images = np.repeat(self.first_image[:-1][indices], num_images) + within
-        return Sizes(
-            tokens=self.tokens[indices],
-            supervised=self.supervised[indices],
-            first_image=first_image,
-            grids=self.grids[images],
-        )
+        return np.repeat(self.first_image[:-1][indices], num_images) + within

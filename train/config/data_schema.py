@@ -63,7 +63,7 @@ class RowsConfig:
         "report", "Columns that no form knows are counted and listed, or refused.", choices=("report", "error")
     )
     max_pixels: int = key(
-        178_956_970, "Pictures with more are refused before they are decoded.", unit="pixels", low=1, high=MANY
+        100_000_000, "Pictures with more are refused before they are decoded.", unit="pixels", low=1, high=178_956_970
     )
     allow_private_urls: bool = key(False, "Fetch pictures from addresses of private and local networks too.")
 

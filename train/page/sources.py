@@ -14,11 +14,13 @@ from data.dataset import Dataset
 class SourceFacts:
     """What one source gives in a pass over its rows."""
 
-    HEAD: ClassVar = ("source", "rows", "kept", "skipped", "tokens", "learned", "images", "tiles")
+    HEAD: ClassVar = ("source", "rows", "kept", "held out", "skipped", "tokens", "learned", "images", "tiles")
 
     name: str
     kept: int
     """Rows that are learned from."""
+    held_out: int
+    """Rows that are not learned from."""
     skipped: int
     """Rows that cannot be used."""
     tokens: int
@@ -34,7 +36,8 @@ class SourceFacts:
 
     def cells(self) -> list[str]:
         """The row of the table, below HEAD."""
-        counts = (self.kept + self.skipped, self.kept, self.skipped, self.tokens)
+        rows = self.kept + self.held_out + self.skipped
+        counts = (rows, self.kept, self.held_out, self.skipped, self.tokens)
         more = (self.images, self.tiles)
         return [self.name, *(f"{n:,}" for n in counts), f"{self.learned:.1%}", *(f"{n:,}" for n in more)]
 
@@ -49,7 +52,8 @@ def source_facts(dataset: Dataset) -> list[SourceFacts]:
         facts.append(
             SourceFacts(
                 name=source.settings.name or source.settings.path,
-                kept=source.kept,
+                kept=int(own.sum()),
+                held_out=source.kept - int(own.sum()),
                 skipped=source.skipped,
                 tokens=int(sizes.tokens[own].sum()),
                 supervised=int(sizes.supervised[own].sum()),

@@ -1,4 +1,4 @@
-"""Builds the parts of a training run from its configuration: data and plan, base model, what trains of it."""
+"""Builds the model of a training run from its configuration: base model, and what trains of it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,10 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import paddle
 from paddle import nn
 
-from data.dataset import Dataset, default_cache, open_dataset
-from data.images.reader import ImageReader
-from data.plan import Plan, make_plan
-from data.record import Record, RecordError
-from data.settings import SourceSettings
-from data.shapes.write import write_shapes
-from train.ask.data_settings import image_reader, read_settings, source_settings
 from train.ask.load import load_with_bar
 from train.config.schema import TrainConfig
 from train.run.say import say
@@ -34,8 +25,7 @@ from vl2.lora import GroupReport, apply_lora
 from vl2.lora_settings import LoRASettings
 from vl2.model import DeepseekVL2
 from vl2.parameters import init_model, train_parameters
-from vl2.tiles import Resolution, limit_candidates
-from vl2.tokenizer import Tokenizer
+from vl2.tiles import Resolution
 
 # In a part's folder of the checkpoint, but never computed with, or never to be trained.
 _NEVER_TRAINED = ("vision.attn_pool.", ".e_score_correction_bias")
@@ -46,20 +36,6 @@ PART_PREFIXES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """What a run learns from and is asked."""
-
-    path: str  # of the training data
-    dataset: Dataset
-    plan: Plan
-    tokenizer: Tokenizer
-    candidates: tuple[Resolution, ...]  # resolutions that data.max_tiles leaves
-    images: ImageReader  # opens the pictures
-    questions: tuple[Record, ...]  # held out; empty when nothing is asked
-    skipped_questions: tuple[RecordError, ...]  # rows left out of their file
-
-
 def open_base(config: TrainConfig) -> ModelFolder:
     """The base model's folder; fetched first, where the model is given by its name on the hub.
 
@@ -67,77 +43,6 @@ def open_base(config: TrainConfig) -> ModelFolder:
         UserError: a model that cannot be had, no config.json or tokenizer in its folder.
     """
     return open_folder(resolve_model(config.model.path))
-
-
-def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
-    """Read, measure and plan the data; draws the shapes when there is no data.path.
-
-    Args:
-        config: of the run.
-        folder: of the base model, from `open_base`.
-
-    Raises:
-        UserError: a record that cannot be used, an empty data set.
-    """
-    tokenizer = folder.tokenizer
-    candidates = limit_candidates(folder.config.candidate_resolutions, config.data.max_tiles)
-    images = image_reader(config.data, exif=config.data.exif)  # type: ignore[arg-type]  # checked by the schema
-    sources, held_out = source_settings(config.data), source_settings(config.data, config.data.eval_path)
-    if not sources:
-        shapes = config.data.shapes
-        drawn = Path(config.run_dir, "data")
-
-        def draw(split: Literal["train", "test"], count: int) -> tuple[SourceSettings, ...]:
-            path = write_shapes(drawn, task=shapes.task, split=split, count=count, seed=shapes.seed)
-            return (SourceSettings(path=str(path)),)
-
-        sources = draw("train", shapes.train)
-        held_out = held_out or draw("test", shapes.test)
-
-    def open_(
-        of: Sequence[SourceSettings], max_tokens: int | None, max_tiles: int | None, context: int | None = None
-    ) -> Dataset:
-        return open_dataset(
-            of,
-            settings=read_settings(config.data),
-            tokenizer=tokenizer,
-            candidates=candidates,
-            images=images,
-            max_tokens=max_tokens,
-            max_tiles_per_pack=max_tiles,
-            context=context,
-            cache=default_cache(),
-            workers=config.data.workers,
-        )
-
-    dataset = open_(sources, config.data.max_tokens, config.data.max_tiles_per_pack)
-    questions: tuple[Record, ...] = ()
-    skipped_questions: tuple[RecordError, ...] = ()
-    if held_out and config.eval.questions:
-        context = folder.config.language.max_position_embeddings
-        asked = open_(held_out, None, None, context)
-        questions, skipped_questions = tuple(asked.records[: config.eval.questions]), asked.skipped
-    plan = make_plan(
-        dataset.sizes,
-        max_tokens=config.data.max_tokens,
-        max_tiles_per_pack=config.data.max_tiles_per_pack,
-        packs_per_step=config.packs_per_step,
-        seed=config.seed,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-        order=config.data.order,
-        data_fingerprint=dataset.fingerprint,
-    )
-    return Data(
-        path=", ".join(of.path for of in sources),
-        dataset=dataset,
-        plan=plan,
-        tokenizer=tokenizer,
-        candidates=candidates,
-        images=images,
-        questions=questions,
-        skipped_questions=skipped_questions,
-    )
 
 
 def build_base(config: TrainConfig, folder: ModelFolder) -> DeepseekVL2:

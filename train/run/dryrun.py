@@ -24,7 +24,8 @@ from train.machine.devices import use_device
 from train.machine.memory import gigabytes
 from train.page.page import make_page, write_page
 from train.page.sources import SourceFacts, source_facts
-from train.run.build import Data, PartCount, build_data, check_settings, lora_settings
+from train.run.build import PartCount, check_settings, lora_settings
+from train.run.build_data import Data, build_data
 from train.run.memory import check_training, plan_parts
 from train.run.report import PlanFacts, RunFacts, count_tables, pairs, plan_facts, plan_words, run_words, table
 from train.store.hub import missing_files, resolve_model
@@ -137,6 +138,8 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
     try:
         data = build_data(listing, folder)
         bad = [*data.dataset.skipped, *data.skipped_questions]
+        if data.held_out and data.held_out.note:
+            notes.append(data.held_out.note)
     except UnusableRows as problem:
         bad = problem.skipped
         refused.append(
@@ -155,9 +158,7 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
         parts=counted[0] if counted else None,
         groups=counted[1] if counted else (),
         data=data,
-        plan=plan_facts(data.plan, num_samples=len(data.dataset.records), num_skipped=len(data.dataset.skipped))
-        if data
-        else None,
+        plan=plan_facts(data) if data else None,
     )
 
 

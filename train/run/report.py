@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from data.plan import Plan
 from train.config.schema import TrainConfig
 from train.machine.memory import peak_memory_gb
 from train.run.build import PartCount
+from train.run.build_data import Data, HeldOutFacts
 from vl2.lora import GroupReport
 
 
@@ -39,6 +39,7 @@ class PlanFacts:
     tiles: int
     fill: float  # of the packs' token budgets
     fingerprint: str
+    held_out: HeldOutFacts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +64,11 @@ class StartReport:
 
 
 def start_report(
-    config: TrainConfig,
-    *,
-    plan: Plan,
-    num_samples: int,
-    num_skipped: int,
-    parts: Sequence[PartCount],
-    groups: Sequence[GroupReport],
-    num_ranks: int,
+    config: TrainConfig, data: Data, *, parts: Sequence[PartCount], groups: Sequence[GroupReport], num_ranks: int
 ) -> StartReport:
     """The numbers a run starts with.
 
     Args:
-        num_samples: conversations in the data.
-        num_skipped: rows left out as unusable.
         num_ranks: processes.
     """
     return StartReport(
@@ -89,7 +81,7 @@ def start_report(
         ),
         parts=tuple(parts),
         lora=tuple(groups),
-        plan=plan_facts(plan, num_samples=num_samples, num_skipped=num_skipped),
+        plan=plan_facts(data),
         memory=MemoryFacts(
             weights_gb=sum(part.stored_bytes for part in parts) / 1e9,
             training_state_gb=sum(part.trainable for part in parts) * 12 / 1e9,
@@ -99,16 +91,12 @@ def start_report(
     )
 
 
-def plan_facts(plan: Plan, *, num_samples: int, num_skipped: int) -> PlanFacts:
-    """What a plan comes to.
-
-    Args:
-        num_samples: conversations in the data.
-        num_skipped: rows left out as unusable.
-    """
+def plan_facts(data: Data) -> PlanFacts:
+    """What a plan comes to."""
+    plan = data.plan
     return PlanFacts(
-        samples=num_samples,
-        skipped=num_skipped,
+        samples=len(data.dataset.records),
+        skipped=len(data.dataset.skipped),
         packs=plan.num_packs,
         packs_per_step=plan.packs_per_step,
         steps=plan.num_steps,
@@ -118,6 +106,7 @@ def plan_facts(plan: Plan, *, num_samples: int, num_skipped: int) -> PlanFacts:
         tiles=sum(pack.tiles for pack in plan.packs),
         fill=plan.fill,
         fingerprint=plan.fingerprint,
+        held_out=data.held_out,
     )
 
 
@@ -150,10 +139,12 @@ def count_tables(parts: Sequence[PartCount], groups: Sequence[GroupReport]) -> l
 def plan_words(plan: PlanFacts) -> dict[str, str]:
     """What a plan comes to, in words."""
     skipped = f", {plan.skipped} rows skipped" if plan.skipped else ""
+    held = plan.held_out
     return {
         "plan": f"{plan.samples} samples{skipped}, {plan.packs} packs {plan.fill:.1%} full, "
         f"{plan.steps} steps of {plan.packs_per_step} packs, {plan.epochs} epoch(s)",
         "tokens": f"{plan.tokens:,} ({plan.supervised:,} supervised), {plan.tiles:,} tiles",
+        **({"held out": f"{held.rows:,} rows, {held.asked:,} of them asked"} if held else {}),
     }
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train.config.schema import TrainConfig
 from train.machine.memory import peak_memory_gb
+from train.run.curve import losses_by_source, read_metrics
 from train.run.report import pairs
 from train.store.checkpoints import checkpoint_path
 from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS
@@ -39,6 +40,7 @@ class Summary:
     peak_memory_gb: float  # of rank 0
     paths: dict[str, str | None]
     versions: dict[str, str]
+    loss_of: dict[str, list[float]] = field(default_factory=dict)  # source of a mixture -> first and last in the curve
 
     @staticmethod
     def from_format_1(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +67,7 @@ def summarise(
     """
     run_dir = Path(config.run_dir)
     steps = len(history.losses)
+    logged = read_metrics(run_dir / METRICS)
     return Summary(
         recipe=config.recipe,
         rehearsal=config.rehearsal,
@@ -92,6 +95,7 @@ def summarise(
             "config": str(run_dir / CONFIG_FILE),
         },
         versions=versions(),
+        loss_of={name: [float(mean[0]), float(mean[-1])] for name, (_, mean) in losses_by_source(logged).items()},
     )
 
 
@@ -101,6 +105,7 @@ def end_text(summary: Summary) -> str:
         "recipe": summary.recipe + (" (REHEARSAL)" if summary.rehearsal else ""),
         "steps": str(summary.steps),
         "loss": f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}",
+        **{f"loss of {name}": f"{first:.4f} -> {last:.4f}" for name, (first, last) in summary.loss_of.items()},
         "accuracy": f"{_share(summary.accuracy_before)} -> {_share(summary.accuracy_after)}",
         "answers cut": f"{summary.answers_cut_before} -> {summary.answers_cut_after}",
         "with pictures exchanged": _share(summary.accuracy_with_pictures_exchanged),

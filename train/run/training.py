@@ -32,7 +32,8 @@ from train.config.schema import TrainConfig
 from train.machine.devices import use_device
 from train.page.page import make_page, write_page
 from train.run.barrier import barrier
-from train.run.build import Data, build_base, build_data, count_parts, make_trainable, open_base
+from train.run.build import build_base, count_parts, make_trainable, open_base
+from train.run.build_data import Data, build_data
 from train.run.curve import draw_curve
 from train.run.gradients import gather_rows
 from train.run.identity import identity
@@ -149,15 +150,7 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str, callback
     wandb_id = choose_wandb_id(resumed, previous)
 
     # 2. Claim the folder, say what will happen.
-    report = start_report(
-        config,
-        plan=data.plan,
-        num_samples=len(data.dataset.records),
-        num_skipped=len(data.dataset.skipped),
-        parts=count_parts(model),
-        groups=groups,
-        num_ranks=dist.get_world_size(),
-    )
+    report = start_report(config, data, parts=count_parts(model), groups=groups, num_ranks=dist.get_world_size())
     barrier()  # all have looked at the checkpoints
     if first:
         if previous and config.overwrite:
@@ -181,6 +174,8 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str, callback
         print(f"{to_yaml(config)}\n{start_text(report, config.run_dir)}", flush=True)
     for error in data.dataset.skipped[:10]:
         say(f"skipped: {error}", sys.stderr)
+    if data.held_out and data.held_out.note:
+        say(f"note: {data.held_out.note}", sys.stderr)
 
     # 3. Train.
     provenance = Provenance(
@@ -288,6 +283,7 @@ def _fit(
             on_step=log.write if log else lambda metrics: None,
             save=save,
             history=history,
+            sources=data.sources,
             callbacks=callbacks,
         )
         try:

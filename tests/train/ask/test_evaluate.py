@@ -29,7 +29,7 @@ from train.ask.load import Loaded, load
 from train.config.load import load_config
 from train.config.schema import EvaluateConfig, InferConfig
 from train.machine.devices import Machine
-from train.run.build import build_data
+from train.run.build_data import build_data
 from vl2.checkpoint.model_folder import open_folder
 from vl2.prompt import Message
 

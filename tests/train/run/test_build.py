@@ -3,7 +3,8 @@
 import pytest
 
 from train.config.load import load_config
-from train.run.build import build_data, open_base
+from train.run.build import open_base
+from train.run.build_data import build_data
 
 
 @pytest.fixture

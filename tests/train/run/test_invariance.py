@@ -15,7 +15,8 @@ import pytest
 from data.packs import PackDataset
 from data.plan import PackSpec, Plan
 from train.config.load import load_config
-from train.run.build import build_base, build_data, make_trainable, open_base
+from train.run.build import build_base, make_trainable, open_base
+from train.run.build_data import build_data
 from train.run.optim import lr_factor
 from vl2.checkpoint.tensor_files import read_header
 

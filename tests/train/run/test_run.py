@@ -18,7 +18,8 @@ import pytest
 
 from tests.places import GOLDENS, ROOT
 from train.config.load import load_config
-from train.run.build import build_data, open_base
+from train.run.build import open_base
+from train.run.build_data import build_data
 from train.run.metrics import MetricsLog
 from train.run.report import StartReport
 from train.run.summary import Summary

@@ -1,0 +1,170 @@
+"""Builds what a training run learns from and is asked: sources, held-out rows, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data.dataset import Dataset, default_cache, open_dataset
+from data.held_out import hold_out
+from data.images.reader import ImageReader
+from data.mixture import Mixture
+from data.plan import Plan, make_plan
+from data.record import Record, RecordError
+from data.settings import SourceSettings
+from data.shapes.write import write_shapes
+from train.ask.data_settings import image_reader, read_settings, source_settings
+from train.config.schema import TrainConfig
+from train.run.by_source import Sources
+from vl2.checkpoint.model_folder import ModelFolder
+from vl2.errors import UserError
+from vl2.tiles import Resolution, limit_candidates
+from vl2.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutFacts:
+    """Rows that a run does not learn from."""
+
+    rows: int
+    asked: int  # of them; their conversations hold one question or more
+    same_conversations: int  # rows that say and show what a row that is trained on does
+    same_pictures: int  # pictures of them that rows show that are trained on
+
+    @property
+    def note(self) -> str:
+        """A warning about what is on both sides; empty where nothing is."""
+        counts = {
+            f"{self.same_conversations:,} conversation(s)": self.same_conversations,
+            f"{self.same_pictures:,} picture(s)": self.same_pictures,
+        }
+        found = " and ".join(text for text, count in counts.items() if count)
+        return found and f"{found} of the held-out rows are trained on too: their answers may be learned by heart"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run learns from and is asked."""
+
+    path: str  # of the training data
+    dataset: Dataset  # rows that are trained on
+    plan: Plan
+    tokenizer: Tokenizer
+    images: ImageReader
+    candidates: tuple[Resolution, ...]  # resolutions that data.max_tiles leaves
+    sources: Sources | None  # of a mixture; None: there is only one
+    questions: Sequence[Record]  # held out; empty when nothing is asked
+    held_out: HeldOutFacts | None  # None: nothing is
+    skipped_questions: tuple[RecordError, ...]  # rows left out of their file
+
+
+def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
+    """Read, measure and plan the data; draws the shapes when there are no files.
+
+    Args:
+        config: of the run.
+        folder: of the base model, from `open_base`.
+
+    Raises:
+        UserError: a record that cannot be used, an empty data set or source, nothing to hold out.
+    """
+    images = image_reader(config.data, exif=config.data.exif)  # type: ignore[arg-type]  # checked by the schema
+    candidates = limit_candidates(folder.config.candidate_resolutions, config.data.max_tiles)
+    context = folder.config.language.max_position_embeddings
+    of, held_of = source_settings(config.data), source_settings(config.data, config.data.eval_path)
+    splits = config.data.eval_fraction is not None or config.data.eval_rows is not None
+    drawn = not of
+    if drawn:
+        of, test = _draw(config, "train"), () if splits or held_of else _draw(config, "test")
+        held_of = held_of or test
+
+    def open_(of: Sequence[SourceSettings], *, trained: bool) -> Dataset:
+        return open_dataset(
+            of,
+            settings=read_settings(config.data),
+            tokenizer=folder.tokenizer,
+            candidates=candidates,
+            images=images,
+            max_tokens=config.data.max_tokens if trained else None,
+            max_tiles_per_pack=config.data.max_tiles_per_pack if trained else None,
+            context=None if trained else context,
+            cache=default_cache(),
+            workers=config.data.workers,
+        )
+
+    dataset, asked = open_(of, trained=True), None
+    skipped_questions: tuple[RecordError, ...] = ()
+    facts = None
+    if splits:
+        wanted = min(config.eval.questions, config.data.eval_rows or config.eval.questions)
+        split = hold_out(dataset.content_keys, fraction=config.data.eval_fraction, rows=wanted)
+        asked, dataset = dataset.take(split.asked), dataset.take(split.trained)
+        asked = asked.take(np.flatnonzero(asked.sizes.tokens <= context))  # training may go beyond it
+        facts = _facts(dataset, asked, len(split.asked) + split.unused, asked=len(asked.records))
+    elif held_of and config.eval.questions:
+        asked = open_(held_of, trained=False)
+        rows, skipped_questions = len(asked.records), asked.skipped
+        facts = None if drawn else _facts(dataset, asked, rows, asked=min(rows, config.eval.questions))
+    mixture = mixture_of(dataset)
+    plan = make_plan(
+        dataset.sizes,
+        max_tokens=config.data.max_tokens,
+        max_tiles_per_pack=config.data.max_tiles_per_pack,
+        packs_per_step=config.packs_per_step,
+        seed=config.seed,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        order=config.data.order,
+        mixture=mixture,
+        data_fingerprint=dataset.fingerprint,
+    )
+    several = len(mixture.names) > 1
+    return Data(
+        path=", ".join(settings.path for settings in of),
+        dataset=dataset,
+        plan=plan,
+        tokenizer=folder.tokenizer,
+        images=images,
+        candidates=candidates,
+        sources=Sources(names=mixture.names, of_sample=dataset.source_of, supervised=dataset.sizes.supervised)
+        if several
+        else None,
+        questions=tuple(asked.records[: config.eval.questions]) if asked else (),
+        held_out=facts,
+        skipped_questions=skipped_questions,
+    )
+
+
+def mixture_of(dataset: Dataset) -> Mixture:
+    """How often an epoch takes the rows of each source.
+
+    Raises:
+        UserError: a source without a row that can be used, by its name.
+    """
+    names = tuple(source.settings.name or source.settings.path for source in dataset.sources)
+    for name, source in zip(names, dataset.sources, strict=True):
+        if not source.kept:
+            found = f"all {source.rows} rows were skipped" if source.rows else "it is empty"
+            raise UserError(f"source {name}: expected at least one row that can be used, found none; {found}")
+    repeats = tuple(source.settings.repeat for source in dataset.sources)
+    return Mixture(source_of=dataset.source_of, repeats=repeats, names=names)
+
+
+def _facts(trained: Dataset, held: Dataset, rows: int, *, asked: int) -> HeldOutFacts:
+    return HeldOutFacts(
+        rows=rows,
+        asked=asked,
+        same_conversations=int(np.isin(held.content_keys, trained.content_keys).sum()),
+        same_pictures=int(np.count_nonzero(np.intersect1d(held.picture_keys, trained.picture_keys))),
+    )
+
+
+def _draw(config: TrainConfig, split: Literal["train", "test"]) -> tuple[SourceSettings, ...]:
+    shapes, folder = config.data.shapes, Path(config.run_dir, "data")
+    count = shapes.train if split == "train" else shapes.test
+    path = write_shapes(folder, task=shapes.task, split=split, count=count, seed=shapes.seed)
+    return (SourceSettings(path=str(path)),)
