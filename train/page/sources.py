@@ -14,7 +14,7 @@ from data.dataset import Dataset
 class SourceFacts:
     """What one source gives in a pass over its rows."""
 
-    HEAD: ClassVar = ("source", "rows", "kept", "held out", "skipped", "tokens", "learned", "images", "tiles")
+    HEAD: ClassVar = ("source", "rows", "kept", "held out", "skipped", "repeat", "tokens", "learned", "images", "tiles")
 
     name: str
     kept: int
@@ -23,6 +23,8 @@ class SourceFacts:
     """Rows that are not learned from."""
     skipped: int
     """Rows that cannot be used."""
+    repeat: float
+    """How often an epoch takes each row."""
     tokens: int
     supervised: int
     """Of the tokens."""
@@ -37,9 +39,9 @@ class SourceFacts:
     def cells(self) -> list[str]:
         """The row of the table, below HEAD."""
         rows = self.kept + self.held_out + self.skipped
-        counts = (rows, self.kept, self.held_out, self.skipped, self.tokens)
-        more = (self.images, self.tiles)
-        return [self.name, *(f"{n:,}" for n in counts), f"{self.learned:.1%}", *(f"{n:,}" for n in more)]
+        counts = [f"{n:,}" for n in (rows, self.kept, self.held_out, self.skipped)]
+        more = [f"{n:,}" for n in (self.images, self.tiles)]
+        return [self.name, *counts, f"{self.repeat:g}", f"{self.tokens:,}", f"{self.learned:.1%}", *more]
 
 
 def source_facts(dataset: Dataset) -> list[SourceFacts]:
@@ -55,6 +57,7 @@ def source_facts(dataset: Dataset) -> list[SourceFacts]:
                 kept=int(own.sum()),
                 held_out=source.kept - int(own.sum()),
                 skipped=source.skipped,
+                repeat=source.settings.repeat,
                 tokens=int(sizes.tokens[own].sum()),
                 supervised=int(sizes.supervised[own].sum()),
                 images=int(images[own].sum()),

@@ -241,7 +241,7 @@ def dry_page(found: DryRun) -> str:
         dataset=found.data.dataset if found.data else None,
         plan=found.data.plan if found.data else None,
         tokenizer=found.tokenizer,
-        reader=DEFAULT_READER,
+        reader=found.data.images if found.data else DEFAULT_READER,
         bad=found.bad,
         refused=found.reasons,
         notes=found.notes,

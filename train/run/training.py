@@ -21,7 +21,6 @@ import paddle.distributed as dist
 from paddle import nn
 from paddlenlp.trainer import TrainerCallback
 
-from data.images.reader import DEFAULT_READER
 from data.packs import PackDataset
 from train.ask.evaluate import ask_run
 from train.ask.load import Loaded
@@ -345,7 +344,7 @@ def start_page(config: TrainConfig, report: StartReport, data: Data) -> str:
         dataset=data.dataset,
         plan=data.plan,
         tokenizer=data.tokenizer,
-        reader=DEFAULT_READER,
+        reader=data.images,
         bad=[*data.dataset.skipped, *data.skipped_questions],
     )
 
