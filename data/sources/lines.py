@@ -33,7 +33,7 @@ def find_lines(file: BinaryIO) -> np.ndarray:
         content = np.frombuffer(block, dtype=np.uint8)
         found = np.flatnonzero(content == _NEWLINE)
         inside = found[:-1] if len(found) and found[-1] == len(content) - 1 else found
-        heads.append(content[:1][: int(at_start)])
+        heads.append(content[: int(at_start)].copy())  # a view would keep the whole block
         heads.append(content[inside + 1])
         at_start = len(inside) < len(found)
         ends.append(found + position)

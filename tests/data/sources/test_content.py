@@ -3,14 +3,17 @@
 import io
 import os
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.settings import SourceSettings
-from data.sources import content
+from data.sources import array, content, lines
+from data.sources.array import find_elements
 from data.sources.content import content_hash, kept_array
+from data.sources.lines import find_lines
 from data.sources.open import open_sources
 
 
@@ -119,6 +122,23 @@ def test_a_file_that_shrinks_while_it_is_used(tmp_path):
         rows[1]
 
 
+@pytest.mark.parametrize("find", [find_lines, find_elements])
+def test_a_file_is_searched_in_bounded_memory(monkeypatch, find):
+    """A view of a block's first byte, kept until the end, kept all blocks: the whole file lay in memory."""
+    for module in (lines, array):
+        monkeypatch.setattr(module, "BLOCK", 1 << 14)
+    row = b'{"a": "' + b"x" * 5000 + b'"}'
+    text = b"\n".join([row] * 2000) if find is find_lines else b"[" + b",".join([row] * 2000) + b"]"
+    file = io.BytesIO(text)
+    tracemalloc.start()
+    try:
+        assert len(find(file)) == 2000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < len(text) / 5
+
+
 @pytest.mark.slow
 def test_a_line_of_50_megabytes(tmp_path):
     """It must neither be copied again for each block of it, nor stand in an error."""
@@ -143,3 +163,4 @@ def test_forked_processes_read_different_rows_of_one_file(tmp_path):
         os._exit(0 if right else 1)
     assert right
     assert os.waitpid(child, 0)[1] == 0
+    assert rows._file.tell() == 0  # nobody moved it, or the two would have needed luck

@@ -1,5 +1,6 @@
 """What a source's path may name, and that each kind of file gives the same rows."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -114,6 +115,21 @@ def test_a_damaged_or_unwritable_cache_costs_time_only(tmp_path, kind):
     assert all_rows(path, tmp_path / "cache") == ROWS
     (tmp_path / "a file").write_text("where the folder should be")
     assert all_rows(path, tmp_path / "a file") == ROWS
+
+
+def test_a_kept_table_that_lost_its_last_rows_is_made_again(tmp_path, monkeypatch):
+    """Cut between two batches an Arrow stream is whole to Arrow: rows would be missing without a word."""
+    monkeypatch.setattr("data.sources.spool._BATCH_ROWS", 1)
+    path = write(tmp_path, "lines.json.gz")
+    assert all_rows(path, tmp_path / "cache") == ROWS
+    (kept,) = (tmp_path / "cache" / "tables").rglob("*.arrow")
+    left = 3
+    while left == 3:
+        os.truncate(kept, kept.stat().st_size - 8)
+        with contextlib.suppress(pyarrow.ArrowInvalid, OSError), pyarrow.OSFile(str(kept)) as file:
+            left = pyarrow.ipc.open_stream(file).read_all().num_rows
+    assert left == 2
+    assert all_rows(path, tmp_path / "cache") == ROWS
 
 
 def test_content_follows_the_row(tmp_path):
