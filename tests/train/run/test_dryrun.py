@@ -90,7 +90,7 @@ def test_bad_rows_that_training_leaves_out_are_no_refusal(dry, tmp_path, max_bad
 
 
 def test_bad_rows_are_listed_when_no_row_is_usable(dry, tmp_path):
-    file = write_rows(tmp_path / "rows.jsonl", ["{", "["])
+    file = write_rows(tmp_path / "rows.jsonl", ["oops", "oh"])
     code, _, errors = dry(tmp_path / "run", f"data.path={file}")
     assert code == 2
     assert errors.count("bad row:") == 2
@@ -99,7 +99,7 @@ def test_bad_rows_are_listed_when_no_row_is_usable(dry, tmp_path):
 
 def test_reading_stops_where_there_are_too_many(dry, tmp_path, monkeypatch):
     monkeypatch.setattr(dryrun, "MOST_LISTED", 12)
-    file = write_rows(tmp_path / "rows.jsonl", ["{"] * 40)
+    file = write_rows(tmp_path / "rows.jsonl", ["oops"] * 40)
     code, _, errors = dry(tmp_path / "run", f"data.path={file}")
     assert code == 2
     assert errors.count("bad row: ") == 10
