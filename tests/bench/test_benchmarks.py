@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import images, packing, step
+from tests.bench import data, images, packing, step
 from tests.places import ROOT
 from train.door.launch import BENCHMARKS, prepare_benchmark
 
@@ -21,6 +21,17 @@ def test_step(attention, capsys):
     said = capsys.readouterr().out
     assert f"{attention}: step " in said
     assert "tokens/s, peak " in said
+
+
+@pytest.mark.slow
+def test_data(capfd):
+    """Ratios are of one run on one machine: none is asserted here, only that all is measured and the last line JSON."""
+    data.main(["rows=2100", "pictures=6"])
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert found["rows"] == 2100 and found["ten_more_rows"] == 10
+    assert min(found.values()) >= 0 and found["second_seconds"] < found["first_seconds"]
+    with pytest.raises(SystemExit):
+        data.main(["rows=many"])
 
 
 def test_packing(capsys):
@@ -43,7 +54,7 @@ def test_docstring_names_the_command(name):
 
 
 def test_benchmark_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"^bench stp: expected one of images, .*; did you mean step\?$"):
+    with pytest.raises(ValueError, match=r"^bench stp: expected one of data, images, .*; did you mean step\?$"):
         prepare_benchmark(["stp"])
 
 
