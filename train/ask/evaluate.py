@@ -25,7 +25,9 @@ from data.packs import PackDataset
 from data.plan import make_plan
 from data.record import Record
 from train.ask.answer import BATCH_TOKENS, Answer, answer_all, prepare
+from train.ask.box_scores import BoxScore, box_score, summary
 from train.ask.data_settings import image_reader, read_settings, source_settings
+from train.ask.drawing import box_row
 from train.ask.load import Loaded, load
 from train.config.load import load_eval_config
 from train.machine.devices import use_device
@@ -115,6 +117,21 @@ def num_cut(answers: Sequence[Answer]) -> int:
     return sum(answer.cut for answer in answers)
 
 
+def box_scores(questions: Sequence[Question], answers: Sequence[Answer], images: ImageReader) -> list[BoxScore]:
+    """Compare the boxes of each answer with the expected ones.
+
+    Raises:
+        RecordError: a picture with boxes that cannot be opened.
+    """
+    scores = []
+    for question, answer in zip(questions, answers, strict=True):
+        try:
+            scores.append(box_score(question.expected, answer.text, question.images, images))
+        except ImageError as error:
+            raise question.record.error("images", str(error)) from error
+    return scores
+
+
 def mean_loss(loaded: Loaded, dataset: Dataset) -> float:
     """Mean of -log p per supervised token over all conversations."""
     longest = int(dataset.sizes.tokens.max())
@@ -186,10 +203,12 @@ def main(arguments: list[str]) -> int:
         dataset = dataset.take(np.arange(len(dataset.records))[: config.limit])
     questions = [question for record in dataset.records for question in questions_of(record, loaded.images)]
     answers = ask(loaded, questions, max_new_tokens=config.max_new_tokens, title="questions")
-    write_predictions(Path(config.out), questions, answers)
+    scores = box_scores(questions, answers, loaded.images)
+    write_predictions(Path(config.out), questions, answers, scores)
     result: dict[str, Any] = {
         "loss": mean_loss(loaded, dataset),
         "exact_match": exact_match(questions, answers),
+        **summary(scores),
         "conversations": len(dataset.records),
         "questions": len(questions),
         "cut": num_cut(answers),
@@ -227,11 +246,13 @@ def check_predictions(path: Path) -> None:
         raise UserError(f"out={path}: there is a file that no evaluation wrote; give another out=")
 
 
-def write_predictions(path: Path, questions: Sequence[Question], answers: Sequence[Answer]) -> None:
-    """One JSON object a question: where it comes from, the question, the expected and the given answer."""
+def write_predictions(
+    path: Path, questions: Sequence[Question], answers: Sequence[Answer], scores: Sequence[BoxScore]
+) -> None:
+    """One JSON object a question: where it comes from, the question, the expected and the given answer, its boxes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        for question, answer in zip(questions, answers, strict=True):
+        for question, answer, score in zip(questions, answers, scores, strict=True):
             row = {
                 "source": question.record.source,
                 "row": question.record.row,
@@ -241,5 +262,7 @@ def write_predictions(path: Path, questions: Sequence[Question], answers: Sequen
                 "answer": answer.text,
                 "correct": answer.text.strip() == question.expected,
                 "cut": answer.cut,
+                "boxes": [box_row(each) for each in score.found],
+                **({"iou": [round(iou, 4) for iou in score.ious]} if score.expected else {}),
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,5 +1,6 @@
 """Boxes that a model answers with: in pixels beside the text, drawn on the picture, and how good they are."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -8,9 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import train.ask.evaluate as evaluate
 import train.ask.infer as entry
+from data.images.files import ImageError
 from data.images.reader import ImageReader
+from data.images.ref import ImageRef
 from tests.data.images.web import Web
+from train.ask.answer import Answer
+from train.ask.box_scores import box_score, summary
 from train.ask.drawing import check_drawing
 from train.ask.infer import infer, notes
 from train.ask.load import Loaded, load
@@ -149,3 +155,77 @@ def test_a_picture_from_an_address(loaded, says, pictures, tmp_path, monkeypatch
     row = json.loads(next(line for line in err.splitlines() if line.startswith("box: ")).removeprefix("box: "))
     assert row == {"label": "a dog", "image": 1, "box": [100.0, 66.67, 300.0, 333.0]}
     assert (tmp_path / "drawn.png").is_file()
+
+
+def test_boxes_are_scored_against_the_expected_ones():
+    pictures = [ImageRef(kind="bytes", name="it", data=png(width=999, height=333))]
+    reader = ImageReader()
+    expected = "<|ref|>a<|/ref|><|det|>[[0, 0, 100, 100], [200, 0, 300, 100]]<|/det|>"
+    expected += "<|ref|>b<|/ref|><|det|>[[5, 5, 9, 9]]<|/det|>"
+    answer = "<|ref|>A<|/ref|><|det|>[[0, 0, 100, 50], [0]]<|/det|> <|ref|>c<|/ref|><|det|>[[5, 5, 9, 9]]<|/det|>"
+    score = box_score(expected, answer, pictures, reader)
+    assert score.ious == pytest.approx((0.5, 0.0, 0.0))
+    assert (len(score.found), score.malformed) == (2, 1)
+    right = box_score(expected, expected, pictures, reader)
+    assert right.ious == pytest.approx((1.0, 1.0, 1.0))
+    beside = box_score("no box expected", answer, pictures, reader)
+    assert summary([score, right, beside])["boxes"] == {
+        "expected": 6,
+        "found": 5,  # those of the question for which no box was expected are not counted
+        "malformed": 1,
+        "mean_iou": pytest.approx(3.5 / 6),
+        "over_half": pytest.approx(4 / 6),
+    }
+    assert summary([beside]) == summary([]) == {}
+    absent = [ImageRef(kind="file", name="/absent.png")]
+    assert box_score("text", "text", absent, reader).ious == ()  # no picture need be opened
+    with pytest.raises(ImageError, match="found none at"):
+        box_score(expected, answer, absent, reader)
+
+
+def test_eval_scores_boxes_where_they_are_expected(model_folder, pictures, tmp_path, monkeypatch, capsys):
+    """Rows in pixels, in VL2's own text, and without any; the answers are half of the box, all of it, and none."""
+    objects = {"ref": ["a dog"], "bbox": [[0, 0, 999, 333]]}
+    rows = [
+        {"messages": talk("<image>Where?", "<ref-object><bbox>"), "images": pictures[1:], "objects": objects},
+        {"messages": talk("<image><image>Where?", DOG), "images": pictures},
+        {"messages": talk("What?", "Nothing.")},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["<|ref|>a dog<|/ref|><|det|>[[0, 0, 999, 500]]<|/det|>", DOG, "Nothing."]
+    asked = []
+
+    def ask(loaded, questions, **options):
+        asked.extend(questions)
+        return [Answer(text=text, cut=False) for text in given[: len(questions)]]
+
+    monkeypatch.setattr(evaluate, "ask", ask)
+    out = tmp_path / "predictions.jsonl"
+    arguments = [f"model={model_folder}", f"data.path={data}", f"out={out}", "device=cpu"]
+    assert evaluate.main(arguments) == 0
+    assert asked[0].expected == "<|ref|>a dog<|/ref|><|det|>[[0, 0, 999, 999]]<|/det|>"
+    half = 500 / 999
+    assert json.loads(capsys.readouterr().out)["boxes"] == {
+        "expected": 3,
+        "found": 3,
+        "malformed": 0,
+        "mean_iou": pytest.approx((half + 2) / 3),
+        "over_half": 1.0,
+    }
+    first, second, third = map(json.loads, out.read_text().splitlines())
+    assert first["boxes"] == [{"label": "a dog", "image": 1, "box": [0.0, 0.0, 999.0, 166.67]}]
+    assert (first["iou"], second["iou"]) == ([pytest.approx(half, abs=1e-4)], [1.0, 1.0])
+    assert [box["image"] for box in second["boxes"]] == [2, 2]
+    assert third["boxes"] == [] and "iou" not in third
+    assert evaluate.main([*arguments, "limit=1"]) == 0  # out= takes the rows with boxes for predictions
+
+
+def talk(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def png(width: int, height: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height)).save(stream, "png")
+    return stream.getvalue()

@@ -50,7 +50,7 @@ def records(loaded, data_file) -> Records:
 def test_predictions_replace_only_predictions(tmp_path):
     path = tmp_path / "predictions.jsonl"
     check_predictions(path)
-    write_predictions(path, [], [])
+    write_predictions(path, [], [], [])
     path.write_text('{"expected": "a", "answer": "b", "correct": false}\n')
     check_predictions(path)
     for other in ("mine\n", "[1]\n", '{"messages": []}\n'):
