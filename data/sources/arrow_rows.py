@@ -71,7 +71,7 @@ class ArrowRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             cells = self._cells.row(self._place(index))
-        except (UnicodeDecodeError, OverflowError) as error:  # a column that says it is text; a date before year 1
+        except (ValueError, OverflowError) as error:  # a date that Python cannot hold
             raise RecordError(
                 self.name, self.number(index), "row", f"expected cells that can be read, found: {error}"
             ) from None

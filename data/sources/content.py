@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 22
 """Bytes read at once."""
+_MAPPED = 1 << 20  # bytes of an array that is left on disk
 # Two changes within one tick of the kernel's clock leave the same times; what changed so recently is not kept.
 _TICK = 100_000_000  # nanoseconds
 
@@ -57,7 +58,7 @@ def content_hash(path: Path, cache: Path | None) -> str:
 
 
 def kept_array(path: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return the array of a .npy file, memory-mapped; make and write it where there is none that can be read.
+    """Return the array of a .npy file, a large one memory-mapped; make and write it where none can be read.
 
     Args:
         path: named for all that the array depends on; None keeps nothing.
@@ -66,7 +67,7 @@ def kept_array(path: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
     if path is None:
         return make()
     with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return _load(path)
     array = make()
 
     def save(file: Path) -> None:
@@ -75,7 +76,13 @@ def kept_array(path: Path | None, make: Callable[[], np.ndarray]) -> np.ndarray:
 
     if not write_whole(path, save):
         return array
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    return _load(path)
+
+
+def _load(path: Path) -> np.ndarray:
+    # A mapped file counts as an open one: of a thousand small ones none is mapped.
+    mapped = path.stat().st_size > _MAPPED
+    return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> bool:

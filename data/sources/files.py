@@ -37,7 +37,7 @@ def open_file(place: Place) -> Rows:
     Raises:
         UserError: no regular file, or none that can be read.
     """
-    _check_file(place)
+    _check_regular(place)
     try:
         kind = kind_of_file(place.path, name=place.name)
         fingerprint = content_hash(place.path, place.cache)
@@ -99,7 +99,7 @@ def _open_compressed(place: Place, fingerprint: str, compression: Compression) -
     return SpooledRows(table, name=place.name, folder=place.folder, fingerprint=fingerprint)
 
 
-def _check_file(place: Place) -> None:
+def _check_regular(place: Place) -> None:
     """Check that a path is a regular file: to open a pipe would wait for ever."""
     try:
         mode = place.path.stat().st_mode

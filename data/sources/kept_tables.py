@@ -94,12 +94,12 @@ def _temporary(folder: Path | None) -> Path:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Have `datasets` draw no progress bars inside, and say nothing that is no error."""
+    """Have `datasets` draw no progress bars inside, and log nothing."""
     import datasets  # here: the import takes seconds
 
     bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it says as an error it raises too
     try:
         yield
     finally:

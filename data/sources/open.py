@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import re
@@ -41,7 +42,14 @@ def open_sources(settings: SourceSettings, *, cache: Path | None) -> list[Rows]:
     root = Path(settings.image_root).expanduser().absolute() if settings.image_root else None
     path = Path(settings.path).expanduser()
     place = Place(path=path, name=settings.path, root=root, cache=cache)
-    found = _open(place)
+    try:
+        found = _open(place)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise UserError(
+            f"{place.name}: more files than a process may hold open; raise `ulimit -n`, or join the files"
+        ) from None
     return found if settings.limit is None else _first_rows(found, settings.limit)
 
 

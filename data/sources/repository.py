@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,15 +86,16 @@ def open_folder(place: Place, config: str, split: str) -> list[Rows]:
     Raises:
         UserError: nothing in it, several and none named, or damaged files.
     """
-    with damage(place.name, "folder"), quiet():
-        builder = _builder(str(place.path), config, place.kept("folders"))
-        split = choose_split(_splits(builder), split, place.name)
+    # The builder wants a folder of its own even if nothing is built.
+    with tempfile.TemporaryDirectory() as scratch, damage(place.name, "folder"), quiet():
+        builder = _builder(str(place.path), config, Path(scratch))
+    split = choose_split(_splits(builder), split, place.name)
+    files = [
+        replace(place, path=Path(file), name=_name_inside(place, file)) for file in builder.config.data_files[split]
+    ]
     if _is_text(builder):
-        return [
-            open_file(replace(place, path=Path(file), name=_name_inside(place, file)))
-            for file in builder.config.data_files[split]
-        ]
-    fingerprint = _folder_hash(place)
+        return [open_file(file) for file in files]
+    fingerprint = _hash_of_files(place, files)
     # Tables of pictures hold their absolute paths.
     key = _joined([fingerprint, str(place.path.resolve()), config, split])
 
@@ -193,7 +195,7 @@ def _builder(path: str, config: str, cache: Path | None) -> DatasetBuilder:
     from datasets import load_dataset_builder
 
     # Code that lies beside the data is not run.
-    return load_dataset_builder(path, config or None, cache_dir=cache and str(cache), trust_remote_code=False)
+    return load_dataset_builder(path, config or None, cache_dir=str(cache) if cache else None, trust_remote_code=False)
 
 
 def _is_text(builder: DatasetBuilder) -> bool:
@@ -229,16 +231,13 @@ def _name_errors() -> tuple[type[Exception], ...]:
     return (DatasetsError, HFValidationError, OSError, ValueError, NotImplementedError, RuntimeError)
 
 
-def _folder_hash(place: Place) -> str:
-    """Hash the files of a folder: of pictures name and size, whose content is looked at when they are measured."""
+def _hash_of_files(place: Place, files: Sequence[Place]) -> str:
+    """Hash files of a folder: of pictures name and size, their content is looked at when they are measured."""
     parts = []
-    for folder, inner, files in os.walk(place.path):
-        inner.sort()
-        for file in sorted(files):
-            path = Path(folder, file)
-            picture = path.suffix.lower() in _PICTURES
-            content = str(path.stat().st_size) if picture else content_hash(path, place.cache)
-            parts.append(f"{path.relative_to(place.path)}\n{content}")
+    for file in files:
+        picture = file.path.suffix.lower() in _PICTURES
+        content = str(file.path.stat().st_size) if picture else content_hash(file.path, file.cache)
+        parts.append(f"{os.path.relpath(file.path, place.path)}\n{content}")
     return _joined(parts)
 
 

@@ -12,20 +12,27 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from data.sources.arrow_rows import ArrowRows
-from data.sources.content import kept_array
+from data.sources.content import BLOCK, kept_array
+from data.sources.json_rows import JsonRows
 from data.sources.kept_tables import is_full, kept_table
 from data.sources.kinds import Table
 from data.sources.place import Place
+from data.sources.rows import Rows
 from vl2.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+_BATCH = 1000  # rows of a Parquet file that are unpacked at once
 _LONGEST = 200  # characters of another library's message in an error
 
 
-def open_table(place: Place, fingerprint: str, kind: Table) -> ArrowRows:
+class _NoRows(Exception):
+    """A table without rows, of which `datasets` makes no table."""
+
+
+def open_table(place: Place, fingerprint: str, kind: Table) -> Rows:
     """Open a table as rows.
 
     Args:
@@ -36,12 +43,13 @@ def open_table(place: Place, fingerprint: str, kind: Table) -> ArrowRows:
     Raises:
         UserError: it is damaged.
     """
-    if kind == "csv":
-        return _open_csv(place, fingerprint)
-    if kind == "parquet":
-        table = _open_parquet(place, fingerprint)
-    else:
-        table = _open_arrow(place, fingerprint, kind)
+    try:
+        if kind == "csv":
+            return _open_csv(place, fingerprint)
+        table = _open_parquet(place, fingerprint) if kind == "parquet" else _open_arrow(place, fingerprint, kind)
+    except _NoRows:
+        none = np.empty((0, 3), np.int64)
+        return JsonRows(place.path, none, name=place.name, folder=place.folder, fingerprint=fingerprint)
     return ArrowRows(table, name=place.name, folder=place.folder, fingerprint=fingerprint)
 
 
@@ -49,9 +57,14 @@ def _open_parquet(place: Place, fingerprint: str) -> Dataset:
     from datasets import Dataset  # here: the import takes seconds
 
     def build(folder: Path) -> Dataset:
+        import pyarrow.parquet as pq
+
         with damage(place.name, "Parquet file"):
+            if not pq.read_metadata(place.path).num_rows:
+                raise _NoRows
             try:
-                return Dataset.from_parquet(str(place.path), cache_dir=str(folder))
+                # Without a size `datasets` takes that of the first row group, and fails where it has no rows.
+                return Dataset.from_parquet(str(place.path), cache_dir=str(folder), batch_size=_BATCH)
             except Exception as error:
                 if not is_full(error.__cause__ or error):
                     _find_damage(place)
@@ -117,6 +130,7 @@ def _open_csv(place: Place, fingerprint: str) -> ArrowRows:
     def build(folder: Path) -> Dataset:
         import pandas as pd  # datasets reads CSV by it
 
+        _check_text(place)
         with damage(place.name, "CSV file"):
             form = {
                 "sep": _separator(place),
@@ -125,8 +139,10 @@ def _open_csv(place: Place, fingerprint: str) -> ArrowRows:
                 "keep_default_na": False,
                 "skip_blank_lines": False,
             }
-            names = pd.read_csv(place.path, nrows=0, **form).columns
-            features = Features({str(name): Value("string") for name in names})
+            first = pd.read_csv(place.path, nrows=1, **form)
+            if first.empty:
+                raise _NoRows
+            features = Features({str(name): Value("string") for name in first.columns})
             return Dataset.from_csv(str(place.path), features=features, cache_dir=str(folder), **form)
 
     table = kept_table(place.kept("tables", fingerprint), build, name=place.name)
@@ -150,6 +166,19 @@ def _open_csv(place: Place, fingerprint: str) -> ArrowRows:
         first=2,
         empty_is_absent=True,
     )
+
+
+def _check_text(place: Place) -> None:
+    """Refuse a NUL: pandas ends the cell there, without a word."""
+    with place.path.open("rb") as file:
+        position = 0
+        while block := file.read(BLOCK):
+            if b"\0" in block:
+                raise UserError(
+                    f"{place.name}: expected a CSV file in UTF-8, found a NUL at byte {position + block.index(0)}; "
+                    "save it as UTF-8 (it may be UTF-16)"
+                )
+            position += len(block)
 
 
 def _separator(place: Place) -> str:

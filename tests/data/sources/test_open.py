@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import resource
 import socket
 
 import pandas
@@ -218,6 +219,31 @@ def test_a_file_without_rows(tmp_path, content):
         assert all_rows(tmp_path / name) == []
 
 
+def test_a_table_without_rows(tmp_path):
+    """`datasets` makes none of it, and fails."""
+    (tmp_path / "a.csv").write_text("question,answer\n")
+    pyarrow.parquet.write_table(table().slice(0, 0), tmp_path / "a.parquet")
+    with pyarrow.ipc.new_stream(str(tmp_path / "a.arrow"), table().schema):
+        pass
+    for name in ("a.csv", "a.parquet", "a.arrow"):
+        assert all_rows(tmp_path / name, tmp_path / "cache") == []
+
+
+def test_too_many_files_at_once_is_said_in_one_line(tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i}.jsonl").write_text("{}")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, limits[1]))
+    try:
+        with pytest.raises(
+            UserError, match="jsonl: more files than a process may hold open; raise `ulimit -n`, or join"
+        ):
+            all_rows(tmp_path / "*.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(all_rows(tmp_path / "*.jsonl")) == 60
+
+
 def test_csv_is_text_as_it_stands_there(tmp_path):
     """No number is rounded, no NA made nothing; an empty cell is an absent key, a row of them no row."""
     path = tmp_path / "a.csv"
@@ -238,10 +264,13 @@ def test_csv_is_text_as_it_stands_there(tmp_path):
     [
         (b"a,b\n1,2\n3,4,5\n", r"a\.csv: cannot read the CSV file: .*Expected 2 fields in line 3, saw 3"),
         (b"a,b\n1,\xff\xfe\n", r"a\.csv: cannot read the CSV file: .*can't decode byte 0xff"),
+        (b"a,b\n1,2\n1,x\0y\n", r"a\.csv: expected a CSV file in UTF-8, found a NUL at byte 11; save it as UTF-8"),
+        ("a,b\n1,2\n".encode("utf-16-le"), r"a\.csv: expected a CSV file in UTF-8, found a NUL at byte 1; .*UTF-16"),
         (b'a,b\n1,"2\n', r"a\.csv: cannot read the CSV file: .*EOF inside string"),
     ],
 )
 def test_a_csv_that_is_damaged(tmp_path, content, message):
+    """Of a cell with a NUL pandas dropped all from there on."""
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(UserError, match=message):
         all_rows(tmp_path / "a.csv")

@@ -240,6 +240,13 @@ def test_a_folder_of_pictures_with_metadata(tmp_path):
     assert rows.fingerprint == before[0].fingerprint  # the path takes no part
 
 
+def test_a_pipe_in_a_folder(tmp_path):
+    """To open it would wait for its writer for ever."""
+    os.mkfifo(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"cannot read the folder: .* doesn't contain any data files"):
+        all_rows(tmp_path)
+
+
 def test_a_folder_without_data(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(UserError, match=r"a: cannot read the folder: .*doesn't contain any data files$"):
