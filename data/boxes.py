@@ -95,12 +95,10 @@ def _write(record: _Record, sizes: Sequence[tuple[int, int]]) -> Iterator[str]:
 
 def _in_model_units(box: Box, width: int, height: int) -> list[int]:
     full = {"pixels": (width, height), "parts": (1, 1), "model": (COORDINATE_MAX, COORDINATE_MAX)}[box.unit]
-    numbers = []
-    for value, edge in zip((box.x1, box.y1, box.x2, box.y2), (*full, *full), strict=True):
-        # Half a unit is rounded up whichever unit it came in: 1e-6 is above what the division leaves behind.
-        number = math.floor(round(value / edge * COORDINATE_MAX, 6) + 0.5)
-        numbers.append(min(max(number, 0), COORDINATE_MAX))
-    return numbers
+    corners = zip((box.x1, box.y1, box.x2, box.y2), (*full, *full), strict=True)
+    # Pixels and parts go through the same division, so that a half is rounded up whichever of them a row says.
+    numbers = [math.floor(value / edge * COORDINATE_MAX + 0.5) for value, edge in corners]
+    return [min(max(number, 0), COORDINATE_MAX) for number in numbers]
 
 
 def _outside(box: Box, width: int, height: int) -> str:
