@@ -174,7 +174,8 @@ class Fields:
             if reason and not (reason is _WEIGHT and value == 1):  # true and 1 say what is done anyway
                 raise FieldError(self.place(key), f"found {shown(value)}, which is not read: it {reason}")
             if not reason:
-                names.append(re.sub(r"\[\d+\]", "[]", self.place(key))[:_MAX_NAME])
+                name = re.sub(r"\[\d+\]", "[]", self.place(key))[:_MAX_NAME]
+                names.append(name if name.isprintable() else ascii(name))
         return tuple(names)
 
 

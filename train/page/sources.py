@@ -9,14 +9,21 @@ import numpy as np
 
 from data.dataset import Dataset
 
+_MOST_NAMED = 20  # fields of a source, in a note
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFacts:
     """What one source gives in a pass over its rows."""
 
-    HEAD: ClassVar = ("source", "rows", "kept", "held out", "skipped", "repeat", "tokens", "learned", "images", "tiles")
+    HEAD: ClassVar = (
+        *("source", "form", "rows", "kept", "held out", "skipped"),
+        *("repeat", "tokens", "learned", "images", "tiles"),
+    )
 
     name: str
+    form: str
+    """Of its rows, as it was found or said."""
     kept: int
     """Rows that are learned from."""
     held_out: int
@@ -41,7 +48,8 @@ class SourceFacts:
         rows = self.kept + self.held_out + self.skipped
         counts = [f"{n:,}" for n in (rows, self.kept, self.held_out, self.skipped)]
         more = [f"{n:,}" for n in (self.images, self.tiles)]
-        return [self.name, *counts, f"{self.repeat:g}", f"{self.tokens:,}", f"{self.learned:.1%}", *more]
+        learned = f"{self.learned:.1%}"
+        return [self.name, self.form, *counts, f"{self.repeat:g}", f"{self.tokens:,}", learned, *more]
 
 
 def source_facts(dataset: Dataset) -> list[SourceFacts]:
@@ -54,6 +62,7 @@ def source_facts(dataset: Dataset) -> list[SourceFacts]:
         facts.append(
             SourceFacts(
                 name=source.settings.name or source.settings.path,
+                form=source.form,
                 kept=int(own.sum()),
                 held_out=source.kept - int(own.sum()),
                 skipped=source.skipped,
@@ -65,3 +74,15 @@ def source_facts(dataset: Dataset) -> list[SourceFacts]:
             )
         )
     return facts
+
+
+def unread_notes(dataset: Dataset) -> list[str]:
+    """Name, for each source that has some, the fields of its rows that say nothing here, with the rows of each."""
+    notes = []
+    for source in dataset.sources:
+        counted = [f"{name} ({count:,} rows)" for name, count in source.unknown.items()]
+        if counted:
+            more = f" and {len(counted) - _MOST_NAMED:,} more" if len(counted) > _MOST_NAMED else ""
+            name = source.settings.name or source.settings.path
+            notes.append(f"{name}: fields that are not read: {', '.join(counted[:_MOST_NAMED])}{more}")
+    return notes

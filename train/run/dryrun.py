@@ -23,7 +23,7 @@ from train.config.schema import TrainConfig
 from train.machine.devices import use_device
 from train.machine.memory import gigabytes
 from train.page.page import make_page, write_page
-from train.page.sources import SourceFacts, source_facts
+from train.page.sources import SourceFacts, source_facts, unread_notes
 from train.run.build import PartCount, check_settings, lora_settings
 from train.run.build_data import Data, build_data
 from train.run.memory import check_training, plan_parts
@@ -138,6 +138,7 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
     try:
         data = build_data(listing, folder)
         bad = [*data.dataset.skipped, *data.skipped_questions]
+        notes.extend(unread_notes(data.dataset))
         if data.held_out and data.held_out.note:
             notes.append(data.held_out.note)
     except UnusableRows as problem:

@@ -30,6 +30,7 @@ from train.config.load import check_divides, load_config, rehearsal_notice
 from train.config.schema import TrainConfig
 from train.machine.devices import use_device
 from train.page.page import make_page, write_page
+from train.page.sources import unread_notes
 from train.run.barrier import barrier
 from train.run.build import build_base, count_parts, make_trainable, open_base
 from train.run.build_data import Data, build_data
@@ -171,6 +172,8 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str, callback
         write_fact(run_dir / REPORT, report)
         write_page(run_dir / PAGE, start_page(config, report, data))
         print(f"{to_yaml(config)}\n{start_text(report, config.run_dir)}", flush=True)
+    for note in unread_notes(data.dataset):
+        say(f"note: {note}", sys.stderr)
     for error in data.dataset.skipped[:10]:
         say(f"skipped: {error}", sys.stderr)
     if data.held_out and data.held_out.note:
@@ -346,6 +349,7 @@ def start_page(config: TrainConfig, report: StartReport, data: Data) -> str:
         tokenizer=data.tokenizer,
         reader=data.images,
         bad=[*data.dataset.skipped, *data.skipped_questions],
+        notes=unread_notes(data.dataset),
     )
 
 

@@ -1,4 +1,4 @@
-"""The rows of data/forms/README.md: all say the same, those with boxes too."""
+"""The rows of data/forms/README.md and of the README: all say the same, those with boxes too."""
 
 import json
 import re
@@ -36,3 +36,22 @@ def test_rows_of_the_page_say_the_same():
         said[kind].add((place_boxes(record, [(384, 384)]), record.images))
     assert len(rows) >= 12 and {kind: len(texts) for kind, texts in said.items()} == {"plain": 1, "boxes": 1}
     assert forms == set(FORMS) == set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
+
+
+def test_rows_of_the_readme():
+    """What they become is what is written beside them."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [json.loads(row) for row in re.findall(r"^```json\n(.*)\n```", text, re.MULTILINE)]
+    answers = []
+    for row in rows:
+        record = parse_record(
+            row,
+            source="a.jsonl",
+            row_number=1,
+            folder=ROOT,
+            tokenizer=TOKENIZER,
+            settings=ReadSettings(unknown="error"),
+            of=SourceSettings(path="a.jsonl"),
+        )
+        answers.append(place_boxes(record, [(384, 384)])[-1].content)
+    assert answers[0] == "A cat." and f"`{answers[1]}`" in text

@@ -49,6 +49,7 @@ def folder(tmp_path_factory) -> Path:
     turns = [{"role": "user", "content": "<image>\nWhat is this?"}, {"role": "assistant", "content": "A cat."}]
     row = json.dumps({"messages": turns, "images": ["cat.jpg"]})
     (folder / "my.jsonl").write_text(f"{row}\n{row}\n")
+    (folder / "qa.csv").write_text("question,answer,picture\nWhat is this?,A cat.,cat.jpg\nHow many?,1,cat.jpg\n")
     (folder / "talk.json").write_text(json.dumps([*turns, {"role": "user", "content": "Are you sure?"}]))
     return folder
 

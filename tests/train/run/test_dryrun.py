@@ -42,13 +42,20 @@ def talk(answer: object) -> dict:
 
 
 def test_it_says_what_training_says(dry, run, tmp_path, capsys, monkeypatch):
-    """The plan's line is the one that the run prints before its first step."""
-    code, said, _ = dry(tmp_path / "dry", "max_steps=1")
+    """The plan's line is the one that the run prints before its first step, the fields that nobody reads likewise."""
+    file = write_rows(tmp_path / "rows.jsonl", [{**talk("blue"), "id": i, "url": None if i else "x"} for i in range(9)])
+    code, said, noted = dry(tmp_path / "dry", "max_steps=1", f"data.path={file}")
     assert code == 0
+    note = f"note: {file}: fields that are not read: id (9 rows), url (1 rows)\n"
+    assert note in noted and re.search(rf"^{re.escape(str(file))} +messages +9 +9 +0 +0 ", said, re.M)
+    assert "fields that are not read: id (9 rows)" in (tmp_path / "dry" / "report.html").read_text()
     assert "\ntraining would start (all of it: " in said
     monkeypatch.undo()
-    assert run(tmp_path / "run", "max_steps=1", evaluate=None) == 0
-    trained = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert run(tmp_path / "run", "max_steps=1", f"data.path={file}", evaluate=None) == 0
+    out, err = capsys.readouterr()
+    assert note in err
+    assert "fields that are not read: id (9 rows)" in (tmp_path / "run" / "report.html").read_text()
+    trained = [line.split() for line in out.splitlines()]
     for name in ("plan", "tokens", "attention", "language"):
         line = next(line for line in said.splitlines() if line.startswith(f"{name} "))
         assert line.split() in trained
