@@ -46,9 +46,9 @@ def load_config(argv: Sequence[str], machine: Machine | None = None) -> TrainCon
         config.max_steps = None
     if line.names("max_steps") and not line.names("epochs"):
         config.epochs = None
-    if line.names("data.path") and not line.names("data.sources"):
+    if line.names("data.path") and config.data.path and not line.names("data.sources"):
         config.data.sources = []
-    if line.names("data.sources") and not line.names("data.path"):
+    if line.names("data.sources") and config.data.sources and not line.names("data.path"):
         config.data.path = []
     config.nproc = config.nproc or (machine.usable_gpus if device == "gpu" else 1)
     config.run_dir = config.run_dir or str(Path("outputs", "rehearsal" if rehearsal else "", recipe.name))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 SMOOTHING_STEPS = 20  # of the running mean that is drawn over the losses
-_LONGEST_NAME = 32  # characters of a source's name beside its line
+_LONGEST_NAME = 32  # characters of a source's name where there is little room
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -47,9 +47,14 @@ def losses_by_source(lines: Sequence[dict[str, Any]]) -> dict[str, tuple[np.ndar
     return found
 
 
+def short_name(name: str) -> str:
+    """A source's name, or its end where that is long: of a path the file."""
+    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
+
+
 def _label(name: str) -> str:
-    """A source's name for the legend: its end where it is long; to matplotlib `$` is mathematics, and `_` no label."""
-    short = name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
+    """A source's name for the legend; to matplotlib `$` is mathematics, and `_` at the beginning no label."""
+    short = short_name(name)
     return f"{' ' if short.startswith('_') else ''}{short}".replace("$", r"\$")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from train.config.schema import TrainConfig
 from train.machine.memory import peak_memory_gb
-from train.run.curve import losses_by_source, read_metrics
+from train.run.curve import losses_by_source, read_metrics, short_name
 from train.run.report import pairs
 from train.store.checkpoints import checkpoint_path
 from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS
@@ -105,7 +105,10 @@ def end_text(summary: Summary) -> str:
         "recipe": summary.recipe + (" (REHEARSAL)" if summary.rehearsal else ""),
         "steps": str(summary.steps),
         "loss": f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}",
-        **{f"loss of {name}": f"{first:.4f} -> {last:.4f}" for name, (first, last) in summary.loss_of.items()},
+        **{
+            f"loss of {short_name(name)}": f"{first:.4f} -> {last:.4f}"
+            for name, (first, last) in summary.loss_of.items()
+        },
         "accuracy": f"{_share(summary.accuracy_before)} -> {_share(summary.accuracy_after)}",
         "answers cut": f"{summary.answers_cut_before} -> {summary.answers_cut_after}",
         "with pictures exchanged": _share(summary.accuracy_with_pictures_exchanged),

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.places import GOLDENS, ROOT
+from tests.train.conftest import write_data
 from train.config.load import load_config
 from train.run.build import open_base
 from train.run.build_data import build_data
@@ -61,8 +62,8 @@ def test_files_of_a_run(whole):
         "checkpoints",
         "config.yaml",
         "curve.png",
+        "metrics.jsonl",
         "report.html",
-        "report.json",
         "report.json",
         "run.json",
         "summary.json",
@@ -299,26 +300,30 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(run, arguments, tmp_path):
-    """gloo, dropout and the load-balance loss on, and steps in which only one of the two has an image.
+def test_two_processes_equal_one(run, arguments, data_file, tmp_path):
+    """gloo, dropout and the load-balance loss on, two sources, and steps in which only one of the two has an image.
 
     1e-5 is asked for; the sums over ranks and micro-batches differ in order only, about 1e-8 here.
     """
     run_dir, whole = tmp_path / "two", tmp_path / "one"
-    assert run(whole, "optim.aux_loss=0.1") == 0
-    config = load_config(arguments(run_dir))
+    settings = ("optim.aux_loss=0.1", f"data.path=[{data_file},{write_data(tmp_path, rows=5, images=0, seed=7)}]")
+    assert run(whole, *settings) == 0
+    config = load_config(arguments(run_dir, *settings))
     plan = build_data(config, open_base(config)).plan
     pictured = [[any(plan.packs[pack].tiles for pack in own) for own in plan.rank_order(step, 2)] for step in range(6)]
     assert [True, False] in pictured
     launcher = ["-m", "train.door.ranks", "cpu", "--nproc_per_node", "2", "--log_dir", str(tmp_path / "log")]
     command = [sys.executable, *launcher, sys.executable, "-u", "-m", "train.door.cli", "train.run.training"]
-    command += arguments(run_dir, "nproc=2", "save_steps=2", "optim.aux_loss=0.1")
+    command += arguments(run_dir, "nproc=2", "save_steps=2", *settings)
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(run_dir) == pytest.approx(losses(whole), abs=1e-5)
     for key in ("grad_norm", "aux_loss"):
         found = [[line[key] for line in metrics(folder)] for folder in (run_dir, whole)]
         assert found[0] == pytest.approx(found[1], rel=1e-5) and min(found[1]) > 0, key
+    for two, one in zip(metrics(run_dir), metrics(whole), strict=True):
+        assert two["supervised_of"] == one["supervised_of"]
+        assert two["loss_of"] == pytest.approx(one["loss_of"], abs=1e-5)
     # By the norm, not the largest difference: AdamW moves a weight whose gradient is mere rounding by a whole lr.
     for name, weight in tensors(run_dir / "adapter" / "peft_model.safetensors").items():
         expected = tensors(whole / "adapter" / "peft_model.safetensors")[name]
