@@ -8,6 +8,7 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_BUILDING, _LONGEST_BUILD = ".building-", 86_400  # seconds
 _FILES = "files.json"  # {name: bytes} of a table's Arrow files, in order
 
 
@@ -43,12 +45,12 @@ def kept_table(folder: Path | None, build: Callable[[Path], Dataset], *, name: s
         files = [Path(file["filename"]) for file in table.cache_files]
         sizes = {str(file.relative_to(building.resolve())): file.stat().st_size for file in files}
         (building / _FILES).write_text(json.dumps(sizes), "utf-8")
-        if folder and building.parent == folder.parent:
-            shutil.rmtree(folder, ignore_errors=True)
+        table = _open(building)  # what is mapped stays readable under another name, and without one
+        if folder and building.parent == folder.parent.resolve():
             with contextlib.suppress(OSError):  # another process was quicker
+                shutil.rmtree(folder, ignore_errors=True)
                 building.rename(folder)
-                return _open(folder)
-        return _open(building)  # what is mapped stays readable when its name is gone
+        return table
     except OSError as error:
         if not is_full(error):
             raise
@@ -86,7 +88,10 @@ def _temporary(folder: Path | None) -> Path:
     if folder:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent)).resolve()
+            for left in folder.parent.glob(f"{_BUILDING}*"):  # by a process that was killed
+                if left.stat().st_mtime < time.time() - _LONGEST_BUILD:
+                    shutil.rmtree(left, ignore_errors=True)
+            return Path(tempfile.mkdtemp(prefix=_BUILDING, dir=folder.parent)).resolve()
         except OSError as error:
             logger.warning("%s cannot be kept, the next start makes it again: %s", folder, error)
     return Path(tempfile.mkdtemp(prefix="rows-")).resolve()

@@ -6,8 +6,8 @@ import json
 import os
 import resource
 import socket
+import time
 
-import pandas
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
@@ -16,6 +16,7 @@ import zstandard
 
 from data.record import RecordError
 from data.settings import SourceSettings
+from data.sources import files
 from data.sources.open import open_sources
 from vl2.errors import UserError
 
@@ -98,7 +99,7 @@ def test_what_was_unpacked_is_not_unpacked_again(tmp_path, monkeypatch, kind):
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "tables").rglob("*.arrow")}
     assert len(kept) == 1
     path.rename(tmp_path / "renamed")
-    monkeypatch.setattr("data.sources.spool.write_spool", None)
+    monkeypatch.setattr(files, "write_spool", None)
     monkeypatch.setattr("datasets.Dataset.from_parquet", None)
     assert all_rows(tmp_path / "renamed", tmp_path / "cache") == ROWS
     assert kept == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "tables").rglob("*.arrow")}
@@ -131,6 +132,31 @@ def test_a_kept_table_that_lost_its_last_rows_is_made_again(tmp_path, monkeypatc
             left = pyarrow.ipc.open_stream(file).read_all().num_rows
     assert left == 2
     assert all_rows(path, tmp_path / "cache") == ROWS
+
+
+def test_two_processes_unpack_one_file(tmp_path, monkeypatch):
+    """The second finds the place taken when it is done."""
+    path, true = write(tmp_path, "lines.json.gz"), files.write_spool
+
+    def while_another_does(*args, **kwargs):
+        monkeypatch.setattr(files, "write_spool", true)
+        assert all_rows(path, tmp_path / "cache") == ROWS
+        return true(*args, **kwargs)
+
+    monkeypatch.setattr(files, "write_spool", while_another_does)
+    assert all_rows(path, tmp_path / "cache") == ROWS
+    assert all_rows(path, tmp_path / "cache") == ROWS
+    assert len(list((tmp_path / "cache" / "tables").iterdir())) == 1
+
+
+def test_what_a_killed_process_left_half_made_is_removed(tmp_path):
+    tables = tmp_path / "cache" / "tables"
+    for name, age in ((".building-old", 10**6), (".building-now", 10)):
+        (tables / name).mkdir(parents=True)
+        os.utime(tables / name, (time.time() - age,) * 2)
+    assert all_rows(write(tmp_path, "lines.json.gz"), tmp_path / "cache") == ROWS
+    assert not (tables / ".building-old").exists()
+    assert (tables / ".building-now").exists()
 
 
 def test_content_follows_the_row(tmp_path):
@@ -242,38 +268,6 @@ def test_too_many_files_at_once_is_said_in_one_line(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(all_rows(tmp_path / "*.jsonl")) == 60
-
-
-def test_csv_is_text_as_it_stands_there(tmp_path):
-    """No number is rounded, no NA made nothing; an empty cell is an absent key, a row of them no row."""
-    path = tmp_path / "a.csv"
-    path.write_text('\ufeffid;q;picture\n007;"x\ny";1.50\n\n1;NA;\n;;\n2;"a;""b""";é\n', "utf-8")
-    (rows,) = open_sources(SourceSettings(path=str(path)), cache=tmp_path / "cache")
-    assert [rows[i] for i in range(len(rows))] == [
-        {"id": "007", "q": "x\ny", "picture": "1.50"},
-        {"id": "1", "q": "NA"},
-        {"id": "2", "q": 'a;"b"', "picture": "é"},
-    ]
-    assert [rows.number(i) for i in range(len(rows))] == [2, 4, 6]  # as a spreadsheet shows them
-    pandas.DataFrame({"a": ["1", "2"], "b": ["x,y", "z"]}).to_csv(tmp_path / "a.tsv", sep="\t", index=False)
-    assert all_rows(tmp_path / "a.tsv") == [{"a": "1", "b": "x,y"}, {"a": "2", "b": "z"}]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"a,b\n1,2\n3,4,5\n", r"a\.csv: cannot read the CSV file: .*Expected 2 fields in line 3, saw 3"),
-        (b"a,b\n1,\xff\xfe\n", r"a\.csv: cannot read the CSV file: .*can't decode byte 0xff"),
-        (b"a,b\n1,2\n1,x\0y\n", r"a\.csv: expected a CSV file in UTF-8, found a NUL at byte 11; save it as UTF-8"),
-        ("a,b\n1,2\n".encode("utf-16-le"), r"a\.csv: expected a CSV file in UTF-8, found a NUL at byte 1; .*UTF-16"),
-        (b'a,b\n1,"2\n', r"a\.csv: cannot read the CSV file: .*EOF inside string"),
-    ],
-)
-def test_a_csv_that_is_damaged(tmp_path, content, message):
-    """Of a cell with a NUL pandas dropped all from there on."""
-    (tmp_path / "a.csv").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        all_rows(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("kind", ["lines.json.gz", "array.json.gz", "lines.zst", "array.json.zst"])
