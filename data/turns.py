@@ -8,6 +8,7 @@ from typing import Any
 from data.forms.conversation import Turn
 from data.forms.fields import FieldError
 from data.forms.messages import read_turns
+from data.forms.parts import FromColumn
 from data.settings import SpecialTokens, Supervise
 from vl2.prompt import IMAGE_PLACEHOLDER, Message, Role
 from vl2.tokenizer import Tokenizer
@@ -16,7 +17,7 @@ from vl2.tokenizer import Tokenizer
 def parse_messages(
     value: Any, *, tokenizer: Tokenizer, special_tokens: SpecialTokens = "error", name: str = "messages"
 ) -> tuple[Message, ...]:
-    """Check a decoded list of messages, each {"role": ..., "content": ...}; the order of turns is not looked at.
+    """Check a decoded list of messages that holds no picture itself; the order of turns is not looked at.
 
     Args:
         value: the decoded JSON.
@@ -27,7 +28,12 @@ def parse_messages(
     Raises:
         FieldError: naming the message.
     """
-    turns, _, _ = read_turns(value, name)
+    turns, images, _ = read_turns(value, name)
+    for where, image in images:
+        if not isinstance(image, FromColumn) or image.index is not None:
+            raise FieldError(
+                where, f"expected {IMAGE_PLACEHOLDER} alone, found a picture; they are given beside the text"
+            )
     return tuple(checked_message(turn, tokenizer, special_tokens) for turn in turns)
 
 
@@ -63,7 +69,7 @@ def check_order(turns: Sequence[Turn]) -> None:
     Raises:
         FieldError: naming the turn.
     """
-    where = _message(turns[0]).partition("[")[0]
+    where = _message(turns[-1]).partition("[")[0]
     if all(turn.role != "assistant" for turn in turns):
         raise FieldError(where, "expected an assistant message, found none: no supervised token to learn from")
     expected: Role = "user"

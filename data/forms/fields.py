@@ -73,7 +73,7 @@ def kind_of(value: Any) -> str:
 
 def is_empty(value: Any) -> bool:
     """Tell whether a field says nothing: tables of mixed rows hold null, or nothing, where a row has no such field."""
-    return value is None or (isinstance(value, (str, list, tuple, Mapping)) and not value)
+    return value is None or (not value and isinstance(value, (str, list, tuple, Mapping)))
 
 
 class Fields:
@@ -90,7 +90,7 @@ class Fields:
         Raises:
             FieldError: it is no object.
         """
-        if not isinstance(value, Mapping):
+        if not isinstance(value, (dict, Mapping)):
             raise FieldError(where or "row", f"expected {expected}, found {kind_of(value)}")
         self.value, self.where = value, where
         self._read: set[str] = set()

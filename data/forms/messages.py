@@ -82,11 +82,10 @@ def read_turns(messages: Any, name: str) -> tuple[list[Turn], list[tuple[str, An
     unknown: tuple[str, ...] = ()
     for i, message in enumerate(messages):
         fields = Fields(message, f"{name}[{i}]", "an object with role and content")
-        role = fields.take("role")
+        role, content = fields.value.get("role"), fields.value.get("content")
         if not isinstance(role, str) or role not in _ROLES:
             raise FieldError(fields.place("role"), f"expected system, user or assistant, found {shown(role)}")
-        where, content = fields.place("content"), fields.value.get("content")
-        fields.take("content")
+        where = fields.place("content")
         if isinstance(content, (list, tuple)) and content:
             content, shows, unknown_parts = read_parts(list(content), where)
             unknown += unknown_parts
@@ -96,6 +95,7 @@ def read_turns(messages: Any, name: str) -> tuple[list[Turn], list[tuple[str, An
             raise FieldError(where, _CONTENT + kind_of(content))
         learn = None
         if len(fields.value) > 2:  # most messages say nothing beside role and content
+            fields.take("role"), fields.take("content")
             key, own = fields.take_any("images", "image")  # as DeepSeek-VL2's own code has them
             shows = _from_column(shows, images_of(own, fields.place(key)))
             learn = learned(fields, _ROLES[role])

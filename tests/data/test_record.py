@@ -194,6 +194,11 @@ def test_messages_of_a_question_without_its_answer():
     assert parse_messages([user("Hi")], tokenizer=TOKENIZER) == (Message("user", "Hi"),)
     with pytest.raises(FieldError, match=r"^prompt\[0\]\.role: expected system, user or assistant, found 'bot'"):
         parse_messages([{"role": "bot", "content": ""}], tokenizer=TOKENIZER, name="prompt")
+    parts = user([{"type": "image"}, {"type": "text", "text": "Hi"}])
+    assert parse_messages([parts], tokenizer=TOKENIZER) == (Message("user", "<image>\nHi"),)
+    for shown in ({**user("<image>"), "images": ["a.png"]}, user([{"type": "image", "path": "a.png"}])):
+        with pytest.raises(FieldError, match=r"^messages\[0\]\..*: expected <image> alone, found a picture"):
+            parse_messages([shown], tokenizer=TOKENIZER)
     with pytest.raises(FieldError, match=r"^messages: .*no supervised token"):
         check_order([Turn(role="user", content="Hi", where="messages[0].content")])
 

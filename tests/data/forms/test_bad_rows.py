@@ -43,6 +43,7 @@ MESSAGES = [
     ({"messages": [USER, {**ANSWER, "role": "tool"}]}, r"messages\[1\]\.role: expected system, user or assistant, fo"),
     ({"messages": [{**USER, "content": []}, ANSWER]}, r"messages\[0\]\.content: .*found an empty list"),
     ({"messages": [USER]}, r"messages: expected an assistant message, found none"),
+    ({"messages": [USER], "system": "Be brief."}, r"messages: expected an assistant message, found none"),
     ({"messages": [USER, ANSWER], "system": 3.5}, r"system: expected a string, found the number 3\.5"),
     (
         {"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"},
