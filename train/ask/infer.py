@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from data.answer_boxes import read_boxes
 from data.forms.fields import FieldError
 from data.images.files import ImageError
 from data.images.reader import ImageReader
-from data.images.ref import ImageRef
+from data.images.ref import ImageRef, image_ref
 from data.images.web_cache import default_folder
 from data.turns import parse_messages
 from train.ask.answer import answer_limit, check_text, prepare
@@ -124,8 +123,15 @@ def notes(result: Mapping[str, Any], config: InferConfig) -> list[str]:
 
 
 def references(names: Sequence[str]) -> list[ImageRef]:
-    """The pictures that were typed: files, or addresses of http and https."""
-    return [ImageRef(kind="url" if re.match("https?://", name, re.IGNORECASE) else "file", name=name) for name in names]
+    """The pictures that were typed: files, addresses, data URIs.
+
+    Raises:
+        UserError: what names no picture.
+    """
+    try:
+        return [image_ref(name, Path.cwd()) for name in names]
+    except UserError as error:
+        raise UserError(f"image: {error}") from error
 
 
 def _trusting(images: ImageReader) -> ImageReader:

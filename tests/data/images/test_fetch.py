@@ -71,6 +71,26 @@ def test_each_address_is_fetched_once(web, reader, tmp_path):
     assert (later.size(image), later.state(image)) == ((90, 60), state)
 
 
+def test_processes_that_miss_the_same_picture_at_once(web, reader):
+    """Each fetches it, none reads half of it, and one whole picture is kept."""
+    fork = multiprocessing.get_context("fork")
+    together = fork.Barrier(4)
+    image = ref(web.url("/a.png"))
+
+    def look() -> None:
+        together.wait(10)
+        assert reader.decode(image).size == (90, 60)
+
+    children = [fork.Process(target=look) for _ in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(20)
+    assert [child.exitcode for child in children] == [0] * 4
+    assert reader.cache is not None
+    assert [path.read_bytes() for path in (reader.cache / "pictures").rglob("*") if path.is_file()] == [picture()]
+
+
 def test_state_is_of_the_content(web, reader, tmp_path):
     """Another picture at the same address, in another cache, is another state: sizes kept on disk do not mislead."""
     web.answers["/b.png"] = lambda handler: handler.give(picture(size=(30, 60)))

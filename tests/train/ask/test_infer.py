@@ -1,6 +1,8 @@
 """One answer: what is asked, pictures that cannot be used, how long the answer may be."""
 
+import base64
 import dataclasses
+import io
 import json
 import os
 import struct
@@ -11,9 +13,10 @@ import pytest
 from PIL import Image
 
 import train.ask.infer as entry
+from data.images.reader import DEFAULT_READER
 from tests.places import NANO_BPE
 from train.ask.answer import answer_limit
-from train.ask.infer import check_images, conversation, infer, notes
+from train.ask.infer import check_images, conversation, infer, notes, references
 from train.ask.load import Loaded, load
 from train.config.schema import InferConfig
 from vl2.errors import UserError
@@ -135,8 +138,15 @@ def test_image_that_cannot_be_used_is_said_before_the_model_is_loaded(tmp_path, 
 
 
 def test_image_given_as_data_uri():
-    with pytest.raises(UserError, match=r"^image: expected the path of an image file, found data:.*File name too long"):
-        check_images(["data:image/png;base64," + "iVBORw0KGgo" * 1000])
+    stream = io.BytesIO()
+    Image.new("RGB", (9, 6)).save(stream, "png")
+    whole = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+    check_images([whole])
+    assert DEFAULT_READER.size(*references([whole])) == (9, 6)
+    for wrong, problem in ((whole[:60], "truncated image"), (whole[:40] + "*" * 10_000, "cannot be decoded")):
+        with pytest.raises(UserError, match=rf"^image: .*{problem}") as caught:
+            check_images([wrong])
+        assert len(str(caught.value)) < 400
 
 
 def test_cut_answer_is_said(loaded):
