@@ -105,7 +105,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _histograms(dataset: Dataset, plan: Plan) -> list[Histogram]:
-    tokens, tiles = (np.array([getattr(size, name) for size in dataset.sizes]) for name in ("tokens", "tiles"))
+    tokens, tiles = dataset.sizes.tokens, dataset.sizes.tiles
     filled = np.array([pack.tokens for pack in plan.packs if pack.samples]) / plan.settings["data.max_tokens"]
     charts = [count_whole(tokens, title="Length of conversations", unit="tokens")]
     if tiles.any():
