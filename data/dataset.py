@@ -16,12 +16,13 @@ import pyarrow as pa
 from data.budget import Budget
 from data.images.reader import DEFAULT_READER, ImageReader
 from data.measure import measure
-from data.record import BadRecords, RecordError, UnusableRows
+from data.record import BadRecords, RecordError
 from data.records import RecordReader, Records
 from data.settings import ReadSettings, SourceSettings
 from data.size_table import column, count_values, pictures, sizes_of
 from data.sizes import Sizes
 from data.sources.open import open_sources
+from vl2.errors import UserError
 from vl2.tiles import Resolution
 from vl2.tokenizer import Tokenizer
 
@@ -116,8 +117,7 @@ def open_dataset(
         bad: what is done with rows that cannot be used instead of what `settings` say.
 
     Raises:
-        UserError: no such file; `RecordError` names file, row and field; `UnusableRows`: none is usable, or too many
-            are bad.
+        UserError: no such file, no usable row, or too many bad ones; `RecordError` names file, row and field.
     """
     if bad is None:
         bad = BadRecords(on_bad_record=settings.on_bad_record, max_bad=settings.max_bad)
@@ -146,7 +146,7 @@ def open_dataset(
     if not any(len(part.rows) for part in parts):
         named = ", ".join(of.path for of in sources)
         saw = f"none; all {len(bad.skipped)} rows were skipped" if bad.skipped else "an empty file"
-        raise UnusableRows(f"{named}: empty dataset: expected at least one conversation, found {saw}", bad.skipped)
+        raise UserError(f"{named}: empty dataset: expected at least one conversation, found {saw}")
     columns = {name: np.concatenate([part.column(name) for part in parts]) for name in ("content", "learned")}
     sizes = Sizes.concatenate([sizes_of(part.table).take(part.rows) for part in parts])
     return Dataset(

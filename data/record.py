@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,14 +53,6 @@ class RecordError(UserError):
         return f"{self.source}, row {self.row}, {self.where}: {self.problem}"
 
 
-class UnusableRows(UserError):
-    """Too many rows that cannot be used; `skipped` are those that were found."""
-
-    def __init__(self, text: str, skipped: Sequence[RecordError]):
-        super().__init__(text)
-        self.skipped = tuple(skipped)
-
-
 @dataclass(kw_only=True)
 class BadRecords:
     """What to do with rows that cannot be used: stop at the first, or list them up to a number.
@@ -79,17 +70,16 @@ class BadRecords:
 
         Raises:
             RecordError: with on_bad_record="error".
-            UnusableRows: when more than `max_bad` rows were listed.
+            UserError: when more than `max_bad` rows were listed.
         """
         if self.on_bad_record == "error":
             raise error
         self.skipped.append(error)
         if len(self.skipped) > self.max_bad:
             listed = "\n  ".join(str(bad) for bad in self.skipped[:10])
-            raise UnusableRows(
+            raise UserError(
                 f"more than data.max_bad={self.max_bad} bad rows; correct them or raise data.max_bad. "
-                f"The first of them:\n  {listed}",
-                self.skipped,
+                f"The first of them:\n  {listed}"
             )
 
 

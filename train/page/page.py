@@ -36,7 +36,7 @@ def make_page(
     words: Mapping[str, str],
     dataset: Dataset | None,
     plan: Plan | None,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     reader: ImageReader,
     bad: Sequence[RecordError] = (),
     refused: Sequence[str] | None = None,
@@ -49,7 +49,7 @@ def make_page(
         words: facts of the run, name by name.
         dataset: what it learns from; None where it could not be read.
         plan: of its packs; None likewise.
-        tokenizer: of the model.
+        tokenizer: of the model; None where it could not be had.
         reader: opens pictures, a few of them.
         bad: rows that cannot be used.
         refused: why training would not start; empty: it would; None: nobody asks.
@@ -73,7 +73,7 @@ def make_page(
             first_bad=FIRST_BAD,
             histograms=_histograms(dataset, plan) if dataset and plan else (),
             sources=source_facts(dataset) if dataset else (),
-            packs=PackPen(dataset, tokenizer, reader).draw(plan) if dataset and plan else (),
+            packs=PackPen(dataset, tokenizer, reader).draw(plan) if dataset and plan and tokenizer else (),
             max_tokens=plan.settings["data.max_tokens"] if plan else 0,
             style=(_FOLDER / "page.css").read_text("utf-8"),
             script=script,

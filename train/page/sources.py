@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from data.dataset import Dataset
+from train.page.visible import visible
 
 _MOST_NAMED = 20  # fields of a source, in a note
 
@@ -37,6 +38,8 @@ class SourceFacts:
     """Of the tokens."""
     images: int
     tiles: int
+    unknown: dict[str, int]
+    """Fields that say nothing here and are not read, with the number of kept rows that have each."""
 
     @property
     def learned(self) -> float:
@@ -71,6 +74,7 @@ def source_facts(dataset: Dataset) -> list[SourceFacts]:
                 supervised=int(sizes.supervised[own].sum()),
                 images=int(images[own].sum()),
                 tiles=int(sizes.tiles[own].sum()),
+                unknown=dict(source.unknown),
             )
         )
     return facts
@@ -80,7 +84,7 @@ def unread_notes(dataset: Dataset) -> list[str]:
     """Name, for each source that has some, the fields of its rows that say nothing here, with the rows of each."""
     notes = []
     for source in dataset.sources:
-        counted = [f"{name} ({count:,} rows)" for name, count in source.unknown.items()]
+        counted = [f"{visible(name)} ({count:,} rows)" for name, count in source.unknown.items()]
         if counted:
             more = f" and {len(counted) - _MOST_NAMED:,} more" if len(counted) > _MOST_NAMED else ""
             name = source.settings.name or source.settings.path

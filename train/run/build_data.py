@@ -14,7 +14,7 @@ from data.held_out import hold_out
 from data.images.reader import ImageReader
 from data.mixture import Mixture
 from data.plan import Plan, make_plan
-from data.record import Record, RecordError
+from data.record import BadRecords, Record, RecordError
 from data.settings import SourceSettings
 from data.shapes.write import write_shapes
 from train.ask.data_settings import image_reader, read_settings, source_settings
@@ -62,12 +62,20 @@ class Data:
     skipped_questions: tuple[RecordError, ...]  # rows left out of their file
 
 
-def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
+def build_data(
+    config: TrainConfig,
+    folder: ModelFolder,
+    *,
+    bad: BadRecords | None = None,
+    bad_questions: BadRecords | None = None,
+) -> Data:
     """Read, measure and plan the data; draws the shapes when there are no files.
 
     Args:
         config: of the run.
         folder: of the base model, from `open_base`.
+        bad: what is done with rows that cannot be used, instead of what `config` says.
+        bad_questions: the same of the files of held-out rows.
 
     Raises:
         UserError: a record that cannot be used, an empty data set or source, nothing to hold out.
@@ -82,7 +90,7 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
         of, test = _draw(config, "train"), () if splits or held_of else _draw(config, "test")
         held_of = held_of or test
 
-    def open_(of: Sequence[SourceSettings], *, trained: bool) -> Dataset:
+    def open_(of: Sequence[SourceSettings], *, trained: bool, bad: BadRecords | None) -> Dataset:
         return open_dataset(
             of,
             settings=read_settings(config.data),
@@ -94,9 +102,10 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
             context=None if trained else context,
             cache=default_cache(),
             workers=config.data.workers,
+            bad=bad,
         )
 
-    dataset, asked = open_(of, trained=True), None
+    dataset, asked = open_(of, trained=True, bad=bad), None
     skipped_questions: tuple[RecordError, ...] = ()
     facts = None
     if splits:
@@ -106,7 +115,7 @@ def build_data(config: TrainConfig, folder: ModelFolder) -> Data:
         asked = asked.take(np.flatnonzero(asked.sizes.tokens <= context))  # training may go beyond it
         facts = _facts(dataset, asked, len(split.asked) + split.unused, asked=len(asked.records))
     elif held_of and config.eval.questions:
-        asked = open_(held_of, trained=False)
+        asked = open_(held_of, trained=False, bad=bad_questions)
         rows, skipped_questions = len(asked.records), asked.skipped
         facts = None if drawn else _facts(dataset, asked, rows, asked=min(rows, config.eval.questions))
     mixture = mixture_of(dataset)

@@ -16,23 +16,26 @@ from typing import TypeVar
 import paddle
 
 from data.images.reader import DEFAULT_READER
-from data.record import RecordError, UnusableRows
+from data.record import BadRecords, RecordError
+from train.ask.model_memory import inference_memory
 from train.ask.source import check_model, check_trained
 from train.config.load import load_config
 from train.config.schema import TrainConfig
 from train.machine.devices import use_device
 from train.machine.memory import gigabytes
 from train.page.page import make_page, write_page
-from train.page.sources import SourceFacts, source_facts, unread_notes
+from train.page.sources import source_facts, unread_notes
 from train.run.build import PartCount, check_settings, lora_settings
 from train.run.build_data import Data, build_data
 from train.run.memory import check_training, plan_parts
-from train.run.report import PlanFacts, RunFacts, count_tables, pairs, plan_facts, plan_words, run_words, table
+from train.run.report import PlanFacts, RunFacts, count_tables, pairs, plan_facts, plan_words, run_words, source_table
 from train.store.hub import missing_files, resolve_model
 from train.store.names import DRYRUN_PAGE, PAGE
 from train.store.run_dir import check_run_dir
 from vl2.adapter.folder import open_adapter
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
+from vl2.checkpoint.published import published
+from vl2.config import VL2Config
 from vl2.errors import UserError
 from vl2.lora import GroupReport
 from vl2.parameters import build_model
@@ -59,7 +62,7 @@ class DryRun:
     notes: tuple[str, ...]
     bad: tuple[RecordError, ...]  # rows that cannot be used, at most MOST_LISTED
     bad_is_refused: bool
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
     parts: tuple[PartCount, ...] | None
     groups: tuple[GroupReport, ...]
     data: Data | None
@@ -105,9 +108,6 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
     Args:
         config: of the run.
         drawn: empty folder for the pictures of shapes, where there is no data.path.
-
-    Raises:
-        UserError: no config or tokenizer, without which nothing can be measured.
     """
     refused: list[str] = []
     notes: list[str] = [_REHEARSED] if config.rehearsal else []
@@ -119,12 +119,18 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
             refused.append(str(problem))
             return None
 
-    folder = open_folder(resolve_model(config.model.path, weights=False))
-    check_weights(config, folder, attempt, notes)
-    sharing = 1 if paddle.get_device().startswith("gpu") else config.nproc
-    attempt(lambda: check_training(config, folder.config, sharing))
-    counted = attempt(lambda: plan_parts(folder.config, config))
-    if config.lora.init:
+    # A published model's config is part of this repository: its bytes can be told where nothing can be fetched.
+    known = published(config.model.path)
+    folder = attempt(lambda: open_folder(resolve_model(config.model.path, weights=False)))
+    model = folder.config if folder else VL2Config.from_folder(known.config.parent) if known else None
+    counted = None
+    if model:
+        sharing = 1 if paddle.get_device().startswith("gpu") else config.nproc
+        attempt(lambda: check_training(config, model, sharing))
+        counted = attempt(lambda: plan_parts(model, config))
+    if folder:
+        check_weights(config, folder, attempt, notes)
+    if folder and config.lora.init:
         attempt(lambda: check_initial_adapter(config, folder))
         notes.append(
             f"not compared: whether lora.init={config.lora.init} was trained on this base, which needs weights"
@@ -132,30 +138,26 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
     if config.resume:
         notes.append(f"not compared: the checkpoint of resume={config.resume}, which needs weights")
 
-    listing = replace(config, run_dir=str(drawn), data=replace(config.data, on_bad_record="skip", max_bad=MOST_LISTED))
-    bad: Sequence[RecordError] = ()
+    rows, questions = (BadRecords(on_bad_record="skip", max_bad=MOST_LISTED) for _ in range(2))
     data = None
-    try:
-        data = build_data(listing, folder)
-        bad = [*data.dataset.skipped, *data.skipped_questions]
-        notes.extend(unread_notes(data.dataset))
-        if data.held_out and data.held_out.note:
-            notes.append(data.held_out.note)
-    except UnusableRows as problem:
-        bad = problem.skipped
-        refused.append(
-            f"more than {MOST_LISTED:,} bad rows; reading stopped there" if len(bad) > MOST_LISTED else str(problem)
-        )
-    except UserError as problem:
-        refused.append(str(problem))
+    if folder:
+        try:
+            data = build_data(replace(config, run_dir=str(drawn)), folder, bad=rows, bad_questions=questions)
+        except UserError as problem:
+            many = max(len(rows.skipped), len(questions.skipped)) > MOST_LISTED
+            refused.append(f"more than {MOST_LISTED:,} bad rows; reading stopped there" if many else str(problem))
     allowed = config.data.max_bad if config.data.on_bad_record == "skip" else 0
+    if data:
+        notes.extend(unread_notes(data.dataset))
+    if data and data.held_out and data.held_out.note:
+        notes.append(data.held_out.note)
     return DryRun(
         config=config,
         refused=tuple(dict.fromkeys(refused)),
         notes=tuple(notes),
-        bad=tuple(bad[:MOST_LISTED]),
-        bad_is_refused=len(bad) > allowed,
-        tokenizer=folder.tokenizer,
+        bad=tuple([*rows.skipped, *questions.skipped][:MOST_LISTED]),
+        bad_is_refused=max(len(rows.skipped), len(questions.skipped)) > allowed,
+        tokenizer=folder.tokenizer if folder else None,
         parts=counted[0] if counted else None,
         groups=counted[1] if counted else (),
         data=data,
@@ -181,7 +183,8 @@ def check_weights(
     if config.model.init == "random":
         return
     if not Path(config.model.path).is_dir() and missing_files(folder.path):
-        notes.append(f"the weights of {config.model.path} are not here yet: training fetches them")
+        size = gigabytes(inference_memory(folder.config, "bfloat16").num_bytes)
+        notes.append(f"the weights of {config.model.path} are not here: training fetches them, {size} in bfloat16")
         return
     attempt(lambda: folder.weights)
 
@@ -253,5 +256,5 @@ def dry_text(found: DryRun) -> str:
     """What a dry run found, as tables."""
     tables = count_tables(found.parts, found.groups) if found.parts else []
     if found.data:
-        tables.append(table(SourceFacts.HEAD, [facts.cells() for facts in source_facts(found.data.dataset)]))
+        tables.append(source_table(source_facts(found.data.dataset)))
     return "\n\n".join([pairs(header(found)), *tables]) + "\n"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from train.config.schema import TrainConfig
 from train.machine.memory import peak_memory_gb
+from train.page.sources import SourceFacts, source_facts
 from train.run.build import PartCount
 from train.run.build_data import Data, HeldOutFacts
 from vl2.lora import GroupReport
@@ -61,6 +62,7 @@ class StartReport:
     lora: tuple[GroupReport, ...]
     plan: PlanFacts
     memory: MemoryFacts
+    sources: tuple[SourceFacts, ...] = ()
 
 
 def start_report(
@@ -82,6 +84,7 @@ def start_report(
         parts=tuple(parts),
         lora=tuple(groups),
         plan=plan_facts(data),
+        sources=tuple(source_facts(data.dataset)),
         memory=MemoryFacts(
             weights_gb=sum(part.stored_bytes for part in parts) / 1e9,
             training_state_gb=sum(part.trainable for part in parts) * 12 / 1e9,
@@ -113,7 +116,14 @@ def plan_facts(data: Data) -> PlanFacts:
 def start_text(report: StartReport, run_dir: str) -> str:
     """`start_report` as tables."""
     words = {**plan_words(report.plan), **memory_words(report.memory)}
-    return "\n\n".join([pairs(run_words(report.run, run_dir)), *count_tables(report.parts, report.lora), pairs(words)])
+    return "\n\n".join(
+        [
+            pairs(run_words(report.run, run_dir)),
+            *count_tables(report.parts, report.lora),
+            source_table(report.sources),
+            pairs(words),
+        ]
+    )
 
 
 def run_words(run: RunFacts, run_dir: str) -> dict[str, str]:
@@ -134,6 +144,11 @@ def count_tables(parts: Sequence[PartCount], groups: Sequence[GroupReport]) -> l
         rows = [[g.group, str(g.rank), str(g.modules), count_text(g.parameters)] for g in groups]
         tables.append(table(["LoRA group", "rank", "modules", "parameters"], rows))
     return tables
+
+
+def source_table(sources: Sequence[SourceFacts]) -> str:
+    """What each source gives."""
+    return table(SourceFacts.HEAD, [source.cells() for source in sources])
 
 
 def plan_words(plan: PlanFacts) -> dict[str, str]:

@@ -122,6 +122,24 @@ def test_pictures_stand_on_their_tiles_with_their_boxes(simple):
     assert box == "left:0.00%;top:0.00%;width:49.95%;height:100.00%"
 
 
+def test_boxes_in_numbers_stand_on_their_own_picture(tmp_path, look):
+    """Two pictures, and the box of the first named last: the text does not say which one is meant, the row does."""
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (100, 50), "red").save(tmp_path / name)
+    row = talk("<image><image>where?", "<ref-object><bbox> and <ref-object><bbox>", "a.png", "b.png")
+    row["objects"] = {
+        "ref": ["of b", "of a"],
+        "bbox": [[0, 0, 50, 50], [50, 25, 100, 50]],
+        "image_id": [1, 0],
+    }
+    html, page = look(tmp_path / "run", f"data.path={write(tmp_path, [row])}", "data.max_tokens=4096", "max_steps=1")
+    assert page.count("span", **{"class": "drawn"}) == 2
+    first, second = html.split('alt="picture 1"')[1].split('alt="picture 2"')[:2]
+    assert "<bdi>of a</bdi>" in first and "<bdi>of b</bdi>" not in first
+    assert "<bdi>of b</bdi>" in second
+    assert "left:50.05%" in first and "left:0.00%" in second
+
+
 def test_a_page_without_bad_rows_says_so(simple):
     assert "None: every row can be used." in simple.text
     assert simple.count("input") == 0

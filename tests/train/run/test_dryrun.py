@@ -12,6 +12,7 @@ from train.run import dryrun
 from train.run.memory import training_memory
 from train.store.overwrite import removable
 from vl2.config import VL2Config
+from vl2.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +120,65 @@ def test_bad_rows_of_the_held_out_questions_are_listed(dry, tmp_path):
     code, _, errors = dry(tmp_path / "run", f"data.eval_path={file}")
     assert code == 2
     assert f"bad row: {file}, row 2" in errors
+
+
+def test_bad_rows_are_listed_when_the_questions_are_not_there(dry, tmp_path):
+    """The list was lost with what came after it."""
+    file = write_rows(tmp_path / "rows.jsonl", [talk("blue"), talk(7)])
+    code, _, errors = dry(tmp_path / "run", f"data.path={file}", "data.eval_path=/no/such.jsonl")
+    assert code == 2
+    assert f"bad row: {file}, row 2" in errors
+    assert "training would refuse: /no/such.jsonl" in errors
+
+
+def test_a_field_of_any_name_is_named(dry, tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", [{**talk("blue"), "<b>\0": 1}])
+    code, _, errors = dry(tmp_path / "run", f"data.path={file}", "max_steps=1")
+    assert code == 0
+    assert "not read: <b>␀ (1 rows)\n" in errors
+    assert "not read: &lt;b&gt;␀ (1 rows)</bdi>" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
+def test_a_model_on_the_hub_is_counted_without_its_weights(dry, model_folder, tmp_path, monkeypatch):
+    """What was fetched of it is config and tokenizer: no fault of the model's."""
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (model_folder / name).is_file():
+            (fetched / name).write_bytes((model_folder / name).read_bytes())
+
+    def fetch(name, *, weights):
+        assert (name, weights) == ("someone/some-model", False)
+        return fetched
+
+    monkeypatch.setattr(dryrun, "resolve_model", fetch)
+    code, said, errors = dry(tmp_path / "run", "model.path=someone/some-model")
+    assert code == 0
+    assert "20 samples" in said
+    assert re.search(r"the weights of someone/some-model are not here: training fetches them, \d\.\d MB in bf", errors)
+
+
+def test_a_published_model_that_cannot_be_had_is_counted_by_its_config(dry, tmp_path, monkeypatch):
+    def fail(name, *, weights):
+        raise UserError(f"the model {name} cannot be had")
+
+    monkeypatch.setattr(dryrun, "resolve_model", fail)
+    code, said, errors = dry(tmp_path / "run", "model.path=deepseek-ai/deepseek-vl2-tiny", "precision=bf16")
+    assert code == 2
+    assert "frozen weights 6.74 GB, adapters " in said
+    assert "training would refuse: the model deepseek-ai/deepseek-vl2-tiny cannot be had" in errors
+    assert "cannot be had" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
+def test_an_adapter_to_start_from_is_compared(dry, whole, tmp_path):
+    """Names, shapes, ranks and alphas, without the base's weights."""
+    init = f"lora.init={whole / 'adapter'}"
+    code, _, errors = dry(tmp_path / "run", init)
+    assert code == 0
+    assert "note: not compared: whether lora.init=" in errors
+    code, _, errors = dry(tmp_path / "run", init, "lora.rank=4")
+    assert code == 2
+    assert "this adapter has other groups, ranks or alphas than the run" in errors
 
 
 def test_all_faults_are_said_at_once(dry, tmp_path, monkeypatch):

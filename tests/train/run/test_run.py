@@ -76,6 +76,8 @@ def test_files_of_a_run(whole):
 def test_report_says_what_trains_and_what_is_planned(whole):
     report = json.loads((whole / "report.json").read_text())
     assert read_fact(StartReport, whole / "report.json").plan.fingerprint == report["plan"]["fingerprint"]
+    (source,) = report["sources"]
+    assert (source["kept"], source["images"], source["form"], source["unknown"]) == (20, 3, "messages", {})
     parts = {part["part"]: part for part in report["parts"]}
     assert parts["vision"]["trainable"] == parts["projector"]["trainable"] == 0
     assert parts["language"]["trainable"] == sum(group["parameters"] for group in report["lora"]) == 92416
