@@ -167,7 +167,7 @@ class _Job:
                     self.images.decode(image)
                 facts.append(_content_of(image))
             except ImageError as error:
-                raise record.error(f"images[{i}]", str(error)) from None
+                raise record.image_error(i, str(error)) from None
             sizes.append(size)
             columns, rows = tile_grid(size, len(record.images), self.candidates)
             name = image.name if image.kind != "bytes" else ""

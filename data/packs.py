@@ -150,7 +150,7 @@ class PackDataset(paddle.io.Dataset):
             try:
                 image = self.images.decode(picture)
             except ImageError as error:
-                problem = record.error(f"images[{i}]", str(error))
+                problem = record.image_error(i, str(error))
                 if index not in self._lost:  # each epoch meets it again
                     self._bad.add(problem)
                     self._lost.add(index)
@@ -160,8 +160,8 @@ class PackDataset(paddle.io.Dataset):
                 continue
             found = tile_grid(image.size, len(record.images), self.candidates)
             if found != grid:
-                raise record.error(
-                    f"images[{i}]",
+                raise record.image_error(
+                    i,
                     f"planned as {grid[0]}×{grid[1]} tiles, but {picture.name} now gives {found[0]}×{found[1]}: "
                     "the image changed after it was measured; start again",
                 )

@@ -33,12 +33,18 @@ class Record:
     """The file the record was read from."""
     row: int
     """Its row in that file, counted from 1."""
+    image_places: tuple[str, ...] = field(default=(), compare=False)
+    """Field of the row that names each picture, for errors; not given: images[0], images[1] ..."""
     unknown: tuple[str, ...] = field(default=(), compare=False)
     """Fields of the row that say nothing here, for a report: id, messages[].name."""
 
     def error(self, where: str, problem: str) -> RecordError:
         """Make an error about a field of this record."""
         return RecordError(self.source, self.row, where, problem)
+
+    def image_error(self, index: int, problem: str) -> RecordError:
+        """Make an error about one of the pictures."""
+        return self.error(self.image_places[index] if self.image_places else f"images[{index}]", problem)
 
 
 class RecordError(UserError):
@@ -129,6 +135,7 @@ def parse_record(
         return Record(
             messages=messages,
             images=_images(conversation, folder, of),
+            image_places=tuple(where for where, _ in conversation.images),
             boxes=conversation.boxes,
             source=source,
             row=row_number,

@@ -321,6 +321,19 @@ def test_truncated_image(tmp_path, sizes):
         sizes([row("x", image)])
 
 
+def test_a_broken_picture_is_named_as_its_row_names_it(sizes):
+    """A LLaVA row has no images[0], nor has a part of a message."""
+    part = {"type": "image_url", "image_url": {"url": "gone.png"}}
+    answer = {"role": "assistant", "content": "b"}
+    llava = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "b"}]
+    for bad, where in [
+        ({"image": "gone.png", "conversations": llava}, "image"),
+        ({"messages": [{"role": "user", "content": ["a", part]}, answer]}, r"messages\[0\]\.content\[1\]\.image_url"),
+    ]:
+        with pytest.raises(RecordError, match=rf"row 1, {where}: expected an image file, found none at "):
+            sizes([bad])
+
+
 def test_verify_decode_finds_damage_that_headers_hide(tmp_path, sizes):
     image = picture(tmp_path / "a.jpg")
     content = image.read_bytes()
