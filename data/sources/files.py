@@ -95,7 +95,7 @@ def _open_compressed(place: Place, fingerprint: str, compression: Compression) -
         is_array = kind_of_text(first[:HEAD]) == "array"
         return write_spool(itertools.chain([first], blocks), folder, is_array=is_array, name=place.name)
 
-    table = kept_table(place.kept("tables", fingerprint), build, name=place.name)
+    table = kept_table(place.kept("tables", fingerprint), build, name=place.name, size=place.path.stat().st_size)
     return SpooledRows(table, name=place.name, folder=place.folder, fingerprint=fingerprint)
 
 

@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BUILDING, _LONGEST_BUILD = ".building-", 86_400  # seconds
+_LARGE = 1 << 29  # bytes that take more than a moment
 _FILES = "files.json"  # {name: bytes} of a table's Arrow files, in order
 
 
-def kept_table(folder: Path | None, build: Callable[[Path], Dataset], *, name: str) -> Dataset:
+def kept_table(folder: Path | None, build: Callable[[Path], Dataset], *, name: str, size: int) -> Dataset:
     """Open the table of a folder, memory-mapped; build it where there is none that is whole.
 
     Args:
         folder: named after all that the table depends on; None, or one that cannot be written: a temporary one.
         build: writes Arrow files anywhere under the folder it is given and returns the table that they are.
         name: the source, for errors.
+        size: bytes of what it is made from; if it takes a while, that is said.
 
     Raises:
         UserError: the disk is full.
@@ -39,6 +41,10 @@ def kept_table(folder: Path | None, build: Callable[[Path], Dataset], *, name: s
         with contextlib.suppress(OSError, ValueError, TypeError):  # Arrow's errors are ValueErrors and OSErrors
             return _open(folder)
     building = _temporary(folder)
+    if size > _LARGE:
+        logger.warning(
+            "%s: unpacking %.1f GB into %s; the next start finds them there", name, size / 1e9, building.parent
+        )
     try:
         with quiet():
             table = build(building)

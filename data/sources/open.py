@@ -17,6 +17,8 @@ from data.sources.repository import is_saved, open_folder, open_name, open_saved
 from data.sources.rows import Rows
 from vl2.errors import UserError
 
+_LAYOUT = "sources-1"
+"""Folder in the cache; another number when what is kept there means something else."""
 _PARTS = re.compile(r"(?P<path>.+?)(?::(?P<config>[^:@/]+))?(?:@(?P<split>[^:@/]+))?")
 _NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
 # What ends so is a file that is not there, not a data set on the hub.
@@ -41,7 +43,7 @@ def open_sources(settings: SourceSettings, *, cache: Path | None) -> list[Rows]:
     """
     root = Path(settings.image_root).expanduser().absolute() if settings.image_root else None
     path = Path(settings.path).expanduser()
-    place = Place(path=path, name=settings.path, root=root, cache=cache)
+    place = Place(path=path, name=settings.path, root=root, cache=cache / _LAYOUT if cache else None)
     try:
         found = _open(place)
     except OSError as error:

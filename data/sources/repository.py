@@ -105,7 +105,9 @@ def open_folder(place: Place, config: str, split: str) -> list[Rows]:
             inner.download_and_prepare()
             return inner.as_dataset(split=split)
 
-    table = kept_table(place.kept("tables", key), build, name=place.name)
+    table = kept_table(
+        place.kept("tables", key), build, name=place.name, size=sum(file.path.stat().st_size for file in files)
+    )
     return [
         ArrowRows(
             table,
@@ -136,10 +138,7 @@ def open_name(place: Place, name: str, config: str, split: str) -> list[Rows]:
     splits = _known_splits(known)
     if splits is None:
         try:
-            with quiet():
-                splits = _fetched(name, config)
-        except (UserError, MemoryError):
-            raise
+            splits = _fetched(name, config)
         except _name_errors() as error:
             raise UserError(
                 f"{place.name}: expected a file, a folder or the name of a data set on the hub, found nothing there "

@@ -70,7 +70,7 @@ def _open_parquet(place: Place, fingerprint: str) -> Dataset:
                     _find_damage(place)
                 raise
 
-    return kept_table(place.kept("tables", fingerprint), build, name=place.name)
+    return kept_table(place.kept("tables", fingerprint), build, name=place.name, size=place.path.stat().st_size)
 
 
 def _find_damage(place: Place) -> None:
@@ -145,7 +145,7 @@ def _open_csv(place: Place, fingerprint: str) -> ArrowRows:
             features = Features({str(name): Value("string") for name in first.columns})
             return Dataset.from_csv(str(place.path), features=features, cache_dir=str(folder), **form)
 
-    table = kept_table(place.kept("tables", fingerprint), build, name=place.name)
+    table = kept_table(place.kept("tables", fingerprint), build, name=place.name, size=place.path.stat().st_size)
 
     def filled() -> np.ndarray:
         import pyarrow.compute as pc

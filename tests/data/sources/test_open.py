@@ -96,23 +96,25 @@ def test_what_was_unpacked_is_not_unpacked_again(tmp_path, monkeypatch, kind):
     """Under another name too: what is kept is named after the content."""
     path = write(tmp_path, kind)
     assert all_rows(path, tmp_path / "cache") == ROWS
-    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "tables").rglob("*.arrow")}
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "sources-1" / "tables").rglob("*.arrow")}
     assert len(kept) == 1
     path.rename(tmp_path / "renamed")
     monkeypatch.setattr(files, "write_spool", None)
     monkeypatch.setattr("datasets.Dataset.from_parquet", None)
     assert all_rows(tmp_path / "renamed", tmp_path / "cache") == ROWS
-    assert kept == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "tables").rglob("*.arrow")}
+    assert kept == {
+        file: file.stat().st_mtime_ns for file in (tmp_path / "cache" / "sources-1" / "tables").rglob("*.arrow")
+    }
 
 
 @pytest.mark.parametrize("kind", ["lines.json.gz", "a.parquet"])
 def test_a_damaged_or_unwritable_cache_costs_time_only(tmp_path, kind):
     path = write(tmp_path, kind)
     assert all_rows(path, tmp_path / "cache") == ROWS
-    (kept,) = (tmp_path / "cache" / "tables").rglob("*.arrow")
+    (kept,) = (tmp_path / "cache" / "sources-1" / "tables").rglob("*.arrow")
     os.truncate(kept, kept.stat().st_size // 2)
     assert all_rows(path, tmp_path / "cache") == ROWS
-    (kept,) = (tmp_path / "cache" / "tables").rglob("*.arrow")
+    (kept,) = (tmp_path / "cache" / "sources-1" / "tables").rglob("*.arrow")
     kept.unlink()
     assert all_rows(path, tmp_path / "cache") == ROWS
     (tmp_path / "a file").write_text("where the folder should be")
@@ -124,7 +126,7 @@ def test_a_kept_table_that_lost_its_last_rows_is_made_again(tmp_path, monkeypatc
     monkeypatch.setattr("data.sources.spool._BATCH_ROWS", 1)
     path = write(tmp_path, "lines.json.gz")
     assert all_rows(path, tmp_path / "cache") == ROWS
-    (kept,) = (tmp_path / "cache" / "tables").rglob("*.arrow")
+    (kept,) = (tmp_path / "cache" / "sources-1" / "tables").rglob("*.arrow")
     left = 3
     while left == 3:
         os.truncate(kept, kept.stat().st_size - 8)
@@ -146,11 +148,22 @@ def test_two_processes_unpack_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "write_spool", while_another_does)
     assert all_rows(path, tmp_path / "cache") == ROWS
     assert all_rows(path, tmp_path / "cache") == ROWS
-    assert len(list((tmp_path / "cache" / "tables").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "sources-1" / "tables").iterdir())) == 1
+
+
+def test_unpacking_what_is_large_is_said(tmp_path, monkeypatch, caplog):
+    """Minutes without a word look like a hang."""
+    path = write(tmp_path, "lines.json.gz")
+    assert all_rows(path) == ROWS
+    assert not caplog.text
+    monkeypatch.setattr("data.sources.kept_tables._LARGE", 10)
+    for _ in range(2):
+        assert all_rows(path, tmp_path / "cache") == ROWS
+    assert caplog.text.count("lines.json.gz: unpacking 0.0 GB into") == 1
 
 
 def test_what_a_killed_process_left_half_made_is_removed(tmp_path):
-    tables = tmp_path / "cache" / "tables"
+    tables = tmp_path / "cache" / "sources-1" / "tables"
     for name, age in ((".building-old", 10**6), (".building-now", 10)):
         (tables / name).mkdir(parents=True)
         os.utime(tables / name, (time.time() - age,) * 2)
@@ -277,7 +290,7 @@ def test_a_compressed_file_that_is_cut_short(tmp_path, kind):
     os.truncate(path, path.stat().st_size - 9)
     with pytest.raises(UserError, match=rf"{kind}: expected a whole (gzip|zstd) file, found it .*(row); fetch or"):
         all_rows(path, tmp_path / "cache")
-    assert not any((tmp_path / "cache" / "tables").iterdir())
+    assert not any((tmp_path / "cache" / "sources-1" / "tables").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["gzip", "zstd"])
@@ -322,7 +335,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
     for kind in ("lines.json.gz", "a.parquet"):
         with pytest.raises(UserError, match=f"{kind}: the disk is full: its rows are unpacked into .*/tables; free"):
             all_rows(write(tmp_path, kind), tmp_path / "cache")
-        assert not any((tmp_path / "cache" / "tables").iterdir())
+        assert not any((tmp_path / "cache" / "sources-1" / "tables").iterdir())
 
 
 def test_lines_that_are_lists_of_messages(tmp_path):

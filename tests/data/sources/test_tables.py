@@ -91,7 +91,7 @@ def test_a_corrupt_page_names_the_row_reached(tmp_path):
         file.write(b"\xff" * 64)
     with pytest.raises(UserError, match=r"a\.parquet: cannot read the Parquet file after row 2000: .*; fetch or write"):
         open_one(path, tmp_path / "cache")
-    assert not any((tmp_path / "cache" / "tables").iterdir())
+    assert not any((tmp_path / "cache" / "sources-1" / "tables").iterdir())
 
 
 @pytest.mark.parametrize(
