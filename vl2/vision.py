@@ -91,7 +91,9 @@ class PatchProjection(nn.Layer):
         n, used = pixels_N3XX.shape[0], grid * patch
         patches = pixels_N3XX[:, :, :used, :used].reshape([n, 3, grid, patch, grid, patch])
         patches = patches.transpose([0, 2, 4, 1, 3, 5]).reshape([n, grid * grid, 3 * patch * patch])
-        return linear(patches, self.weight.flatten(1).transpose([1, 0]), self.bias)
+        # The bias apart: with it a GPU takes cublasLt's epilogue, and 588 rows are no multiple of the 8 that it likes.
+        product = linear(patches, self.weight.flatten(1).transpose([1, 0]))
+        return product + self.bias.astype(product.dtype)
 
 
 class PatchEmbed(nn.Layer):

@@ -23,16 +23,18 @@ class MemoryNeed:
 
     frozen: int  # weights that are only read
     trained: int  # weights that learn, their gradients and Adam's moments
+    exchanged: int = 0  # copies of gradients on their way to the other processes
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of frozen and trained weights together."""
-        return self.frozen + self.trained
+        """Bytes of all of it together."""
+        return self.frozen + self.trained + self.exchanged
 
     def __str__(self) -> str:
         parts = [
             (self.frozen, "of frozen weights"),
             (self.trained, "of trained weights with their gradients and Adam's moments"),
+            (self.exchanged, "of gradients on their way to the other processes"),
         ]
         return " and ".join(f"{gigabytes(size)} {what}" for size, what in parts if size)
 

@@ -14,6 +14,8 @@ from train.run.barrier import barrier
 
 # Weights that only images reach: a step without images says nothing about them.
 IMAGE_PARTS = ("vision.", "projector.", "image_newline", "view_seperator")
+# Gradients that go to the other ranks together: Paddle copies all it is given into one row of buckets before it sends.
+SLICE_BYTES = 10**9
 
 
 class ReachCheck:
@@ -70,10 +72,31 @@ def sum_over_ranks(parameters: Mapping[str, paddle.Tensor]) -> None:
     ranks = dist.get_world_size()
     if ranks == 1:
         return
-    fused_allreduce_gradients(list(parameters.values()), None)  # gives the mean
+    sizes = {name: int(p.grad.size) * p.grad.element_size() for name, p in parameters.items()}
+    for names in reduction_slices(sizes):
+        fused_allreduce_gradients([parameters[name] for name in names], None)  # gives the mean
     with paddle.no_grad():
         for parameter in parameters.values():
             parameter.grad.scale_(float(ranks))
+
+
+def reduction_slices(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names of the gradients that are summed over the ranks together, in their order, at most `SLICE_BYTES` of them.
+
+    A gradient that is larger is a slice by itself.
+
+    Args:
+        sizes: bytes of each gradient.
+    """
+    slices: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room:
+            slices.append([])
+            room = SLICE_BYTES
+        slices[-1].append(name)
+        room -= size
+    return slices
 
 
 @paddle.no_grad()

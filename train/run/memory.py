@@ -6,6 +6,7 @@ from train.ask.model_memory import MemoryNeed, weight_sizes
 from train.config.schema import TrainConfig
 from train.machine.memory import check_memory
 from train.run.build import PART_PREFIXES, PartCount, lora_settings, trained_names
+from train.run.gradients import reduction_slices
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
@@ -17,6 +18,25 @@ TRAINED_BYTES = 16
 _FLOAT32_BYTES = 4
 
 
+def plan_weights(model: VL2Config, config: TrainConfig) -> tuple[dict[str, int], set[str], tuple[GroupReport, ...]]:
+    """How many numbers each weight of a run has, and which of them train, before there is a model.
+
+    Returns:
+        (numbers of each weight, names of those that train, reports of the LoRA groups).
+
+    Raises:
+        UserError: a LoRA group that matches nothing in this model.
+    """
+    skeleton = build_model(model, 0)
+    sizes = weight_sizes(skeleton)
+    if config.lora.rank == 0:
+        return sizes, set(trained_names(sizes, config.trainable)), ()
+    of_base = set(sizes)
+    groups = plan_factors(skeleton, lora_settings(config))
+    sizes = weight_sizes(skeleton)
+    return sizes, set(sizes) - of_base, groups
+
+
 def plan_parts(model: VL2Config, config: TrainConfig) -> tuple[tuple[PartCount, ...], tuple[GroupReport, ...]]:
     """Count what trains and what is frozen, as `count_parts` does once the model is there.
 
@@ -26,16 +46,7 @@ def plan_parts(model: VL2Config, config: TrainConfig) -> tuple[tuple[PartCount, 
     Raises:
         UserError: a LoRA group that matches nothing in this model.
     """
-    skeleton = build_model(model, 0)
-    sizes = weight_sizes(skeleton)
-    groups: tuple[GroupReport, ...] = ()
-    if config.lora.rank == 0:
-        learned = set(trained_names(sizes, config.trainable))
-    else:
-        of_base = set(sizes)
-        groups = plan_factors(skeleton, lora_settings(config))
-        sizes = weight_sizes(skeleton)
-        learned = set(sizes) - of_base
+    sizes, learned, groups = plan_weights(model, config)
     frozen_bytes, counts = item_bytes(DTYPE_OF_SETTING[config.precision]), []
     for part, prefixes in PART_PREFIXES.items():
         own = {name: size for name, size in sizes.items() if name.startswith(prefixes)}
@@ -52,10 +63,16 @@ def training_memory(model: VL2Config, config: TrainConfig) -> MemoryNeed:
     Raises:
         UserError: a LoRA group that matches nothing in this model.
     """
-    parts, _ = plan_parts(model, config)
+    sizes, learned, _ = plan_weights(model, config)
+    trained = {name: size for name, size in sizes.items() if name in learned}
+    exchanged = 0
+    if config.nproc * config.nnodes > 1:
+        gradients = {name: size * _FLOAT32_BYTES for name, size in trained.items()}
+        exchanged = max(sum(map(gradients.__getitem__, names)) for names in reduction_slices(gradients))
     return MemoryNeed(
-        frozen=sum(part.frozen for part in parts) * item_bytes(DTYPE_OF_SETTING[config.precision]),
-        trained=sum(part.trainable for part in parts) * TRAINED_BYTES,
+        frozen=(sum(sizes.values()) - sum(trained.values())) * item_bytes(DTYPE_OF_SETTING[config.precision]),
+        trained=sum(trained.values()) * TRAINED_BYTES,
+        exchanged=exchanged,
     )
 
 

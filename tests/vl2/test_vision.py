@@ -1,0 +1,28 @@
+"""The vision tower's products, as a GPU would take them."""
+
+import paddle
+import pytest
+
+from vl2 import linear
+from vl2.config import VisionConfig
+from vl2.vision import PatchProjection
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_patches_are_multiplied_without_a_fused_bias(dtype, monkeypatch):
+    """With a bias, F.linear of a CUDA build is cublasLt's epilogue, and these rows of 588 are no multiple of 8.
+
+    Source: paddle/nn/functional/common.py, `linear` (`linear_v2` with a bias, `matmul` without).
+    """
+    biases, plain = [], linear.F.linear
+    monkeypatch.setattr(linear.F, "linear", lambda x, w, bias=None: biases.append(bias) or plain(x, w, bias))
+    projection = PatchProjection(VisionConfig(width=16))
+    projection.to(dtype=dtype)  # stored in bfloat16, computed in float32
+    for parameter in projection.parameters():
+        parameter.set_value(paddle.randn(parameter.shape).astype(dtype))
+    pixels = paddle.randn([1, 3, 384, 384])
+    found = projection(pixels, 27, 14)
+    assert biases == ([None] if dtype == "float32" else [])
+    weight, bias = projection.weight.astype("float32"), projection.bias.astype("float32")
+    expected = paddle.nn.functional.conv2d(pixels, weight, bias, stride=14).flatten(2).transpose([0, 2, 1])
+    assert (found - expected).abs().max().item() < 1e-4 * expected.abs().max().item()
