@@ -8,7 +8,6 @@ from typing import ClassVar
 import numpy as np
 
 from data.dataset import Dataset
-from train.page.visible import visible
 
 _MOST_NAMED = 20  # fields of a source, in a note
 
@@ -84,7 +83,7 @@ def unread_notes(dataset: Dataset) -> list[str]:
     """Name, for each source that has some, the fields of its rows that say nothing here, with the rows of each."""
     notes = []
     for source in dataset.sources:
-        counted = [f"{visible(name)} ({count:,} rows)" for name, count in source.unknown.items()]
+        counted = [f"{name} ({count:,} rows)" for name, count in source.unknown.items()]
         if counted:
             more = f" and {len(counted) - _MOST_NAMED:,} more" if len(counted) > _MOST_NAMED else ""
             name = source.settings.name or source.settings.path
