@@ -18,10 +18,10 @@ from vl2.errors import UserError
 # Pillow knows many more; some of them start foreign programs (EPS runs Ghostscript), none belongs into a data set.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _KINDS = "JPEG, PNG, WebP, GIF, BMP, TIFF or PPM"
-# What Pillow raises on damaged files: the first three on purpose, the others when it stumbles.
-_DAMAGE = (
+# What Pillow raises on damaged files: the first four on purpose, the others when it stumbles.
+DAMAGE = (
     *(OSError, SyntaxError, ValueError, Image.DecompressionBombError),
-    *(IndexError, KeyError, TypeError, EOFError, OverflowError, struct.error),
+    *(IndexError, KeyError, TypeError, EOFError, OverflowError, AssertionError, struct.error),
 )
 _MAX_SHOWN = 200  # characters of a path in an error
 
@@ -86,8 +86,8 @@ def reading(name: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError:
         raise ImageError(f"expected an image file ({_KINDS}), found something else at {shown(name)}") from None
-    except _DAMAGE as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else shown(str(error))
+    except DAMAGE as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else shown(str(error)) or "damaged"
         raise ImageError(f"cannot read the image {shown(name)}: {text}") from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Literal
@@ -11,7 +10,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import Image
 
-from data.images.files import FORMATS, ImageError, shown
+from data.images.files import DAMAGE, FORMATS, ImageError, shown
 
 Exif = Literal["ignore", "rotate"]
 
@@ -89,7 +88,7 @@ def orientation(image: Image.Image, read: Callable[[Image.Image], Image.Exif] | 
         return 1
     try:
         found = (read(image) if read else image.getexif()).get(_ORIENTATION, 1)
-    except (SyntaxError, ValueError, KeyError, IndexError, TypeError, struct.error):  # the pixels are not damaged by it
+    except DAMAGE:  # the pixels are none the worse for it
         return 1
     return found if isinstance(found, int) and found in _TRANSPOSE else 1
 

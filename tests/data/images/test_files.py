@@ -139,6 +139,17 @@ def test_nonsense_with_right_checksums_is_found_by_decoding_only(tmp_path):
         decode(path)
 
 
+def test_palette_that_is_missing(tmp_path, noise):
+    """Pillow stumbles over an assertion of its own: a traceback in the middle of a run."""
+    noise.convert("P").save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    start = data.index(b"PLTE") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    (tmp_path / "a.png").write_bytes(data[:start] + data[end:])
+    with pytest.raises(ImageError, match=r"cannot read the image .*a\.png"):
+        decode(tmp_path / "a.png")
+
+
 def test_jpeg_segment_without_length_is_truncated(tmp_path):
     """A segment's length counts itself; a length of 0 was walked on the spot for ever."""
     path = tmp_path / "a.jpg"
