@@ -55,6 +55,7 @@ class Layout(NamedTuple):
 class Dispatch(NamedTuple):
     """Where the choices go."""
 
+    experts_TC: paddle.Tensor  # int64, the experts of each token
     layout: Layout
     choice_P: paddle.Tensor  # int64 choice in each row of the layout; R in padding
     token_P: paddle.Tensor  # int64 token in each row; T in padding
@@ -110,14 +111,14 @@ def dispatch(experts_TC: paddle.Tensor, num_experts: int) -> Dispatch:
     index_R = positions(num_rows, place)
     if not takes_batches(place):
         row_R = paddle.scatter(paddle.zeros_like(order_R), order_R, index_R)
-        return Dispatch(Layout(counts), order_R, order_R // num_choices, row_R)
+        return Dispatch(experts_TC, Layout(counts), order_R, order_R // num_choices, row_R)
     blocks = choose_blocks(counts)
     offset_R, expert_M = _offsets(sorted_R, bounds_E1, blocks)
     sorted_row_R = offset_R + index_R
     padding_P = paddle.full([blocks.num_rows(num_experts)], num_rows, "int64")
     choice_P = paddle.scatter(padding_P, sorted_row_R, order_R)
     row_R = paddle.scatter(paddle.zeros_like(order_R), order_R, sorted_row_R)
-    return Dispatch(Layout(counts, blocks, expert_M), choice_P, choice_P // num_choices, row_R)
+    return Dispatch(experts_TC, Layout(counts, blocks, expert_M), choice_P, choice_P // num_choices, row_R)
 
 
 def _offsets(

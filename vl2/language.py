@@ -13,6 +13,7 @@ from vl2.attention import MultiHeadAttention
 from vl2.balance import LoadBalance
 from vl2.cache import KVCache, LayerCache
 from vl2.config import LanguageConfig
+from vl2.expert_rows import Dispatch
 from vl2.linear import Linear
 from vl2.mla import LatentAttention
 from vl2.moe import MLP, MoE
@@ -41,13 +42,24 @@ class DecoderLayer(nn.Layer):
         q_lens: list[int],
         cache: LayerCache | None = None,
         balance: LoadBalance | None = None,
+        kept: list[Dispatch] | None = None,
     ) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor]:
-        """[T, D] -> [T, D]; with `balance` (that, the load-balance loss of this layer or None where it is dense)."""
+        """[T, D] -> [T, D]; with `balance` (that, the load-balance loss of this layer or None where it is dense).
+
+        Args:
+            x_TD: [T, D].
+            cos, sin: of the rotation.
+            q_lens: tokens of each segment.
+            cache: of this layer.
+            balance: of the stream.
+            kept: an empty list when the layer will be computed again in backward, see `MoE.forward`.
+        """
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), (cos, sin), q_lens, cache)
         normed_TD = self.post_attention_layernorm(x_TD)
+        made = self.mlp(normed_TD, balance, kept) if isinstance(self.mlp, MoE) else self.mlp(normed_TD)
         if balance is None:
-            return x_TD + self.mlp(normed_TD)
-        y_TD, loss = self.mlp(normed_TD, balance) if isinstance(self.mlp, MoE) else (self.mlp(normed_TD), None)
+            return x_TD + made
+        y_TD, loss = made if isinstance(made, tuple) else (made, None)
         return x_TD + y_TD, loss
 
 
@@ -102,7 +114,7 @@ class Decoder(nn.Layer):
                 continue
             again = self.recompute_every and i % self.recompute_every == 0 and paddle.is_grad_enabled()
             args = (x_TD, cos, sin, q_lens, None, balance)
-            x_TD = recomputed(layer, *args) if again else layer(*args)
+            x_TD = recomputed(layer, *args, []) if again else layer(*args)
             if balance is not None:
                 x_TD, loss = x_TD
                 if loss is not None:

@@ -42,11 +42,17 @@ class Router(nn.Layer):
             # Takes part in the choice only, so no gradient ever reaches it.
             self.e_score_correction_bias = self.create_parameter([self.num_experts], is_bias=True)
 
-    def forward(self, x_TD: paddle.Tensor) -> Routing:
-        """Scores of every expert and the choice for each token, in float32."""
+    def forward(self, x_TD: paddle.Tensor, experts_TC: paddle.Tensor | None = None) -> Routing:
+        """Scores of every expert and the choice for each token, in float32.
+
+        Args:
+            x_TD: [T, D].
+            experts_TC: the choice, where it has been made before.
+        """
         logits_TE = paddle.matmul(x_TD.astype("float32"), self.weight.astype("float32"), transpose_y=True)
         scores_TE = F.sigmoid(logits_TE) if self.sigmoid else F.softmax(logits_TE, axis=-1)
-        experts_TC = self.choose(scores_TE)
+        if experts_TC is None:
+            experts_TC = self.choose(scores_TE)
         weights_TC = paddle.take_along_axis(scores_TE, experts_TC, axis=-1)
         if self.normalise and self.num_choices > 1:
             weights_TC = weights_TC / (weights_TC.sum(axis=-1, keepdim=True) + 1e-20)
@@ -120,11 +126,21 @@ class MoE(nn.Layer):
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
 
     def forward(
-        self, x_TD: paddle.Tensor, balance: LoadBalance | None = None
+        self, x_TD: paddle.Tensor, balance: LoadBalance | None = None, kept: list[Dispatch] | None = None
     ) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor]:
-        """[T, D] -> [T, D]; with `balance` (that, the load-balance loss of this layer)."""
-        routing = self.gate(x_TD)
-        where = dispatch(routing.experts_TC, self.gate.num_experts)
+        """[T, D] -> [T, D]; with `balance` (that, the load-balance loss of this layer).
+
+        Args:
+            x_TD: [T, D].
+            balance: of the stream.
+            kept: takes up where the choices go, or gives it when the layer is computed again in backward: a GPU would
+                be waited for twice, and a token whose scores are almost equal might go elsewhere the second time.
+        """
+        known = kept[0] if kept else None
+        routing = self.gate(x_TD, known and known.experts_TC)
+        where = known or dispatch(routing.experts_TC, self.gate.num_experts)
+        if kept is not None and known is None:
+            kept.append(where)
         y_TD = self.experts(x_TD, routing.weights_TC, where)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
