@@ -218,17 +218,24 @@ def rope_tables(position_ids_T: paddle.Tensor, size: int, theta: float, num_head
             one that broadcasts, and one pair of tables serves all layers.
 
     Returns:
-        (cos, sin), each [T, num_heads, size/2]: the halves of the official table are equal, so one is kept.
+        (cos, sin), each [T, num_heads, size]; the first half of the sines is negative, see `rotate_half_split`.
     """
     inverse = 1.0 / (theta ** (paddle.arange(0, size, 2, dtype="float32") / size))
     angles = position_ids_T.astype("float32").unsqueeze(-1) * inverse.unsqueeze(0)
-    shape = [angles.shape[0], num_heads, angles.shape[1]]
-    return tuple(table.unsqueeze(1).expand(shape).contiguous() for table in (paddle.cos(angles), paddle.sin(angles)))
+    cos, sin = paddle.cos(angles), paddle.sin(angles)
+    tables = paddle.concat([cos, cos], axis=-1), paddle.concat([-sin, sin], axis=-1)
+    shape = [angles.shape[0], num_heads, size]
+    return tuple(table.unsqueeze(1).expand(shape).contiguous() for table in tables)
 
 
-def rotate_half_split(x_THK: paddle.Tensor, cos_THh: paddle.Tensor, sin_THh: paddle.Tensor) -> paddle.Tensor:
-    """Rotate pairs (i, i + K/2), as DeepSeek's MHA does; computed in float32, returned in x's dtype."""
-    return _Rotate.apply(x_THK, cos_THh, sin_THh)
+def rotate_half_split(x_THK: paddle.Tensor, cos_THK: paddle.Tensor, sin_THK: paddle.Tensor) -> paddle.Tensor:
+    """Rotate pairs (i, i + K/2), as DeepSeek's MHA does; computed in float32, returned in x's dtype.
+
+    x                    a b c d
+    halves exchanged     c d a b
+    sines                - - + +        result: a cos - c sin, b cos - d sin, c cos + a sin, d cos + b sin
+    """
+    return _Rotate.apply(x_THK, cos_THK, sin_THK)
 
 
 class _Rotate(PyLayer):
@@ -236,25 +243,17 @@ class _Rotate(PyLayer):
 
     @staticmethod
     def forward(
-        ctx: PyLayerContext, x_THK: paddle.Tensor, cos_THh: paddle.Tensor, sin_THh: paddle.Tensor
+        ctx: PyLayerContext, x_THK: paddle.Tensor, cos_THK: paddle.Tensor, sin_THK: paddle.Tensor
     ) -> paddle.Tensor:
-        ctx.save_for_backward(cos_THh.contiguous(), sin_THh.contiguous())
-        return _rotated(x_THK, cos_THh, sin_THh)
+        ctx.save_for_backward(cos_THK.contiguous(), sin_THK.contiguous())
+        x, half = x_THK.astype("float32"), x_THK.shape[-1] // 2
+        return (x * cos_THK + paddle.roll(x, half, axis=-1) * sin_THK).astype(x_THK.dtype)
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad_THK: paddle.Tensor) -> tuple[paddle.Tensor, None, None]:
-        cos_THh, sin_THh = ctx.saved_tensor()
-        return _rotated(grad_THK, cos_THh, -sin_THh), None, None
-
-
-def _rotated(x_THK: paddle.Tensor, cos_THh: paddle.Tensor, sin_THh: paddle.Tensor) -> paddle.Tensor:
-    half = x_THK.shape[-1] // 2
-    first, second = x_THK[..., :half].astype("float32"), x_THK[..., half:].astype("float32")
-    rotated = paddle.concat(
-        [first * cos_THh - second * sin_THh, second * cos_THh + first * sin_THh],
-        axis=-1,
-    )
-    return rotated.astype(x_THK.dtype)
+        cos_THK, sin_THK = ctx.saved_tensor()
+        grad, half = grad_THK.astype("float32"), grad_THK.shape[-1] // 2
+        return (grad * cos_THK + paddle.roll(grad * sin_THK, half, axis=-1)).astype(grad_THK.dtype), None, None
 
 
 class MultiHeadAttention(nn.Layer):

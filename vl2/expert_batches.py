@@ -34,19 +34,20 @@ class ExpertBatches(PyLayer):
         expert_M: paddle.Tensor | None,
     ) -> paddle.Tensor:
         """[P, in] -> [P, out]; see `vl2.grouped_linear.grouped_linear`."""
-        ctx.blocks, ctx.has_lora = blocks, a is not None
+        ctx.blocks, ctx.has_lora, ctx.has_lora_x = blocks, a is not None, lora_x is not None
         # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
         ctx.needs_grad = [t is not None and not t.stop_gradient for t in (x, weight, lora_x, a, b)]
         experts = _experts(blocks, expert_M)
-        outs = [
-            paddle.matmul(x_BnD, _of(weight, which).astype(x.dtype))
-            for x_BnD, which in zip(_batches(x, blocks, weight.shape[0]), experts, strict=True)
-        ]
-        lows = []
-        if a is not None and b is not None and lora_x is not None:
-            for i, (x_BnD, which) in enumerate(zip(_batches(lora_x, blocks, weight.shape[0]), experts, strict=True)):
-                lows.append(paddle.matmul(x_BnD, _of(a, which)))
-                outs[i] = outs[i] + paddle.matmul(lows[i], _of(b, which))
+        xs = lora_xs = _batches(x, blocks, weight.shape[0])
+        if lora_x is not None:
+            lora_xs = _batches(lora_x, blocks, weight.shape[0])
+        outs, lows = [], []
+        for x_BnD, lora_x_BnD, which in zip(xs, lora_xs, experts, strict=True):
+            out = paddle.matmul(x_BnD, _of(weight, which).astype(x.dtype))
+            if a is not None and b is not None:
+                lows.append(paddle.matmul(lora_x_BnD, _of(a, which)))
+                out = paddle.baddbmm(out, lows[-1], _of(b, which))
+            outs.append(out)
         ctx.save_for_backward(*(t for t in (expert_M, x, weight, lora_x, a, b, *lows) if t is not None))
         return _rows(outs)
 
@@ -55,37 +56,39 @@ class ExpertBatches(PyLayer):
         """Gradients of x, weight, lora_x, a and b; None where none is asked for."""
         blocks, saved = ctx.blocks, list(ctx.saved_tensor())
         expert_M = saved.pop(0) if blocks.num_parts else None
-        x, weight, *rest = saved
+        x, weight = saved.pop(0), saved.pop(0)
+        lora_x = saved.pop(0) if ctx.has_lora_x else x
+        a, b, *lows = saved if ctx.has_lora else (None, None)
         x_needs, weight_needs, lora_x_needs, a_needs, b_needs = ctx.needs_grad
-        experts, num_experts = _experts(blocks, expert_M), weight.shape[0]
-        grads_BnD = _batches(grad, blocks, num_experts)
-        grad_x = grad_weight = None
-        if x_needs:
-            weights = [_of(weight, which).astype(grad.dtype) for which in experts]
-            grad_x = _rows([paddle.matmul(g, w, transpose_y=True) for g, w in zip(grads_BnD, weights, strict=True)])
-            del weights
-        if weight_needs:
-            grad_weight = _stacked(_products(_batches(x, blocks, num_experts), grads_BnD), experts, num_experts)
-        if not ctx.has_lora:
-            return grad_x, grad_weight
-        lora_x, a, b, *lows = rest
-        grad_lows = [
-            paddle.matmul(g, _of(b, which), transpose_y=True) for g, which in zip(grads_BnD, experts, strict=True)
-        ]
-        grad_lora_x = grad_a = grad_b = None
-        if lora_x_needs:
-            parts = zip(grad_lows, experts, strict=True)
-            grad_lora_x = _rows([paddle.matmul(g, _of(a, which), transpose_y=True) for g, which in parts])
-        if a_needs:
-            grad_a = _stacked(_products(_batches(lora_x, blocks, num_experts), grad_lows), experts, num_experts)
-        if b_needs:
-            grad_b = _stacked(_products(lows, grads_BnD), experts, num_experts)
-        return grad_x, grad_weight, grad_lora_x, grad_a, grad_b
+        num_experts = weight.shape[0]
+        experts, grads_BnO = _experts(blocks, expert_M), _batches(grad, blocks, num_experts)
+        x_parts: list[paddle.Tensor] = []
+        lora_x_parts: list[paddle.Tensor] = []
+        weight_parts = _products(_batches(x, blocks, num_experts), grads_BnO) if weight_needs else []
+        b_parts = _products(lows, grads_BnO) if b_needs else []
+        grad_lows = []
+        for grad_BnO, which in zip(grads_BnO, experts, strict=True):
+            if x_needs:
+                x_parts.append(paddle.matmul(grad_BnO, _of(weight, which).astype(grad.dtype), transpose_y=True))
+            if ctx.has_lora:
+                grad_lows.append(paddle.matmul(grad_BnO, _of(b, which), transpose_y=True))
+                if lora_x_needs or (x_needs and not ctx.has_lora_x):
+                    lora_x_parts.append(paddle.matmul(grad_lows[-1], _of(a, which), transpose_y=True))
+        if not ctx.has_lora_x and lora_x_parts:  # the addition is of x itself
+            x_parts = [part + more for part, more in zip(x_parts, lora_x_parts, strict=True)]
+            lora_x_parts = []
+        a_parts = _products(_batches(lora_x, blocks, num_experts), grad_lows) if a_needs else []
+        return (
+            _rows(x_parts) if x_parts else None,
+            _stacked(weight_parts, experts, num_experts),
+            *([_rows(lora_x_parts) if lora_x_parts else None] * ctx.has_lora_x),
+            *([_stacked(parts, experts, num_experts) for parts in (a_parts, b_parts)] * ctx.has_lora),
+        )
 
 
 def _experts(blocks: Blocks, expert_M: paddle.Tensor | None) -> list[paddle.Tensor | None]:
     """Whose rows each batch holds; None: all experts, in their order."""
-    return [None] * bool(blocks.first) + [expert_M] * bool(blocks.num_parts)
+    return [None] * (blocks.first > 0 or not blocks.num_parts) + [expert_M] * (blocks.num_parts > 0)
 
 
 def _of(stacked: paddle.Tensor, which: paddle.Tensor | None) -> paddle.Tensor:
@@ -94,14 +97,10 @@ def _of(stacked: paddle.Tensor, which: paddle.Tensor | None) -> paddle.Tensor:
 
 def _batches(x_PD: paddle.Tensor, blocks: Blocks, num_experts: int) -> list[paddle.Tensor]:
     """[P, D] as the [B, n, D] of each batch; views."""
-    whole, num_first = [], num_experts * blocks.first
-    if blocks.first:
-        first_PD = x_PD[:num_first] if blocks.num_parts else x_PD
-        whole.append(first_PD.reshape([num_experts, blocks.first, -1]))
-    if blocks.num_parts:
-        further_PD = x_PD[num_first:] if blocks.first else x_PD
-        whole.append(further_PD.reshape([blocks.num_parts, blocks.part, -1]))
-    return whole
+    shapes = [(num_experts, blocks.first), (blocks.num_parts, blocks.part)]
+    shapes = [shape for shape in shapes if shape[0] * shape[1]] or shapes[:1]
+    parts = [x_PD] if len(shapes) == 1 else paddle.split(x_PD, [num * rows for num, rows in shapes])
+    return [part.reshape([*shape, x_PD.shape[-1]]) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _rows(batches: Sequence[paddle.Tensor]) -> paddle.Tensor:
@@ -117,13 +116,13 @@ def _products(x: Sequence[paddle.Tensor], grads: Sequence[paddle.Tensor]) -> lis
 
 def _stacked(
     products: Sequence[paddle.Tensor], experts: Sequence[paddle.Tensor | None], num_experts: int
-) -> paddle.Tensor:
-    """Gradient of a stacked matrix from those of its uses, [E, in, out].
+) -> paddle.Tensor | None:
+    """Gradient of a stacked matrix from those of its uses, [E, in, out]; None from none.
 
     Sums over the parts of an expert are a product with zeros and ones: on a GPU adding by index has no fixed order.
     """
     total = None
-    for product, which in zip(products, experts, strict=True):
+    for product, which in zip(products, experts if products else [], strict=True):
         part = product
         if which is not None:
             member_ME = F.one_hot(which, num_experts).astype(product.dtype)

@@ -48,7 +48,8 @@ def grouped_linear(
         weight = weight.astype(x_PD.dtype)
     lora_x = a = b = None
     if lora is not None:
-        lora_x, a, b = lora.x, lora.a.astype(x_PD.dtype), lora.b.astype(x_PD.dtype)
+        lora_x = None if lora.x is x_PD else lora.x  # without dropout
+        a, b = lora.a.astype(x_PD.dtype), lora.b.astype(x_PD.dtype)
     if layout.blocks is None:
         return ExpertLoop.apply(x_PD, weight, lora_x, a, b, layout.counts)
     return ExpertBatches.apply(x_PD, weight, lora_x, a, b, layout.blocks, layout.expert_M)

@@ -57,8 +57,10 @@ class LoRALinear(PaddleNLPLoRALinear):
         out = linear(x, self.weight, self.bias)
         if self.disable_lora:
             return out
-        low = linear(self.lora_dropout(x), self.lora_A)
-        return out + linear(low, self.lora_B) * self.scaling
+        low, b = linear(self.lora_dropout(x), self.lora_A), self.lora_B.astype(x.dtype)
+        if x.ndim == 2:  # added where it is multiplied, which saves two passes over the result
+            return paddle.addmm(out, low, b, alpha=self.scaling)
+        return out + paddle.matmul(low, b) * self.scaling
 
     def effective_weight(self, dtype: Any) -> paddle.Tensor:
         """The matrix [in, out] that `forward` multiplies with (dropout aside), in `dtype`."""

@@ -21,11 +21,11 @@ from vl2.norm import RMSNorm
 ABSORB_TOKENS = 32
 
 
-def rotate_interleaved(x_THR: paddle.Tensor, cos_THh: paddle.Tensor, sin_THh: paddle.Tensor) -> paddle.Tensor:
+def rotate_interleaved(x_THR: paddle.Tensor, cos_THR: paddle.Tensor, sin_THR: paddle.Tensor) -> paddle.Tensor:
     """Rotate pairs (2i, 2i + 1). The result is in half-split order, for queries and keys alike, so scores are right."""
     tokens, heads, size = x_THR.shape
     split = x_THR.reshape([tokens, heads, size // 2, 2]).transpose([0, 1, 3, 2]).reshape([tokens, heads, size])
-    return rotate_half_split(split, cos_THh, sin_THh)
+    return rotate_half_split(split, cos_THR, sin_THR)
 
 
 class LatentAttention(nn.Layer):

@@ -53,7 +53,7 @@ class Router(nn.Layer):
         scores_TE = F.sigmoid(logits_TE) if self.sigmoid else F.softmax(logits_TE, axis=-1)
         if experts_TC is None:
             experts_TC = self.choose(scores_TE)
-        weights_TC = paddle.take_along_axis(scores_TE, experts_TC, axis=-1)
+        weights_TC = paddle.take_along_axis(scores_TE, experts_TC, axis=-1, broadcast=False)
         if self.normalise and self.num_choices > 1:
             weights_TC = weights_TC / (weights_TC.sum(axis=-1, keepdim=True) + 1e-20)
         return Routing(experts_TC, weights_TC * self.factor, scores_TE)

@@ -25,7 +25,7 @@ from vl2.model import DeepseekVL2
 from vl2.projector import distinct_tiles
 from vl2.prompt import IGNORE
 
-PRODUCTS = ("matmul", "bmm", "linear")
+PRODUCTS = ("matmul", "bmm", "linear", "addmm", "baddbmm")
 # Operators whose further operands are numbers, not tensors: a factor or a filling is float32 whatever the tensor is.
 NUM_TENSORS = {"scale": 1, "pad": 1}
 

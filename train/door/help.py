@@ -38,7 +38,7 @@ Fine-tunes DeepSeek-VL2 on PaddlePaddle.
   bash launch.sh eval model=FOLDER data.path=FILE  loss and exact match
   bash launch.sh config [VERB] key=value ...       print the resolved configuration, run nothing
   bash launch.sh test [quick|lint] [pytest arguments]  linter, types and tests (without slow ones; without any)
-  bash launch.sh bench NAME [arguments]            a benchmark of tests/bench: data, packing, step, random_checkpoint
+  bash launch.sh bench NAME [arguments]            a benchmark: step, launches, data, images, packing, random_checkpoint
   bash launch.sh help VERB                         every key of train, dryrun, export, infer or eval
 
 Recipes (conf/*.yaml):

@@ -32,7 +32,7 @@ MODULES = {
     "infer": "train.ask.infer",
     "eval": "train.ask.evaluate",
 }
-BENCHMARKS = ("data", "images", "packing", "random_checkpoint", "step")  # tests/bench/NAME.py
+BENCHMARKS = ("data", "images", "launches", "packing", "random_checkpoint", "step")  # tests/bench/NAME.py
 VERBS = (*LOADERS, "config", "test", "bench", "help")
 HELP = ("-h", "--help")
 # Of third parties, at import time; what this repository warns of is never among it.
