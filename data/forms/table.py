@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.boxes import BOX_PLACEHOLDER
-from data.forms import alpaca, columns, conversations, deepseek_vl2, messages, query
+from data.forms import alpaca, columns, conversations, deepseek_vl2, messages, query, texts
 from data.forms.conversation import Conversation
 from data.forms.fields import FieldError, is_empty, kind_of, shown
 from data.forms.objects import LABEL_PLACEHOLDER
@@ -39,6 +39,7 @@ FORMS: dict[str, Form] = {
     "deepseek_vl2": Form(keys=deepseek_vl2.KEYS, fields=deepseek_vl2.FIELDS, read=deepseek_vl2.read),
     "query": Form(keys=query.KEYS, fields=query.FIELDS, read=query.read),
     "alpaca": Form(keys=alpaca.KEYS, fields=alpaca.FIELDS, read=alpaca.read),
+    "texts": Form(keys=texts.KEYS, fields=texts.FIELDS, read=texts.read),
     "columns": Form(keys=(), fields=columns.FIELDS, read=columns.read),
 }
 

@@ -147,6 +147,12 @@ def alpaca(talk, name: Name) -> Row:
     return {"instruction": first, "input": rest, "output": row.pop("response"), **row}
 
 
+def texts(talk, name: Name) -> Row:
+    pictures, system, turns = talk
+    pairs = [{"user": turns[i], "assistant": turns[i + 1], "source": ""} for i in range(0, len(turns), 2)]
+    return {"system": system, "texts": pairs, "images": [name(picture) for picture in pictures]}
+
+
 def columns(talk, name: Name) -> Row:
     pictures, system, (question, answer) = talk
     names = [name(picture) for picture in pictures]
@@ -310,6 +316,8 @@ FILES = [
     (query, "absolute", "csv"),
     (alpaca, "path", "json.zst"),
     (alpaca, "bytes", "arrow"),
+    (texts, "bytes", "saved"),
+    (texts, "path", "jsonl"),
     (columns, "path", "csv"),
     (columns, "data uri", "parquet"),
     (columns, "url", "jsonl"),

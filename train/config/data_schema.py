@@ -10,7 +10,7 @@ from train.config.fields import LAST_SEED, LONGEST_TEXT, MANY, OneOrMore, key
 SOURCE_DOC = "a file, a folder, a glob, or a data set on the hub as NAME:CONFIG@SPLIT"
 COLUMNS = ("user", "assistant", "system", "image")
 EXIF = ("ignore", "rotate")
-FORMS = ("auto", "messages", "conversations", "deepseek_vl2", "query", "alpaca", "columns")
+FORMS = ("auto", "messages", "conversations", "deepseek_vl2", "query", "alpaca", "texts", "columns")
 
 
 @dataclass(kw_only=True)

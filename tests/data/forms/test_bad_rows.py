@@ -108,6 +108,13 @@ OTHERS = [
     ({"instruction": "Hi", "output": True}, r"output: expected a string, found a boolean"),
     ({"instruction": "Hi", "input": ["a"], "output": "b"}, r"input: expected a string, found a list"),
 ]
+TEXTS = [
+    ({"texts": []}, r"texts: expected a list of pairs, found an empty list"),
+    ({"texts": "Hi"}, r"texts: expected a list of pairs, found a string"),
+    ({"texts": ["Hi"]}, r"texts\[0\]: expected an object with user and assistant, found a string"),
+    ({"texts": [{"user": "Hi"}]}, r"texts\[0\]\.assistant: expected a string, found no such field among \['user'\]"),
+    ({"texts": [{"user": "Hi", "assistant": "a", "tools": 1}]}, r"texts\[0\]\.tools: found 1, which is not read"),
+]
 NAMED = [
     ({"q": "Hi"}, r"a: expected a string, found no such field among \['q'\]"),
     ({"q": None, "a": "b"}, r"q: expected a string, found nothing \(null\)"),
@@ -116,7 +123,7 @@ NAMED = [
 ]
 
 
-@pytest.mark.parametrize(("row", "match"), MESSAGES + CONVERSATIONS + OTHERS)
+@pytest.mark.parametrize(("row", "match"), MESSAGES + CONVERSATIONS + OTHERS + TEXTS)
 def test_bad_row(row, match):
     refused(row, match)
 

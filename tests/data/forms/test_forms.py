@@ -145,6 +145,10 @@ SAME = {
         "query",
         {"system": "Be brief.", "query": "<image>\nWho?", "response": "A cat.", "images": ["cat.jpg"], "history": []},
     ),
+    "The Cauldron": (
+        "texts",
+        {"system": "Be brief.", "texts": [{"user": "Who?", "assistant": "A cat."}], "images": ["cat.jpg"]},
+    ),
     "alpaca": (
         "alpaca",
         {"system": "Be brief.", "instruction": "<image>", "input": "Who?", "output": "A cat.", "images": ["cat.jpg"]},
