@@ -15,6 +15,7 @@ from data.record import RecordError
 from data.sources.json_rows import decode_row
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 
@@ -30,12 +31,12 @@ class _Cells:
     def __len__(self) -> int:
         return self._stops[-1] if self._stops else 0
 
-    def row(self, index: int) -> list[Any]:
+    def row(self, index: int) -> list[pa.Scalar]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         batch = bisect_right(self._stops, index)
         inside = index - (self._stops[batch - 1] if batch else 0)
-        return [column[inside].as_py() for column in self._batches[batch]]
+        return [column[inside] for column in self._batches[batch]]
 
 
 class ArrowRows:
@@ -69,14 +70,16 @@ class ArrowRows:
         return len(self._cells) if self._kept is None else len(self._kept)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            cells = self._cells.row(self._place(index))
-        except (ValueError, OverflowError) as error:  # a date that Python cannot hold
-            raise RecordError(
-                self.name, self.number(index), "row", f"expected cells that can be read, found: {error}"
-            ) from None
-        row = {name: without_null(cell) for name, cell in zip(self._cells.columns, cells) if cell is not None}
-        return {name: cell for name, cell in row.items() if cell != ""} if self._empty else row
+        row = {}
+        for name, cell in zip(self._cells.columns, self._cells.row(self._place(index))):
+            try:
+                value = cell.as_py()
+            except (ValueError, OverflowError) as error:  # text that is no UTF-8, a date that Python cannot hold
+                problem = f"expected a cell that can be read, found: {error}"
+                raise RecordError(self.name, self.number(index), name, problem) from None
+            if value is not None and not (self._empty and value == ""):
+                row[name] = without_null(value)
+        return row
 
     def number(self, index: int) -> int:
         """Place of the row in its table, or in its CSV file, whose first is the row of names."""
@@ -101,17 +104,16 @@ class SpooledRows:
         return len(self._cells)
 
     def __getitem__(self, index: int) -> Any:
-        number, text = self._cells.row(index)
-        return decode_row(text, source=self.name, number=number)
+        return decode_row(self.content(index), source=self.name, number=self.number(index))
 
     def number(self, index: int) -> int:
         """Line of the row, or its place in the array."""
-        number: int = self._cells.row(index)[0]
+        number: int = self._cells.row(index)[0].as_py()
         return number
 
     def content(self, index: int) -> bytes:
         """Text of a row, without the space around it."""
-        text: bytes = self._cells.row(index)[1]
+        text: bytes = self._cells.row(index)[1].as_py()
         return text
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from data.record import RecordError
 from data.settings import SourceSettings
 from data.sources.open import open_sources
 from vl2.errors import UserError
@@ -77,6 +78,19 @@ def test_keys_that_arrow_added_are_dropped(tmp_path):
     rows = [{"m": [{"a": 1}, {"b": None, "c": [None, 1]}]}, {"o": {"x": {"y": 1}}}, {"o": {"z": False}, "e": ""}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**rows[0], **rows[1], **rows[2]}, *rows]), tmp_path / "a")
     assert all_rows(tmp_path / "a")[1:] == [{"m": [{"a": 1}, {"c": [None, 1]}]}, *rows[1:]]
+
+
+def test_a_cell_that_is_no_text_names_row_and_column(tmp_path):
+    """Whoever wrote bytes into a column of text; only that row is bad."""
+    texts = pyarrow.array([b"a", b"\xff", b"c"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "q": texts}), tmp_path / "a.parquet")
+    rows = open_one(tmp_path / "a.parquet")
+    assert (rows[0], rows[2]) == ({"id": 1, "q": "a"}, {"id": 3, "q": "c"})
+    for read in (rows.__getitem__, rows.content):
+        with pytest.raises(
+            RecordError, match=r"a\.parquet, row 2, q: expected a cell that can be read, found: 'utf-8'"
+        ):
+            read(1)
 
 
 def test_a_corrupt_page_names_the_row_reached(tmp_path):
