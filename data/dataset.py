@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import pyarrow as pa
 from data.budget import Budget
 from data.images.reader import DEFAULT_READER, ImageReader
 from data.measure import measure
+from data.measurer import Measurer
 from data.record import BadRecords, RecordError
 from data.records import RecordReader, Records
 from data.settings import ReadSettings, SourceSettings
@@ -122,27 +124,23 @@ def open_dataset(
     if bad is None:
         bad = BadRecords(on_bad_record=settings.on_bad_record, max_bad=settings.max_bad)
     budget = Budget(max_tokens=max_tokens, max_tiles_per_pack=max_tiles_per_pack, context=context)
-    parts: list[_Part] = []
-    found = []
+    measurers: list[Measurer] = []
+    limits: list[int] = []
+    source_of: list[int] = []
     for number, of in enumerate(sources):
-        num_rows, own = 0, []
+        left = sys.maxsize if of.limit is None else of.limit
         for rows in open_sources(of, cache=cache):
-            limit = len(rows) if of.limit is None else min(len(rows), of.limit - num_rows)
             reader = RecordReader(rows=rows, of=of, settings=settings, tokenizer=tokenizer)
-            table, kept = measure(
-                reader,
-                candidates,
-                limit=limit,
-                images=images,
-                budget=budget,
-                cache=cache / "sizes" if cache is not None else None,
-                workers=workers,
-                bad=bad,
-            )
-            own.append(_Part(reader=reader, source=number, rows=kept, table=table))
-            num_rows += limit
-        parts.extend(own)
-        found.append(_source(of, num_rows, own))
+            measurers.append(Measurer(reader=reader, candidates=tuple(candidates), images=images, budget=budget))
+            limits.append(min(len(rows), left))
+            source_of.append(number)
+            left -= limits[-1]
+    folder = cache / "sizes" if cache is not None else None
+    measured = measure(measurers, limits, cache=folder, workers=workers, bad=bad)
+    parts = [
+        _Part(reader=measurer.reader, source=number, limit=limit, rows=kept, table=table)
+        for measurer, number, limit, (table, kept) in zip(measurers, source_of, limits, measured, strict=True)
+    ]
     if not any(len(part.rows) for part in parts):
         named = ", ".join(of.path for of in sources)
         saw = f"none; all {len(bad.skipped)} rows were skipped" if bad.skipped else "an empty file"
@@ -161,7 +159,7 @@ def open_dataset(
         ),
         content_keys=columns["content"],
         picture_keys=np.concatenate([part.picture_keys() for part in parts]),
-        sources=tuple(found),
+        sources=tuple(_source(of, [p for p in parts if p.source == i]) for i, of in enumerate(sources)),
         fingerprint=_fingerprint(tokenizer, sizes, columns["learned"]),
         skipped=tuple(bad.skipped),
     )
@@ -179,6 +177,7 @@ class _Part:
 
     reader: RecordReader
     source: int
+    limit: int  # rows that were taken
     rows: np.ndarray  # int64, those that can be used
     table: pa.Table
 
@@ -192,14 +191,14 @@ class _Part:
         return halves[2 * sizes_of(self.table).images_of(self.rows)]
 
 
-def _source(of: SourceSettings, num_rows: int, parts: Sequence[_Part]) -> Source:
+def _source(of: SourceSettings, parts: Sequence[_Part]) -> Source:
     unknown: Counter[str] = Counter()
     for part in parts:
         for names, count in count_values(part.table, "unknown", part.rows).items():
             unknown.update(dict.fromkeys(json.loads(names) if names else [], count))
     return Source(
         settings=of,
-        rows=num_rows,
+        rows=sum(part.limit for part in parts),
         kept=sum(len(part.rows) for part in parts),
         form=", ".join(dict.fromkeys(part.reader.form for part in parts)),
         unknown=dict(unknown.most_common()),

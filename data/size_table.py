@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 3  # raise it when sizes change, or when more is found wrong: what passed before is looked at again then
 NOT_MEASURED = -1  # tokens of a row that was not, or that could not be used: it is looked at anew, as it may be mended
-_TABLES_KEPT = 64
+GONE = bytes(16)  # state of a picture that cannot be had, which is looked at anew
+_TABLES_KEPT = 4096
 _BYTES_KEPT = 2 << 30
 _HEAD_BYTES = 64
 _OLDER_TRIED = 4  # tables of before in which rows are looked for
@@ -59,6 +60,11 @@ SCHEMA = pa.schema(
 def hash_key(content: bytes) -> bytes:
     """Hash to the 16 bytes that rows and states are found by."""
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def state_key(state: str | None) -> bytes:
+    """Hash of `ImageReader.state`; GONE of a picture that cannot be had."""
+    return GONE if state is None else hash_key(state.encode("utf-8", "surrogatepass"))
 
 
 def sizes_of(table: pa.Table) -> Sizes:

@@ -27,9 +27,9 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-import data.measure
 from data.dataset import Dataset, open_dataset
 from data.images.reader import ImageReader
+from data.measurer import Measurer
 from data.packs import PackDataset
 from data.plan import Plan, make_plan
 from data.settings import ReadSettings, SourceSettings
@@ -125,17 +125,17 @@ def bench_pictures(folder: Path, count: int) -> dict[str, float]:
 def counted() -> Iterator[list[int]]:
     """Numbers of rows that are measured meanwhile, a chunk each; few enough for this process to measure them itself."""
     numbers: list[int] = []
-    original = data.measure._Job.chunk
+    original = Measurer.measure
 
-    def chunk(self: Any, indices: np.ndarray, **options: Any) -> Any:
+    def count(self: Any, indices: np.ndarray, **options: Any) -> Any:
         numbers.append(len(indices))
         return original(self, indices, **options)
 
-    data.measure._Job.chunk = chunk  # type: ignore[method-assign]
+    Measurer.measure = count  # type: ignore[method-assign]
     try:
         yield numbers
     finally:
-        data.measure._Job.chunk = original  # type: ignore[method-assign]
+        Measurer.measure = original  # type: ignore[method-assign]
 
 
 def open_(file: Path, cache: Path, tokenizer: Tokenizer, candidates: Any = ((384, 384),)) -> Dataset:

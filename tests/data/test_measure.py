@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 import data.measure
+import data.measurer
 from data.budget import Budget
 from data.images.reader import DEFAULT_READER, ImageReader
 from data.measure import measure
+from data.measurer import Measurer
 from data.record import BadRecords, RecordError
 from data.records import RecordReader
 from data.settings import ReadSettings, SourceSettings
@@ -23,7 +25,7 @@ from data.sizes import Size
 from data.sources.open import open_sources
 from tests.places import NANO_BPE
 from vl2.prompt import IGNORE, render
-from vl2.tiles import limit_candidates, num_image_tokens
+from vl2.tiles import limit_candidates, num_image_tokens, tile_grid
 from vl2.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(NANO_BPE)
@@ -51,13 +53,20 @@ def reader_of(path: Path, rows: list, settings=ReadSettings(), **source) -> Reco
     return RecordReader(rows=opened, of=of, settings=settings, tokenizer=TOKENIZER)
 
 
+def measure_one(reader: RecordReader, candidates=CANDIDATES, *, limit=None, budget=Budget(), **options):  # noqa: B008
+    """(table, indices of usable rows) of one file."""
+    measurer = Measurer(reader=reader, candidates=tuple(candidates), images=DEFAULT_READER, budget=budget)
+    (found,) = measure([measurer], [len(reader.rows) if limit is None else limit], **options)
+    return found
+
+
 @pytest.fixture
 def sizes(tmp_path):
     """Measure rows written to a file; None for a row that cannot be used."""
 
     def sizes(rows: list, *, candidates=CANDIDATES, settings=ReadSettings(), of=None, **options):  # noqa: B008
         reader = reader_of(tmp_path / "a.jsonl", rows, settings, **(of or {}))
-        table, kept = measure(reader, candidates, **options)
+        table, kept = measure_one(reader, candidates, **options)
         found = sizes_of(table)
         return [found[i] if i in kept else None for i in range(len(rows))]
 
@@ -68,13 +77,13 @@ def sizes(tmp_path):
 def counted(monkeypatch) -> list[int]:
     """Numbers of the rows that were measured instead of found in the table."""
     rows: list[int] = []
-    original = data.measure._Job.chunk
+    original = Measurer.measure
 
-    def chunk(self, indices, **options):
+    def count(self, indices, **options):
         rows.extend(self.reader.rows.number(int(i)) for i in indices)
         return original(self, indices, **options)
 
-    monkeypatch.setattr(data.measure._Job, "chunk", chunk)
+    monkeypatch.setattr(Measurer, "measure", count)
     return rows
 
 
@@ -112,7 +121,7 @@ def test_measured_is_rendered_for_any_conversation(tmp_path, monkeypatch):
     """Batches in processes count what rendering one after the other makes, and what is kept is the same once more."""
     monkeypatch.setattr(data.measure, "_MIN_PARALLEL", 4)
     monkeypatch.setattr(data.measure, "_CHUNK", 37)
-    monkeypatch.setattr(data.measure, "_BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(data.measurer, "_BATCH_CHARACTERS", 500)
     draw = random.Random(5)
     pictures = [picture(tmp_path / f"{i}.png", size) for i, size in enumerate([(700, 300), (300, 300), (300, 700)])]
     settings = ReadSettings(special_tokens="neutralise")
@@ -121,7 +130,7 @@ def test_measured_is_rendered_for_any_conversation(tmp_path, monkeypatch):
     for i in range(200):
         record = reader.read(i)
         shown = [DEFAULT_READER.size(image) for image in record.images]
-        grids = tuple(data.measure.tile_grid(size, len(shown), CANDIDATES) for size in shown)
+        grids = tuple(tile_grid(size, len(shown), CANDIDATES) for size in shown)
         rendered = render(record.messages, grids, TOKENIZER)
         supervised = int((rendered.labels != IGNORE).sum())
         expected.append(Size(tokens=len(rendered.input_ids), supervised=supervised, grids=grids))
@@ -129,7 +138,7 @@ def test_measured_is_rendered_for_any_conversation(tmp_path, monkeypatch):
     assert {len(size.grids) for size in expected} >= {0, 1, 2, 3}
     for workers in (1, 2, 2):
         cache = tmp_path / f"cache{workers}"
-        table, kept = measure(reader, CANDIDATES, workers=workers, cache=cache)
+        table, kept = measure_one(reader, CANDIDATES, workers=workers, cache=cache)
         assert list(sizes_of(table)) == expected
         assert kept.tolist() == list(range(200))
 
@@ -169,7 +178,7 @@ def test_rows_are_found_again_wherever_their_file_lies(tmp_path, counted):
     picture(tmp_path / "here" / "a.png"), picture(tmp_path / "there" / "a.png", (300, 700))
     found = []
     for folder in ("here", "there", "there"):
-        table, _ = measure(
+        table, _ = measure_one(
             reader_of(tmp_path / folder / "a.jsonl", [row(), row("x", "a.png")]), CANDIDATES, cache=tmp_path / "cache"
         )
         found.append([size.grids for size in sizes_of(table)])
@@ -270,10 +279,10 @@ def test_processes_leave_paddle_and_the_library_in_peace(tmp_path, monkeypatch, 
     """Threads or forks, never both: a fork after the library's threads were used makes it complain."""
     monkeypatch.setattr(data.measure, "_CHUNK", 8)
     reader = reader_of(tmp_path / "a.jsonl", [row(f"question {i} " * (i % 7)) for i in range(50)])
-    alone, _ = measure(reader, CANDIDATES)
+    alone, _ = measure_one(reader, CANDIDATES)
     (paddle.ones([256, 256]) @ paddle.ones([256, 256])).sum().item()  # Paddle's threads exist when the processes fork
     monkeypatch.setattr(data.measure, "_MIN_PARALLEL", 4)
-    forked, _ = measure(reader, CANDIDATES, workers=3)
+    forked, _ = measure_one(reader, CANDIDATES, workers=3)
     assert list(sizes_of(forked)) == list(sizes_of(alone))
     assert "TOKENIZERS_PARALLELISM" not in capfd.readouterr().err
     assert "TOKENIZERS_PARALLELISM" not in os.environ
@@ -386,8 +395,42 @@ def test_content_keys_are_of_what_is_said_and_shown(tmp_path):
             row(" x\n"),
             row("x"),
         ]
-        table, _ = measure(reader_of(tmp_path / folder / "a.jsonl", rows), CANDIDATES)
+        table, _ = measure_one(reader_of(tmp_path / folder / "a.jsonl", rows), CANDIDATES)
         assert NOT_MEASURED not in column(table, "tokens")
         keys[folder] = column(table, "content").tolist()
     assert [a == b for a, b in zip(keys["one"], keys["two"])] == [True, False, True, True]
     assert np.unique(keys["one"]).size == 3  # spaces around a text are not said
+
+
+def test_files_are_measured_together(tmp_path, monkeypatch, counted):
+    """A thousand small files, each with its own processes or none, would take one core for ever."""
+    monkeypatch.setattr(data.measure, "_MIN_PARALLEL", 30)
+    started = []
+    original = data.measure.map_forked
+    monkeypatch.setattr(data.measure, "map_forked", lambda *given: started.append(given) or original(*given))
+    readers = [reader_of(tmp_path / f"{i}.jsonl", [row(f"{i} {j}") for j in range(10)]) for i in range(4)]
+    readers[2] = reader_of(tmp_path / "2.jsonl", [row("fine"), "oops", row("long " * 50), row("fine")])
+    measurers = [
+        Measurer(reader=reader, candidates=CANDIDATES, images=DEFAULT_READER, budget=Budget(max_tokens=60))
+        for reader in readers
+    ]
+    bad = BadRecords(on_bad_record="skip", max_bad=2)
+    found = measure(measurers, [10, 7, 4, 10], workers=2, bad=bad, cache=tmp_path / "cache")
+    assert len(started) == 1
+    assert [kept.tolist() for _, kept in found] == [[*range(10)], [*range(7)], [0, 3], [*range(10)]]
+    assert [(Path(error.source).name, error.row) for error in bad.skipped] == [("2.jsonl", 2), ("2.jsonl", 3)]
+    bad = BadRecords(on_bad_record="skip", max_bad=2)
+    again = measure(measurers, [10, 10, 4, 10], workers=2, bad=bad, cache=tmp_path / "cache")
+    assert counted == [8, 9, 10, 2]
+    for (before, _), (after, _) in zip(found[:1] + found[2:], again[:1] + again[2:]):
+        assert list(sizes_of(before)) == list(sizes_of(after))
+
+
+def test_few_pictures_to_decode_are_shared_out(tmp_path, monkeypatch):
+    """A chunk of 512 rows was more than most sets of pictures have, and left all cores but one idle."""
+    monkeypatch.setattr(data.measure, "_MIN_PARALLEL_DECODE", 8)
+    shared = []
+    monkeypatch.setattr(data.measure, "map_forked", lambda work, jobs, workers: shared.append(jobs) or map(work, jobs))
+    image = picture(tmp_path / "a.png")
+    measure_one(reader_of(tmp_path / "a.jsonl", [row("x", image)] * 20, ReadSettings(verify="decode")), workers=2)
+    assert [len(rows) for _, rows in shared[0]] == [3] * 6 + [2]
