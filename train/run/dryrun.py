@@ -31,7 +31,7 @@ from train.run.memory import check_training, plan_parts
 from train.run.report import PlanFacts, RunFacts, count_tables, pairs, plan_facts, plan_words, run_words, source_table
 from train.store.hub import missing_files, resolve_model
 from train.store.names import DRYRUN_PAGE, PAGE
-from train.store.run_dir import check_run_dir
+from train.store.run_dir import check_run_dir, read_marker
 from vl2.adapter.folder import open_adapter
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.checkpoint.published import published
@@ -58,6 +58,7 @@ class DryRun:
     """What a dry run found; what could not be found out is None."""
 
     config: TrainConfig
+    page: Path | None  # where the page goes
     refused: tuple[str, ...]  # why training would not start, bad rows apart
     notes: tuple[str, ...]
     bad: tuple[RecordError, ...]  # rows that cannot be used, at most MOST_LISTED
@@ -83,13 +84,11 @@ def main(arguments: list[str]) -> int:
     use_device(config.device)
     if config.rehearsal:
         print(rehearsal_note(arguments), flush=True)
-    run_dir = Path(config.run_dir)
-    there = check_run_dir(run_dir, resume=config.resume, overwrite=config.overwrite)
-    page = run_dir / (DRYRUN_PAGE if there else PAGE)
     with tempfile.TemporaryDirectory(prefix="dryrun-") as drawn:
         found = dry_run(config, Path(drawn))
         print(dry_text(found), flush=True)
-        write_page(page, dry_page(found))
+        if found.page:
+            write_page(found.page, dry_page(found))
     for error in found.bad[:_MOST_SAID]:
         print(f"bad row: {error}", file=sys.stderr)
     if len(found.bad) > _MOST_SAID:
@@ -98,7 +97,8 @@ def main(arguments: list[str]) -> int:
         print(f"note: {note}", file=sys.stderr)
     for reason in found.reasons:
         print(f"error: training would refuse: {reason}", file=sys.stderr)
-    print("training would refuse this" if found.reasons else "training would start", f"(all of it: {page})", flush=True)
+    where = f"all of it: {found.page}" if found.page else "no page is written into a folder of other files"
+    print("training would refuse this" if found.reasons else "training would start", f"({where})", flush=True)
     return 2 if found.reasons else 0
 
 
@@ -119,6 +119,9 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
             refused.append(str(problem))
             return None
 
+    run_dir = Path(config.run_dir)
+    attempt(lambda: check_run_dir(run_dir, resume=config.resume, overwrite=config.overwrite))
+    page = page_place(run_dir, free=not refused)
     # A published model's config is part of this repository: its bytes can be told where nothing can be fetched.
     known = published(config.model.path)
     folder = attempt(lambda: open_folder(resolve_model(config.model.path, weights=False)))
@@ -153,6 +156,7 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
         notes.append(data.held_out.note)
     return DryRun(
         config=config,
+        page=page,
         refused=tuple(dict.fromkeys(refused)),
         notes=tuple(notes),
         bad=tuple([*rows.skipped, *questions.skipped][:MOST_LISTED]),
@@ -163,6 +167,23 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
         data=data,
         plan=plan_facts(data) if data else None,
     )
+
+
+def page_place(run_dir: Path, *, free: bool) -> Path | None:
+    """Where the page goes: beside the run that lies there, with a name of its own, or where a new run would put it.
+
+    Args:
+        run_dir: of the configuration.
+        free: a new run could take it.
+
+    Returns:
+        None where the folder is somebody else's.
+    """
+    try:
+        there = read_marker(run_dir)
+    except UserError:
+        return None
+    return run_dir / DRYRUN_PAGE if there else run_dir / PAGE if free else None
 
 
 def check_weights(

@@ -42,6 +42,7 @@ def talk(answer: object) -> dict:
     return {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": answer}]}
 
 
+@pytest.mark.slow
 def test_it_says_what_training_says(dry, run, tmp_path, capsys, monkeypatch):
     """The plan's line is the one that the run prints before its first step, the fields that nobody reads likewise."""
     file = write_rows(tmp_path / "rows.jsonl", [{**talk("blue"), "id": i, "url": None if i else "x"} for i in range(9)])
@@ -170,6 +171,7 @@ def test_a_published_model_that_cannot_be_had_is_counted_by_its_config(dry, tmp_
     assert "cannot be had" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_an_adapter_to_start_from_is_compared(dry, whole, tmp_path):
     """Names, shapes, ranks and alphas, without the base's weights."""
     init = f"lora.init={whole / 'adapter'}"
@@ -206,13 +208,27 @@ def test_a_model_whose_weights_do_not_fit_is_found(dry, model_folder, tmp_path):
     assert re.search(r"training would refuse: .*model", errors)
 
 
-def test_a_run_that_lies_there_is_refused(dry, whole):
-    before = snapshot(whole)
-    with pytest.raises(ValueError, match="already holds a run"):
-        dry(whole)
-    assert snapshot(whole) == before
+@pytest.mark.slow
+def test_a_folder_that_is_taken_is_refused_and_kept(dry, whole, tmp_path):
+    """By a run, whose own page stays, or by other files: then no page is written."""
+    run_dir, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(whole, run_dir)
+    before = snapshot(run_dir)
+    code, said, errors = dry(run_dir)
+    assert (code, "training would refuse: " in errors, "already holds a run" in errors) == (2, True, True)
+    after = snapshot(run_dir)
+    assert after.pop(str(run_dir / "dryrun.html"))
+    assert after == before
+    for name in ("mine.txt", "run.json"):
+        other.mkdir(exist_ok=True)
+        (other / name).write_text("mine")
+        code, said, errors = dry(other)
+        assert (code, list(other.iterdir())) == (2, [other / name])
+        assert "(no page is written into a folder of other files)" in said
+        (other / name).unlink()
 
 
+@pytest.mark.slow
 def test_training_takes_the_place_of_a_dry_run(dry, run, tmp_path, monkeypatch):
     """Its page is no foreign file in the folder, and the run's own takes its place."""
     run_dir = tmp_path / "run"
@@ -224,6 +240,7 @@ def test_training_takes_the_place_of_a_dry_run(dry, run, tmp_path, monkeypatch):
     assert "dry run" not in (run_dir / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_own_page_beside_a_dry_run(dry, whole, tmp_path):
     """`dryrun ... resume=auto` asks about a run that is there, and damages nothing of it."""
     run_dir = tmp_path / "run"
