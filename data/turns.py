@@ -31,9 +31,7 @@ def parse_messages(
     turns, images, _ = read_turns(value, name)
     for where, image in images:
         if not isinstance(image, FromColumn) or image.index is not None:
-            raise FieldError(
-                where, f"expected {IMAGE_PLACEHOLDER} alone, found a picture; they are given beside the text"
-            )
+            raise FieldError(where, f"expected {IMAGE_PLACEHOLDER} alone, found a picture; give it beside the messages")
     return tuple(checked_message(turn, tokenizer, special_tokens) for turn in turns)
 
 

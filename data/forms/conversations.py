@@ -35,9 +35,10 @@ def read(row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
         raise FieldError("conversations", f"expected a list of turns, found {kind_of(row.get('conversations'))}")
     turns: list[Turn] = []
     unknown: tuple[str, ...] = ()
-    system = fields.take_text(columns.get("system", "system"))
+    system_key = columns.get("system", "system")
+    system = fields.take_text(system_key)
     if system is not None:
-        turns.append(Turn(role="system", content=system, where="system"))
+        turns.append(Turn(role="system", content=system, where=fields.place(system_key)))
     for i, entry in enumerate(entries):
         turn, unknown_here = _read_turn(entry, f"conversations[{i}]")
         turns.append(turn)

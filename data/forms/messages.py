@@ -50,11 +50,12 @@ def read_conversation(fields: Fields, messages: Any, name: str, columns: Mapping
     """
     column = read_images(fields, columns)
     turns, images, unknown = read_turns(objects_of(messages, name), name)
-    system = fields.take_text(columns.get("system", "system"))
+    system_key = columns.get("system", "system")
+    system = fields.take_text(system_key)
     if system is not None:
         if turns[0].role == "system":
-            raise FieldError(fields.place("system"), "found a second system message beside that of the conversation")
-        turns.insert(0, Turn(role="system", content=system, where="system"))
+            raise FieldError(fields.place(system_key), "found a second system message beside that of the conversation")
+        turns.insert(0, Turn(role="system", content=system, where=fields.place(system_key)))
     placed, boxes = place_objects(fields, turns)
     shown_images = _from_column(images, column)
     return Conversation(
@@ -112,7 +113,7 @@ def _from_column(shows: list[tuple[str, Any]], column: list[tuple[str, Any]]) ->
     images: list[tuple[str, Any]] = []
     left = dict(enumerate(column))
     for place, value in shows:
-        if isinstance(value, FromColumn) and left:
+        if isinstance(value, FromColumn) and (left or value.index is not None):
             index = next(iter(left)) if value.index is None else value.index
             if index not in range(len(column)):
                 raise FieldError(

@@ -210,6 +210,9 @@ def test_pictures_of_several_turns_keep_their_order():
     by_index = [{"type": "image", "index": 1}, {"type": "image", "index": 0}, text("Which?")]
     record = parse({"messages": [{"role": "user", "content": by_index}, ANSWER], "images": ["cat.jpg", "dog.jpg"]})
     assert (record.images, record.messages[0].content) == ((DOG, CAT), "<image>\n<image>\nWhich?")
+    twice = [{"type": "image", "index": 0}, text("or"), {"type": "image", "index": 0}]
+    record = parse({"messages": [{"role": "user", "content": twice}, ANSWER], "images": ["cat.jpg"]})
+    assert (record.images, record.messages[0].content) == ((CAT, CAT), "<image>\nor<image>")
     last = [text("Who?"), {"type": "image", "base64": base64.b64encode(b"JPEG").decode()}]
     record = parse({"messages": [{"role": "user", "content": last}, ANSWER]})
     assert (record.messages[0].content, record.images[0].data) == ("Who?<image>", b"JPEG")
