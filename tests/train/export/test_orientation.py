@@ -27,7 +27,7 @@ from vl2.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
-def run(golden_folder, tmp_path_factory) -> Path:
+def turned(golden_folder, tmp_path_factory) -> Path:
     """A finished run that turned its pictures."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "adapter").mkdir()
@@ -53,20 +53,20 @@ def prompt_tokens(folder: Path, image: str) -> int:
 
 
 @pytest.mark.slow  # writes a model and two adapters
-def test_orientation_goes_into_every_export_and_comes_back(run, portrait, tmp_path):
+def test_orientation_goes_into_every_export_and_comes_back(turned, portrait, tmp_path):
     """Trained upright and asked lying on its side, a picture is another one, of other tokens."""
-    base = find_source(run).base
-    turned = prompt_tokens(run, portrait)
-    assert turned != prompt_tokens(base, portrait)  # 1 x 3 tiles and 3 x 1 have other line breaks
+    base = find_source(turned).base
+    tokens = prompt_tokens(turned, portrait)
+    assert tokens != prompt_tokens(base, portrait)  # 1 x 3 tiles and 3 x 1 have other line breaks
 
-    export(ExportConfig(run=str(run), out=str(tmp_path / "merged"), dtype="fp32"))
+    export(ExportConfig(run=str(turned), out=str(tmp_path / "merged"), dtype="fp32"))
     document = json.loads((tmp_path / "merged" / "processor_config.json").read_text())
     assert (document["exif_orientation"], document["processor_class"]) == ("rotate", "DeepseekVLV2Processor")
     assert "EXIF orientation" in (tmp_path / "merged" / "README.md").read_text()
-    assert prompt_tokens(tmp_path / "merged", portrait) == turned
+    assert prompt_tokens(tmp_path / "merged", portrait) == tokens
 
     for kind in ("peft", "paddle"):
-        export(ExportConfig(run=str(run), out=str(tmp_path / kind), adapter=kind))
+        export(ExportConfig(run=str(turned), out=str(tmp_path / kind), adapter=kind))
         assert json.loads((tmp_path / kind / "processor_config.json").read_text())["exif_orientation"] == "rotate"
         assert "EXIF orientation" in (tmp_path / kind / "README.md").read_text()
     # A copy with nothing of ours but that file, as somebody downloads it.
@@ -83,9 +83,9 @@ def test_orientation_goes_into_every_export_and_comes_back(run, portrait, tmp_pa
     assert exif_in_force(find_source(tmp_path / "again")) == "ignore"
 
 
-def test_orientation_in_force(run, tmp_path):
-    source = find_source(run)
-    assert (exif_in_force(source), load(run).images.exif) == ("rotate", "rotate")
+def test_orientation_in_force(turned, tmp_path):
+    source = find_source(turned)
+    assert (exif_in_force(source), load(turned).images.exif) == ("rotate", "rotate")
     nothing = dataclasses.replace(source, kind="base", trained=None, provenance=None)
     assert (exif_in_force(nothing), DEFAULT_READER.exif) == ("ignore", "ignore")
     for found, expected in ((None, "ignore"), ("ignore", "ignore"), ("rotate", "rotate")):
@@ -106,3 +106,22 @@ def test_a_run_that_goes_on_keeps_its_orientation(golden_folder):
         return identity(config, fingerprint="", tokenizer=tokenizer, plan=SimpleNamespace(settings={})).settings
 
     assert settings("rotate") == {**settings("ignore"), "data.exif": "rotate"}
+
+
+@pytest.mark.slow  # a run of one step
+def test_a_run_says_how_it_opened_its_pictures(run, portrait, tmp_path):
+    """From data.exif to the tokens of its packs, its adapter, its checkpoint, and what a resumed run may not change."""
+    said = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "A portrait."}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": said, "images": [portrait]}) + "\n")
+    tokens = {}
+    for way in ("ignore", "rotate"):
+        settings = [f"data.path={data}", "max_steps=1", "data.max_tokens=1024", "data.max_tiles=2", f"data.exif={way}"]
+        run_dir = tmp_path / way
+        assert run(run_dir, *settings) == 0
+        tokens[way] = json.loads((run_dir / "report.json").read_text())["plan"]["tokens"]
+        (checkpoint,) = (run_dir / "checkpoints").iterdir()
+        assert exif_in_force(find_source(run_dir)) == exif_in_force(find_source(checkpoint)) == way
+    assert tokens["ignore"] != tokens["rotate"]
+    with pytest.raises(UserError, match=r"data\.exif: it was rotate, now it is None"):
+        run(tmp_path / "rotate", *settings[:-1], "data.exif=ignore", "resume=auto")
