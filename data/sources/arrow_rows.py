@@ -70,24 +70,33 @@ class ArrowRows:
         return len(self._cells) if self._kept is None else len(self._kept)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = {}
+        row, problems = self._read(index)
+        for column, error in problems.items():
+            raise RecordError(
+                self.name, self.number(index), column, f"expected a cell that can be read, found: {error}"
+            )
+        return row
+
+    def _read(self, index: int) -> tuple[dict[str, Any], dict[str, str]]:
+        """The cells of a row that can be read, and what is wrong with the others, by their columns."""
+        row, problems = {}, {}
         for name, cell in zip(self._cells.columns, self._cells.row(self._place(index))):
             try:
                 value = cell.as_py()
             except (ValueError, OverflowError) as error:  # text that is no UTF-8, a date that Python cannot hold
-                problem = f"expected a cell that can be read, found: {error}"
-                raise RecordError(self.name, self.number(index), name, problem) from None
+                problems[name] = str(error)
+                continue
             if value is not None and not (self._empty and value == ""):
                 row[name] = without_null(value)
-        return row
+        return row, problems
 
     def number(self, index: int) -> int:
         """Place of the row in its table, or in its CSV file, whose first is the row of names."""
         return self._place(index) + self._first
 
     def content(self, index: int) -> bytes:
-        """The row as JSON; encoded pictures by their hash."""
-        return json.dumps(self[index], default=_shortened, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        """The row as JSON; encoded pictures by their hash, cells that cannot be read by what is wrong with them."""
+        return json.dumps(self._read(index), default=_shortened, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
     def _place(self, index: int) -> int:
         return index if self._kept is None else int(self._kept[index])
