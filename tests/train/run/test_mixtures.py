@@ -9,9 +9,13 @@ import pytest
 
 from tests.train.conftest import write_data
 from tests.train.run.test_run import metrics
+from tests.train.run.three_sources import NAMES, write_three_sources
 from train.config.load import load_config
+from train.machine.devices import Machine
 from train.run.build import open_base
 from train.run.build_data import build_data
+from train.run.curve import losses_by_source
+from train.run.training import train
 from vl2.errors import UserError
 
 
@@ -206,3 +210,20 @@ def test_a_mixture_goes_on_where_it_stopped_and_nowhere_else(run, files, mixed, 
     assert run(run_dir, sources(files, texts="repeat:2"), *settings) == 0
     for before, again in zip(metrics(mixed), metrics(run_dir), strict=True):
         assert (again["loss"], again["loss_of"]) == (before["loss"], before["loss_of"])
+
+
+@pytest.mark.slow
+def test_nano_learns_from_three_sources_in_three_forms(tmp_path):
+    """Photographs in a Parquet table with columns of its own, drawn shapes as LLaVA tells them, text as alpaca does."""
+    sources = write_three_sources(tmp_path, rows=24)
+    (tmp_path / "mine.yaml").write_text(f"defaults: [sft_tiny, _self_]\ndata:\n  sources: {sources}\n")
+    small = ("max_steps=16", "data.max_tokens=1400", "data.workers=0", "wandb.mode=disabled", "data.eval_fraction=0.1")
+    config = load_config([f"conf={tmp_path / 'mine.yaml'}", f"run_dir={tmp_path / 'run'}", *small], Machine(gpus=0))
+    assert train(config, evaluate=None) == 0
+    lines = metrics(tmp_path / "run")
+    learned = {name: [line["loss_of"][name] for line in lines if name in line["loss_of"]] for name in NAMES}
+    for name, losses in learned.items():
+        assert len(losses) >= 8, name
+        assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3]), name
+    assert set(losses_by_source(lines)) == set(NAMES)
+    assert (tmp_path / "run" / "curve.png").is_file()
