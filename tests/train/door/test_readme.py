@@ -50,6 +50,10 @@ def folder(tmp_path_factory) -> Path:
     row = json.dumps({"messages": turns, "images": ["cat.jpg"]})
     (folder / "my.jsonl").write_text(f"{row}\n{row}\n")
     (folder / "qa.csv").write_text("question,answer,picture\nWhat is this?,A cat.,cat.jpg\nHow many?,1,cat.jpg\n")
+    told = [{"instruction": f"Say {word}.", "output": word} for word in ("one", "two", "three", "four", "five") * 8]
+    (folder / "talks.json").write_text(json.dumps([{**row, "input": str(i)} for i, row in enumerate(told)]))
+    (mixture,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    (folder / "mix.yaml").write_text(mixture)
     (folder / "talk.json").write_text(json.dumps([*turns, {"role": "user", "content": "Are you sure?"}]))
     return folder
 
