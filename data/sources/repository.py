@@ -95,7 +95,8 @@ def open_folder(place: Place, config: str, split: str) -> list[Rows]:
     ]
     if _is_text(builder):
         return [open_file(file) for file in files]
-    fingerprint = _hash_of_files(place, files)
+    with damage(place.name, "folder"):
+        fingerprint = _hash_of_files(place, files)
     # Tables of pictures hold their absolute paths.
     key = _joined([fingerprint, str(place.path.resolve()), config, split])
 

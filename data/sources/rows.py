@@ -36,5 +36,5 @@ class Rows(Protocol):
         ...
 
     def content(self, index: int) -> bytes:
-        """Bytes that change when the row changes, for hashing."""
+        """Bytes that change when the row changes, for hashing; of a row that cannot be decoded too."""
         ...

@@ -1,6 +1,8 @@
 """JSON lines where they lie: encodings, line ends, row numbers, and one pass over the bytes."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from data.settings import SourceSettings
 from data.sources import lines
 from data.sources.lines import find_lines
 from data.sources.open import open_sources
+from tests.places import ROOT
 
 
 def open_one(path, cache=None):
@@ -86,3 +89,15 @@ def test_json_as_python_has_it(tmp_path):
     rows = open_one(path)
     assert rows[0] == {"a": 2}
     assert rows[1]["b"] != rows[1]["b"]
+
+
+def test_plain_json_waits_for_no_large_import(tmp_path):
+    """`datasets` takes seconds to import, and nothing of it reads plain JSON."""
+    (tmp_path / "a.jsonl").write_text('{"a": 1}')
+    script = (
+        "import sys\nfrom data.settings import SourceSettings\nfrom data.sources.open import open_sources\n"
+        "(rows,) = open_sources(SourceSettings(path=sys.argv[1]), cache=None)\n"
+        "assert rows[0] == {'a': 1}\n"
+        "assert not {'datasets', 'pandas', 'zstandard', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.jsonl")], cwd=ROOT, check=True, timeout=100)
