@@ -176,4 +176,4 @@ def _draw(config: TrainConfig, split: Literal["train", "test"]) -> tuple[SourceS
     shapes, folder = config.data.shapes, Path(config.run_dir, "data")
     count = shapes.train if split == "train" else shapes.test
     path = write_shapes(folder, task=shapes.task, split=split, count=count, seed=shapes.seed)
-    return (SourceSettings(path=str(path)),)
+    return (SourceSettings(path=str(path), name="drawn shapes"),)
