@@ -6,9 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data.boxes import COORDINATE_MAX, check_written_boxes, place_boxes
+from data.dataset import open_dataset
 from data.forms.table import find_form
+from data.images.reader import ImageReader
 from data.record import Record, RecordError, parse_record
 from data.settings import ReadSettings, SourceSettings
 from tests.places import NANO_BPE
@@ -192,6 +195,27 @@ def test_box_outside_its_picture(box):
 def test_arithmetic_may_leave_a_box_a_hair_outside():
     record = parse(row("<bbox>", {"bbox": [[-1e-6, 0, 640.0000001, 480]]}))
     assert answer_of(record) == "<|det|>[[0, 0, 999, 999]]<|/det|>"
+
+
+def test_pixels_are_those_that_the_model_sees(tmp_path):
+    """A photograph that lies on its side: boxes mean it upright with exif=rotate, and as it is stored otherwise."""
+    exif = Image.Exif()
+    exif[274] = 6  # orientation: turn it clockwise
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "a.jsonl").write_text(json.dumps(row("<bbox>", {"bbox": [[5, 10, 20, 40]]}, images=["a.jpg"])) + "\n")
+
+    def answer(exif_setting: str) -> str:
+        images = ImageReader(exif=exif_setting)
+        source = SourceSettings(path=str(tmp_path / "a.jsonl"))
+        opened = open_dataset(
+            [source], settings=ReadSettings(), tokenizer=TOKENIZER, candidates=((384, 384),), images=images, workers=1
+        )
+        record = opened.records[0]
+        return place_boxes(record, [images.size(image) for image in record.images])[-1].content
+
+    assert answer("rotate") == "<|det|>[[250, 250, 999, 999]]<|/det|>"
+    with pytest.raises(RecordError, match=r"objects\.bbox\[0\]: expected a box within the picture of 40 x 20 pixels"):
+        answer("ignore")
 
 
 @pytest.mark.parametrize(
