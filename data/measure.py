@@ -146,7 +146,7 @@ class _File:
         """What an earlier run measured of the rows as they are now, and of their pictures as they are now."""
         table = self.kept.load()
         if table is None:
-            older = list(self.kept.older())
+            older = self.kept.older()
             count = len(self.measurer.reader.rows)
             table = _found_again(self._row_keys(count, workers), older) if older else blank(count)
         return _unchanged(table, self.measurer.images, picture_root(self.measurer.reader.of.image_root), workers)

@@ -1,23 +1,26 @@
 """Remembers what was measured, in columns on disk, so that a second start measures only what is new or changed.
 
-A table holds a row for each row of one file; it lies under a name made of everything else that decides a size and of
-the file's content. When the content changed, the rows that stayed are found in the table of before by hashes of theirs.
+A table holds a row for each row of one file; its name is made of everything else that decides a size, of the file's
+content and of its place. When the content changed, the rows that stayed are found in the table of before by hashes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
+import tokenizers
 
 from data.images.reader import ImageReader
 from data.images.ref import picture_root
@@ -27,7 +30,7 @@ from vl2.tiles import Resolution
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 3  # raise it when sizes change, or when more is found wrong: what passed before is looked at again then
+_DECIDING = ("prompt", "tiles", "tokenizer")  # of vl2
 NOT_MEASURED = -1  # tokens of a row that was not, or that could not be used: it is looked at anew, as it may be mended
 GONE = bytes(16)  # state of a picture that cannot be had, which is looked at anew
 _TABLES_KEPT = 4096
@@ -131,51 +134,58 @@ class SizeTable:
             images: opens the pictures.
         """
         self.folder, self.reader = folder, reader
+        place = hash_key(os.path.join(reader.rows.folder, reader.rows.name).encode("utf-8", "surrogateescape"))
         self._decides = _decides(reader, candidates, images)
-        self._name = f"{self._decides}-{hash_key(reader.rows.fingerprint.encode()).hex()[:16]}.arrow"
+        self._content = f"{self._decides}-{hash_key(reader.rows.fingerprint.encode()).hex()[:16]}-"
+        self._place = f"-{place.hex()[:16]}.arrow"
 
     def load(self) -> pa.Table | None:
         """Return what was measured of a file with this very content: a row for each of its rows."""
-        if self.folder is None or not (self.folder / self._name).is_file():
-            return None
-        table = _read(self.folder / self._name)
-        if table is None or len(table) != len(self.reader.rows):
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(self.folder / self._name)  # the tables used last are kept
-        return self._here(table)
+        for path in self._by_age(self._content):
+            table = _read(path)
+            if table is not None and len(table) == len(self.reader.rows):
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # the tables used last are kept
+                return self._here(table)
+        return None
 
-    def older(self) -> Iterator[pa.Table]:
-        """Tables of other content under the same settings, the newest first: rows that stayed may be in one."""
-        if self.folder is None:
-            return
-        paths = [path for path in _by_age(self.folder) if path.name.startswith(f"{self._decides}-")]
-        for path in paths[:_OLDER_TRIED]:
-            table = _read(path) if path.name != self._name else None
-            if table is not None:
-                yield self._here(table)
+    def older(self) -> list[pa.Table]:
+        """Tables of other content under the same settings: rows that stayed may be in one.
+
+        Returns:
+            Those of a file at this place first, then the newest.
+        """
+        tables = map(_read, self._by_age(f"{self._decides}-")[:_OLDER_TRIED])
+        return [self._here(table) for table in tables if table is not None]
 
     def save(self, table: pa.Table) -> None:
         """Keep a table; the file is replaced whole, so a reader never sees half of it."""
         if self.folder is None:
             return
-        temporary = self.folder / f".{self._name}.{os.getpid()}"
+        path = self.folder / f"{self._content.removesuffix('-')}{self._place}"
+        temporary = self.folder / f".{path.name}.{os.getpid()}"
         table = table.replace_schema_metadata({"folder": str(self.reader.rows.folder)})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table.combine_chunks())
-            content = sink.getvalue()
             with temporary.open("wb") as file:
-                file.write(_head(content))
-                file.write(content)
-            os.replace(temporary, self.folder / self._name)
+                file.write(bytes(_HEAD_BYTES))
+                with pa.ipc.new_file(file, table.schema) as writer:
+                    writer.write_table(table)
+            with pa.memory_map(str(temporary)) as written:
+                head = _head(written.read_buffer()[_HEAD_BYTES:])
+            with temporary.open("r+b") as file:
+                file.write(head)
+            os.replace(temporary, path)
         except OSError as error:  # a read-only or full disk costs time in the next run, nothing else
-            logger.warning("size table %s cannot be written: %s", self.folder / self._name, error)
+            logger.warning("size table %s cannot be written: %s", path, error)
             with contextlib.suppress(OSError):
                 temporary.unlink()
         _forget_old(self.folder)
+
+    def _by_age(self, prefix: str) -> list[Path]:
+        """Tables whose names begin so: those of this place, then those used last."""
+        paths = [path for path in _by_age(self.folder) if path.name.startswith(prefix)] if self.folder else []
+        return sorted(paths, key=lambda path: not path.name.endswith(self._place))
 
     def _here(self, table: pa.Table) -> pa.Table:
         """Blank what names a picture by its place, when the file has been moved: the same name is another there."""
@@ -196,8 +206,18 @@ def _decides(reader: RecordReader, candidates: Sequence[Resolution], images: Ima
         del settings[name]
     of["image_root"] = picture_root(of["image_root"])
     of["columns"] = dict(of["columns"])
-    decides = [_VERSION, reader.tokenizer.fingerprint, list(candidates), repr(images), reader.form, of, settings]
+    decides = [_code(), reader.tokenizer.fingerprint, list(candidates), repr(images), reader.form, of, settings]
     return hash_key(json.dumps(decides, sort_keys=True).encode()).hex()[:16]
+
+
+@functools.cache
+def _code() -> str:
+    """Hash of the code that measures, ours and the libraries': what it finds today it may not have found before."""
+    digest = hashlib.blake2b(f"{tokenizers.__version__} {PIL.__version__}".encode(), digest_size=16)
+    data = Path(__file__).parent
+    for path in [*sorted(data.rglob("*.py")), *(data.parent / "vl2" / f"{name}.py" for name in _DECIDING)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> pa.Table | None:

@@ -1,9 +1,11 @@
 """Measuring: sizes are exact, remembered, and measured again when anything they depend on changed."""
 
 import dataclasses
+import gc
 import json
 import os
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 import data.measure
 import data.measurer
 from data.budget import Budget
+from data.dataset import Dataset, open_dataset
 from data.images.reader import DEFAULT_READER, ImageReader
 from data.measure import measure
 from data.measurer import Measurer
@@ -224,7 +227,7 @@ def test_changed_settings_measure_again(tmp_path, changed):
         settings, of = changed.pop("settings", ReadSettings()), changed.pop("of", {})
         reader = reader_of(tmp_path / "a.jsonl", [row()], settings, **of)
         options = {"candidates": CANDIDATES, "images": DEFAULT_READER, **changed}
-        return SizeTable(tmp_path, reader, **options)._name
+        return SizeTable(tmp_path, reader, **options)._content
 
     assert name_of() == name_of(settings=ReadSettings(on_bad_record="skip", max_bad=3), of={"limit": 5, "repeat": 2.0})
     assert name_of(**changed) != name_of()
@@ -237,7 +240,7 @@ def test_another_image_reader_measures_again(tmp_path):
 
     reader = reader_of(tmp_path / "a.jsonl", [row()])
     tables = [SizeTable(None, reader, candidates=(), images=Turned(turned=turned)) for turned in (False, True)]
-    assert tables[0]._name != tables[1]._name
+    assert tables[0]._content != tables[1]._content
 
 
 def test_damaged_table_is_measured_again(tmp_path, sizes, counted, caplog):
@@ -426,7 +429,7 @@ def test_files_are_measured_together(tmp_path, monkeypatch, counted):
         assert list(sizes_of(before)) == list(sizes_of(after))
 
 
-def test_few_pictures_to_decode_are_shared_out(tmp_path, monkeypatch):
+def test_few_pictures_to_decode_are_shared_out(tmp_path, monkeypatch, single_threaded_tokenizers):
     """A chunk of 512 rows was more than most sets of pictures have, and left all cores but one idle."""
     monkeypatch.setattr(data.measure, "_MIN_PARALLEL_DECODE", 8)
     shared = []
@@ -434,3 +437,57 @@ def test_few_pictures_to_decode_are_shared_out(tmp_path, monkeypatch):
     image = picture(tmp_path / "a.png")
     measure_one(reader_of(tmp_path / "a.jsonl", [row("x", image)] * 20, ReadSettings(verify="decode")), workers=2)
     assert [len(rows) for _, rows in shared[0]] == [3] * 6 + [2]
+
+
+def test_a_changed_file_among_many_finds_its_own_rows(tmp_path, counted):
+    """Of hundreds of shards the tables used last are those of other shards."""
+
+    def measured(shards: list[list]) -> list[int]:
+        del counted[:]
+        readers = [reader_of(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(shards)]
+        measurers = [
+            Measurer(reader=reader, candidates=CANDIDATES, images=DEFAULT_READER, budget=Budget()) for reader in readers
+        ]
+        measure(measurers, [len(reader.rows) for reader in readers], cache=tmp_path / "cache")
+        return list(counted)
+
+    shards = [[row(f"{i} {j}") for j in range(3)] for i in range(9)]
+    assert len(measured(shards)) == 27
+    shards[4].append(row("new"))
+    assert measured(shards) == [4]
+    assert measured(shards) == []
+
+
+def test_changed_code_measures_again(tmp_path, monkeypatch):
+    """A table of before a correction would keep what was wrong, or unseen, for ever."""
+    reader = reader_of(tmp_path / "a.jsonl", [row()])
+    before = SizeTable(None, reader, candidates=(), images=DEFAULT_READER)._content
+    monkeypatch.setattr("data.size_table._code", lambda: "other")
+    assert SizeTable(None, reader, candidates=(), images=DEFAULT_READER)._content != before
+
+
+@pytest.mark.slow
+def test_a_million_rows_are_no_million_objects(tmp_path):
+    """A record as an object takes more than a kilobyte, and was kept from the first start to the last step."""
+    text = json.dumps(row("some words")) + "\n"
+    (tmp_path / "a.jsonl").write_text(text * 20_000)
+
+    def open_again() -> Dataset:
+        source = SourceSettings(path=str(tmp_path / "a.jsonl"))
+        return open_dataset(
+            [source], settings=ReadSettings(), tokenizer=TOKENIZER, candidates=CANDIDATES, cache=tmp_path / "cache"
+        )
+
+    open_again()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        dataset = open_again()
+        for i in range(0, 20_000, 500):
+            assert dataset.records[i].row == i + 1
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(dataset.records) == len(dataset.sizes) == 20_000
+    assert held < 20_000 * 150  # bytes

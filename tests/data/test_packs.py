@@ -17,7 +17,7 @@ from data.settings import ReadSettings, SourceSettings
 from data.sizes import Sizes
 from tests.places import NANO_BPE
 from vl2.prompt import IGNORE, render
-from vl2.tiles import cut_tiles
+from vl2.tiles import cut_tiles, num_image_tokens
 from vl2.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(NANO_BPE)
@@ -200,3 +200,35 @@ def test_pack_that_differs_from_the_plan(opened):
     packs = build(dataclasses.replace(opened, sizes=sizes))
     with pytest.raises(RecordError, match=r"row 1, messages: planned as 16 tokens, 5 of them supervised, but built as"):
         [packs[i] for i in range(len(packs))]
+
+
+@pytest.fixture
+def grounded(tmp_path) -> Dataset:
+    """One row, whose picture has two boxes in pixels."""
+    write_data(tmp_path)
+    said = [
+        {"role": "user", "content": "<image>Where is <ref-object>?"},
+        {"role": "assistant", "content": "There: <bbox>"},
+    ]
+    objects = {"ref": ["the dog"], "bbox": [[70, 30, 350, 150]]}
+    path = tmp_path / "boxes.jsonl"
+    path.write_text(json.dumps({"messages": said, "images": ["0.png"], "objects": objects}) + "\n")
+    source = SourceSettings(path=str(path))
+    return open_dataset([source], settings=ReadSettings(), tokenizer=TOKENIZER, candidates=CANDIDATES)
+
+
+def test_boxes_are_written_for_the_picture_that_is_shown(grounded):
+    (batch,) = [build(grounded, packs_per_step=1)[0]]
+    text = TOKENIZER.decode(batch["input_ids"])
+    assert "<|ref|>the dog<|/ref|>" in text and "<bbox>" not in text
+    assert "<|det|>[[100, 100, 500, 500]]<|/det|>" in text
+    assert (batch["labels"] != IGNORE).sum() == grounded.sizes[0].supervised
+
+
+def test_boxes_on_a_picture_that_broke_keep_the_step(grounded):
+    """They cannot be written any more, and the sample must not become shorter than planned."""
+    Path(grounded.records[0].images[0].name).write_bytes(b"")
+    batch = build(grounded, packs_per_step=1, on_bad_record="skip", max_bad=1)[0]
+    assert len(batch["input_ids"]) == len(batch["labels"]) == grounded.sizes[0].tokens
+    assert (batch["labels"] == IGNORE).all()
+    assert (batch["input_ids"] == TOKENIZER.image_id).sum() == num_image_tokens(grounded.sizes[0].grids[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from data.record import Record
 from vl2.prompt import IMAGE_PLACEHOLDER
 
+_TRIED = 200  # records
 _LONGEST_PROMPT = 200  # characters; a longer one is no example
 
 
@@ -22,7 +24,7 @@ def next_commands(run_dir: str, records: Sequence[Record]) -> str:
             picture is taken, and without such a one nothing is asked.
     """
     lines = [["export", f"run={run_dir}"]]
-    for record in records:
+    for record in itertools.islice(records, _TRIED):  # each is read and parsed for it
         first = record.messages[0]
         prompt = first.content.removeprefix(IMAGE_PLACEHOLDER).strip()  # without a mark, the picture comes first
         if first.role != "user" or first.content.count(IMAGE_PLACEHOLDER) != 1 or "\n" in prompt:
