@@ -47,6 +47,20 @@ def losses_by_source(lines: Sequence[dict[str, Any]]) -> dict[str, tuple[np.ndar
     return found
 
 
+def ends_by_source(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Loss of each source of a mixture in the first quarter of its steps and in the last, of at most 20 steps each.
+
+    Args:
+        lines: of metrics.jsonl.
+    """
+    found = {}
+    for name in losses_by_source(lines):
+        of_source = [line for line in lines if name in line.get("loss_of", {})]
+        length = min(SMOOTHING_STEPS, max(1, len(of_source) // 4))
+        found[name] = [float(losses_by_source(part)[name][1][-1]) for part in (of_source[:length], of_source[-length:])]
+    return found
+
+
 def short_name(name: str) -> str:
     """A source's name, or its end where that is long: of a path the file."""
     return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"

@@ -21,7 +21,7 @@ def next_commands(run_dir: str, records: Sequence[Record]) -> str:
     Args:
         run_dir: as the user knows it.
         records: conversations, the held-out ones where there are any; the first with a short question about one
-            picture is taken, and without such a one nothing is asked.
+            picture that can be named is taken, and without such a one nothing is asked.
     """
     lines = [["export", f"run={run_dir}"]]
     for record in itertools.islice(records, _TRIED):  # each is read and parsed for it
@@ -29,8 +29,9 @@ def next_commands(run_dir: str, records: Sequence[Record]) -> str:
         prompt = first.content.removeprefix(IMAGE_PLACEHOLDER).strip()  # without a mark, the picture comes first
         if first.role != "user" or first.content.count(IMAGE_PLACEHOLDER) != 1 or "\n" in prompt:
             continue
-        if 0 < len(prompt) <= _LONGEST_PROMPT:
-            picture = _as_typed(Path(record.images[0].name))
+        image = record.images[0]
+        if 0 < len(prompt) <= _LONGEST_PROMPT and image.kind != "bytes":
+            picture = image.name if image.kind == "url" else _as_typed(Path(image.name))
             lines.append(["infer", f"model={run_dir}", f"image={picture}", f"prompt={prompt}"])
             break
     return "\n".join(f"  bash launch.sh {shlex.join(line)}" for line in lines)

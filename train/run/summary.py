@@ -9,7 +9,7 @@ from typing import Any
 
 from train.config.schema import TrainConfig
 from train.machine.memory import peak_memory_gb
-from train.run.curve import losses_by_source, read_metrics, short_name
+from train.run.curve import ends_by_source, read_metrics, short_name
 from train.run.report import pairs
 from train.store.checkpoints import checkpoint_path
 from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS
@@ -40,7 +40,7 @@ class Summary:
     peak_memory_gb: float  # of rank 0
     paths: dict[str, str | None]
     versions: dict[str, str]
-    loss_of: dict[str, list[float]] = field(default_factory=dict)  # source of a mixture -> first and last in the curve
+    loss_of: dict[str, list[float]] = field(default_factory=dict)  # source of a mixture -> at the start and at the end
 
     @staticmethod
     def from_format_1(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,7 +67,6 @@ def summarise(
     """
     run_dir = Path(config.run_dir)
     steps = len(history.losses)
-    logged = read_metrics(run_dir / METRICS)
     return Summary(
         recipe=config.recipe,
         rehearsal=config.rehearsal,
@@ -95,7 +94,7 @@ def summarise(
             "config": str(run_dir / CONFIG_FILE),
         },
         versions=versions(),
-        loss_of={name: [float(mean[0]), float(mean[-1])] for name, (_, mean) in losses_by_source(logged).items()},
+        loss_of=ends_by_source(read_metrics(run_dir / METRICS)),
     )
 
 

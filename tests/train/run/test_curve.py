@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.run.curve import draw_curve, losses_by_source, running_mean
+from train.run.curve import draw_curve, ends_by_source, losses_by_source, running_mean
 
 
 def test_running_mean():
@@ -52,6 +52,20 @@ def test_losses_by_source_are_means_of_tokens():
     assert steps.tolist() == [3, 6]
     assert mean == pytest.approx([8.0, (8.0 * 13 + 2.0 * 16) / 29])
     assert losses_by_source([{"step": 1, "loss": 2.0, "lr": 0.1}]) == {}
+
+
+def test_loss_of_a_source_at_both_ends():
+    """The first step may have learned from two tokens of a source; a quarter of its steps says more."""
+    lines = mixture(24)
+    ends = ends_by_source(lines)
+    assert ends["photos"] == pytest.approx(
+        [np.mean([4 / s for s in range(1, 7)]), np.mean([4 / s for s in range(19, 25)])]
+    )
+    lines[2]["loss_of"]["charts"], lines[23]["loss_of"]["charts"] = 9.0, 1.0
+    of_charts = [13, 16], [31, 34]  # tokens of the first two of eight steps, and of the last two
+    expected = [(9 * 13 + 8 * 16) / sum(of_charts[0]), (8 * 31 + 34) / sum(of_charts[1])]
+    assert ends_by_source(lines)["charts"] == pytest.approx(expected)
+    assert ends_by_source(lines[:2]) == {"photos": [4.0, 2.0]}
 
 
 def test_picture_names_the_sources(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What a run says can be typed next is what the command line reads."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -50,3 +51,27 @@ def test_a_short_question_about_one_picture_is_taken_or_none():
     assert next_commands("run", others) == "  bash launch.sh export run=run"
     good = record(("user", "<image>good?"), ("assistant", "Yes."), images=1)
     assert "prompt=good?" in next_commands("run", [*others, good])
+
+
+def test_a_picture_that_lies_in_the_table_cannot_be_typed():
+    """`infer 'image=bytes (18141 bytes)'` was printed as what can be typed."""
+
+    def shown(**image) -> str:
+        asked = record(("user", "<image>\nWhat?"), ("assistant", "A cat."), images=1)
+        return next_commands("run", [dataclasses.replace(asked, images=(ImageRef(**image),))])
+
+    assert "infer" not in shown(kind="bytes", name="bytes (18141 bytes)", data=b"x")
+    assert "image=https://example.org/cat.jpg" in shown(kind="url", name="https://example.org/cat.jpg")
+
+
+def test_not_every_row_is_read_for_an_example():
+    """Of a million rows of text each was read and parsed at the end of the run."""
+    read = []
+
+    def rows():
+        for i in range(10_000):
+            read.append(i)
+            yield record(("user", "What?"), ("assistant", "A cat."))
+
+    assert "infer" not in next_commands("run", rows())
+    assert len(read) <= 200
