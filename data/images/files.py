@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,8 +80,7 @@ def reading(name: str) -> Iterator[None]:
         name: what the picture is called in errors.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a large picture is no news here; a far too large one still raises
+        with _no_warnings():
             yield
     except ImageError:
         raise
@@ -89,6 +89,20 @@ def reading(name: str) -> Iterator[None]:
     except DAMAGE as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else shown(str(error)) or "damaged"
         raise ImageError(f"cannot read the image {shown(name)}: {text}") from error
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Say nothing of a large picture or of odd EXIF data; a far too large one still raises.
+
+    In the main thread only: filters are one list for all threads, and two that change it leave it changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _inside(path: Path, root: str) -> bool:

@@ -96,8 +96,11 @@ class ImageReader:
             except ImageError as error:
                 self.failed[address] = str(error)
 
-        with ThreadPoolExecutor(min(_FETCHED_TOGETHER, len(missing))) as threads:  # none is left when it ends: forks
+        threads = ThreadPoolExecutor(min(_FETCHED_TOGETHER, len(missing)))
+        try:
             list(threads.map(one, missing))
+        finally:  # no thread is left for a fork to meet; who interrupts waits for what is under way alone
+            threads.shutdown(cancel_futures=True)
 
     @contextmanager
     def _open(self, image: ImageRef) -> Iterator[BinaryIO]:

@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 import data.images.fetch as module
-from data.images.fetch import FetchLimits, fetch, is_public
+import data.images.web_address as web_address
+from data.images.fetch import FetchLimits, fetch
 from data.images.files import ImageError
 from data.images.reader import ImageReader
 from data.images.ref import ImageRef
+from data.images.web_address import is_public
 from tests.data.images.web import CERTIFICATE, Web
 
 QUICK = FetchLimits(connect_seconds=5, read_seconds=0.3, total_seconds=5, pause_seconds=0.01, max_bytes=200_000)
@@ -43,7 +45,7 @@ def reader(tmp_path) -> ImageReader:
 @pytest.fixture
 def home_is_public(monkeypatch):
     """127.0.0.1 stands for the Internet; everything else is as private as it is."""
-    monkeypatch.setattr(module, "is_public", lambda ip: ip == "127.0.0.1" or is_public(ip))
+    monkeypatch.setattr(web_address, "is_public", lambda ip: ip == "127.0.0.1" or is_public(ip))
 
 
 def ref(address: str) -> ImageRef:
@@ -208,6 +210,9 @@ def test_redirects(web, reader):
     web.answers["/1"] = lambda handler: handler.redirect("/2", 301)
     web.answers["/2"] = lambda handler: handler.redirect(web.url("/a.png"), 307)
     assert get(web, "/1") == picture()
+    web.answers["/%E7%8C%AB.png"] = web.answers["/a.png"]
+    web.answers["/cat"] = lambda handler: handler.redirect("/猫.png".encode().decode("latin-1"))
+    assert get(web, "/cat") == picture()
     web.answers["/loop"] = lambda handler: handler.redirect("/loop")
     with pytest.raises(ImageError, match=rf"cannot fetch {web.url('/loop')}: more than 5 redirects"):
         reader.size(ref(web.url("/loop")))
@@ -356,6 +361,31 @@ def test_too_many_bytes(web):
         get(web, "/long")
     with pytest.raises(ImageError, match=r"cannot fetch .*/endless: expected at most 200000 bytes, found more"):
         get(web, "/endless")
+
+
+@pytest.mark.parametrize(
+    ("size", "problem"),
+    [
+        (b"-1", "expected at most 200000 bytes, found more"),
+        (b"-5", "read length must be non-negative"),
+        (b"xyz", "IncompleteRead"),
+        (b"fffffff", "expected at most 200000 bytes, found more"),
+    ],
+)
+def test_chunks_of_impossible_sizes(web, size, problem):
+    """http.client reads a chunk of -1 bytes to its end: a server that has none filled the memory."""
+
+    def in_chunks(handler):
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(size + b"\r\n")
+        while not handler.server.ending.is_set():
+            handler.wfile.write(b"x" * 100_000)
+
+    web.answers["/x"] = in_chunks
+    with pytest.raises(ImageError, match=f"cannot fetch .*/x: {problem}"):
+        get(web, "/x")
 
 
 def test_a_page_in_place_of_a_picture(web, reader):

@@ -4,6 +4,8 @@ import io
 import os
 import socket
 import struct
+import threading
+import warnings
 import zlib
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data.images.files import ImageError
+from data.images.files import ImageError, reading
 from data.images.reader import ImageReader
 from data.images.ref import ImageRef
 
@@ -148,6 +150,24 @@ def test_palette_that_is_missing(tmp_path, noise):
     (tmp_path / "a.png").write_bytes(data[:start] + data[end:])
     with pytest.raises(ImageError, match=r"cannot read the image .*a\.png"):
         decode(tmp_path / "a.png")
+
+
+def test_threads_leave_the_filters_of_warnings_alone():
+    """They are one list for all threads: two that opened pictures at once left every later warning unsaid."""
+    before = list(warnings.filters)
+    inside, end = threading.Event(), threading.Event()
+
+    def look() -> None:
+        with reading("a.png"):
+            inside.set()
+            end.wait(10)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    assert inside.wait(10)
+    assert warnings.filters == before
+    end.set()
+    thread.join()
 
 
 def test_jpeg_segment_without_length_is_truncated(tmp_path):

@@ -117,7 +117,7 @@ def test_an_address_that_cannot_be_used(tmp_path, web, path, problem):
 def test_a_private_network_is_not_asked(tmp_path, web, path, monkeypatch):
     """Neither by a redirect of a public address nor at once."""
     public = path == "/inside.jpg"  # 127.0.0.1 stands for a public address then
-    monkeypatch.setattr("data.images.fetch.is_public", lambda ip: public and ip == "127.0.0.1")
+    monkeypatch.setattr("data.images.web_address.is_public", lambda ip: public and ip == "127.0.0.1")
     (tmp_path / "good.png").write_bytes(photograph())
     rows = [row("good.png"), row(web.url(path)), row("good.png")]
     problem = "in a private or local network; with data.allow_private_urls=true such addresses are fetched"

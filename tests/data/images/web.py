@@ -47,6 +47,7 @@ class Web(ThreadingHTTPServer):
     """The server; `answers` holds what each path does, `asked` the paths and hosts that were asked for."""
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, *, secure: bool = False):
         super().__init__(("127.0.0.1", 0), Handler)
