@@ -1,5 +1,8 @@
 """Copies of the goldens' models, for tests that read a model folder or write into one."""
 
+import errno
+import fcntl
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +25,22 @@ def golden_folder(tmp_path_factory) -> Callable[[str], Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def nfs(monkeypatch) -> list[str]:
+    """A file system that locks only what is open for writing, as NFS does; the files that were locked."""
+    flock, locked = fcntl.flock, []
+
+    def strict(file, operation):
+        number = file if isinstance(file, int) else file.fileno()
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        locked.append(os.readlink(f"/proc/self/fd/{number}"))
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", strict)
+    return locked
 
 
 @pytest.fixture

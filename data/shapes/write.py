@@ -7,6 +7,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -225,9 +226,7 @@ def _manifest(folder: Path) -> dict | None:
 
 def _put(unfinished: Path, target: Path, arguments: dict) -> None:
     """Give the finished folder its name; if another process was faster with the same arguments, its folder stays."""
-    parent = os.open(target.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(parent, fcntl.LOCK_EX)  # released when the descriptor is closed
+    with _locked(target.parent):
         if _manifest(target) == arguments:
             return
         if target.exists():
@@ -235,5 +234,20 @@ def _put(unfinished: Path, target: Path, arguments: dict) -> None:
             os.rename(target, outdated)
             shutil.rmtree(outdated)
         os.rename(unfinished, target)
-    finally:
-        os.close(parent)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, a file in it that is removed at the end; nothing where there are no locks."""
+    path, held = folder / ".lock", False
+    while not held:
+        with open(path, "ab") as lock:  # for appending: NFS locks only what is open for writing
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed
+            with suppress(FileNotFoundError):  # its last holder removed it between our two calls
+                held = os.path.samestat(os.fstat(lock.fileno()), path.stat())
+            if held:
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)

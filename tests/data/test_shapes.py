@@ -262,6 +262,13 @@ def test_several_processes_may_write_at_once(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["test"]
 
 
+def test_shapes_on_nfs(tmp_path, nfs):
+    """It locked the folder itself, which can only be opened for reading: there every rehearsal failed."""
+    write_shapes(tmp_path, task="chinese", split="test", count=2, seed=1)
+    assert nfs == [str(tmp_path / ".lock")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test"]
+
+
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "mine.txt").write_text("keep")

@@ -186,7 +186,7 @@ def ask_run(
 def main(arguments: list[str]) -> int:
     """Entry script."""
     config = load_eval_config(arguments)
-    use_device(config.device)
+    use_device(config.device, tf32=config.tf32)
     check_predictions(Path(config.out))
     loaded = load(config.model, config.precision, config.base, config.check)
     loaded = dataclasses.replace(loaded, images=image_reader(config.data, exif=loaded.images.exif))

@@ -32,7 +32,7 @@ from vl2.tokenizer import Tokenizer
 def main(arguments: list[str]) -> int:
     """Entry script."""
     config = load_infer_config(arguments)
-    use_device(config.device)
+    use_device(config.device, tf32=config.tf32)
     if config.draw:
         check_drawing(Path(config.draw), len(config.image))
     check_images(config.image)

@@ -17,6 +17,7 @@ from train.ask.model_memory import check_inference, inference_memory
 from train.ask.note import note
 from train.ask.processor import exif_in_force, resolutions_in_force
 from train.ask.source import Source, find_source
+from train.machine.devices import check_precision
 from train.store.hub import resolve_model
 from train.store.names import WEIGHTS_FILE
 from vl2.checkpoint.fingerprint import model_fingerprint, stored_fingerprint
@@ -61,14 +62,17 @@ def load(folder: str | Path, precision: str = "auto", base: str = "", check: str
         check: "full" reads the whole base before, where it has a manifest.
 
     Raises:
-        UserError: see `resolve_model`, `find_source` and `load_model`; an adapter of another base.
+        UserError: see `resolve_model`, `find_source` and `load_model`; an adapter of another base; a precision that
+            the GPU does not have.
     """
     if known := published(folder):  # before it is fetched
         wanted = DTYPE_OF_SETTING.get(precision, "bfloat16")
+        check_precision(wanted)
         check_inference(folder, VL2Config.from_folder(known.config.parent), wanted)
     source = find_source(resolve_model(folder), base, checksums=check == "full")
     opened = open_folder(source.base)
     dtype = DTYPE_OF_SETTING[precision] if precision != "auto" else stored_dtype(opened)
+    check_precision(dtype)
     check_inference(source.base, opened.config, dtype)
     model = load_base(source, opened, dtype)
     if source.kind == "adapter":

@@ -20,6 +20,7 @@ MODEL_DOC = "Folder of a base model, a run, an adapter (PEFT's too) or an export
 BASE_DOC = "Base model of a run or an adapter, where it does not name it or it lies elsewhere now."
 # One for infer, eval and runs: an answer that one of them cuts and another does not looks like another model.
 MAX_NEW_TOKENS = 512
+TF32_DOC = "On a GPU from Ampere on: multiply float32 in TF32, which keeps 3 digits of 7; faster with precision=fp32."
 CHECK_DOC = "What is read of a model that has a manifest (an export) before it is used; adapters are read as a whole."
 NANO = ROOT / "vl2" / "nano"
 
@@ -143,6 +144,7 @@ class TrainConfig:
         8, "Batch size over all processes, which must divide it.", unit="packs", low=1, high=65536
     )
     precision: str = key("bf16", "Frozen weights and, on a GPU, compute.", choices=PRECISIONS)
+    tf32: bool = key(False, TF32_DOC)
     recompute: int = key(
         1, "Forget activations and compute them again: 0 none, n every n-th layer.", unit="layers", low=0, high=1000
     )
@@ -207,6 +209,7 @@ class InferConfig:
     top_p: float = key(1.0, "Sample from the likeliest tokens that add up to this.", low=0.001, high=1)
     max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
     precision: str = key("auto", "auto: as the weights are stored.", choices=("auto", *PRECISIONS))
+    tf32: bool = key(False, TF32_DOC)
     json: bool = key(False, "Print one JSON object: ids, text, timing.")
     seed: int = key(42, "Seed of the sampling.", low=0, high=LAST_SEED)
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)
@@ -224,4 +227,5 @@ class EvaluateConfig:
     limit: int | None = key(None, "Take only the first rows.", unit="rows", low=1, high=MANY)
     max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
     precision: str = key("auto", "auto: as the weights are stored.", choices=("auto", *PRECISIONS))
+    tf32: bool = key(False, TF32_DOC)
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)

@@ -16,6 +16,8 @@ from train.config.conf_files import ROOT
 from train.config.fields import did_you_mean
 from train.door import help
 from train.machine.devices import choose_device, find_machine, physical_cores
+from train.machine.disk import shared_memory_room
+from train.machine.memory import gigabytes
 from vl2.errors import UserError
 
 LOADERS: dict[str, Callable[[Sequence[str]], Any]] = {
@@ -35,6 +37,8 @@ MODULES = {
 BENCHMARKS = ("data", "images", "launches", "packing", "random_checkpoint", "step")  # tests/bench/NAME.py
 VERBS = (*LOADERS, "config", "test", "bench", "help")
 HELP = ("-h", "--help")
+# What NCCL wants of /dev/shm at the least for the cards of one machine; its manual asks for 1 GB.
+NCCL_SHARED_BYTES = 2**29
 # Of third parties, at import time; what this repository warns of is never among it.
 QUIET = (
     "ignore:No ccache found:UserWarning",
@@ -79,9 +83,10 @@ def prepare(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, s
     settings = LOADERS[verb](arguments)
     work = ["-u", "-m", "train.door.cli", MODULES[verb], *arguments]
     device = choose_device(settings.device, machine)
+    tf32 = getattr(settings, "tf32", False)  # an export has no such key: it is verified in float32
     if verb == "dryrun" or not isinstance(settings, schema.TrainConfig):
-        return [sys.executable, *work], child_environment(os.environ, 1)
-    environ = child_environment(os.environ, settings.nproc)
+        return [sys.executable, *work], child_environment(os.environ, 1, tf32=tf32)
+    environ = child_environment(os.environ, settings.nproc, tf32=tf32)
     if settings.nproc * settings.nnodes == 1:
         return [sys.executable, *work], environ
     log = Path(settings.run_dir, "log")
@@ -92,6 +97,8 @@ def prepare(verb: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, s
     if device == "gpu":
         cards = machine.visible or tuple(str(card) for card in range(machine.gpus))
         launcher += ["--devices", ",".join(cards[: settings.nproc])]
+        if settings.nproc > 1:
+            spare_shared_memory(environ, shared_memory_room())
     if settings.nnodes > 1:
         launcher += ["--nnodes", str(settings.nnodes), "--master", settings.master, "--rank", str(settings.rank)]
     return [sys.executable, *launcher, sys.executable, *work], environ
@@ -110,9 +117,36 @@ def prepare_benchmark(arguments: Sequence[str]) -> tuple[list[str], dict[str, st
     return [sys.executable, *work], child_environment(os.environ, 1)
 
 
-def child_environment(environ: Mapping[str, str], num_processes: int) -> dict[str, str]:
-    """The environment of the work: threads shared out, known noise of third parties off; what is set stays."""
+def spare_shared_memory(environ: dict[str, str], room: int | None) -> None:
+    """Makes NCCL go without shared memory where there is too little, and says so: it would die of SIGBUS.
+
+    Args:
+        environ: of the processes, changed in place.
+        room: free bytes of /dev/shm.
+    """
+    if room is None or room >= NCCL_SHARED_BYTES or "NCCL_SHM_DISABLE" in environ:
+        return
+    environ["NCCL_SHM_DISABLE"] = "1"
+    print(
+        f"note: /dev/shm has {gigabytes(room)} free: the GPUs talk without shared memory (NCCL_SHM_DISABLE=1), which "
+        "is slower where they cannot reach each other directly; start the container with --shm-size=1g",
+        file=sys.stderr,
+    )
+
+
+def child_environment(environ: Mapping[str, str], num_processes: int, *, tf32: bool = False) -> dict[str, str]:
+    """The environment of the work: threads shared out, known noise of third parties off; what is set stays.
+
+    Args:
+        environ: ours.
+        num_processes: that share the cores.
+        tf32: whether NVIDIA's libraries may multiply float32 in TF32.
+    """
     child = dict(environ)
+    child.pop("NVIDIA_TF32_OVERRIDE", None)
+    if not tf32:
+        child["NVIDIA_TF32_OVERRIDE"] = "0"
+    child.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's numbers; CUDA alone puts the fastest card first
     child.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_processes)))
     child.setdefault("GLOG_minloglevel", "1")  # no INFO lines of Paddle's C++
     child["PYTHONWARNINGS"] = ",".join([*QUIET, *filter(None, [environ.get("PYTHONWARNINGS")])])

@@ -1,4 +1,4 @@
-"""Free disk: whether what is to be written fits."""
+"""Free disk, shared memory included: whether what is to be written fits."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ def check_disk(target: Path, num_bytes: int, what: str) -> None:
             f"{target}: no room on the disk: {what} takes {gigabytes(num_bytes)}, {gigabytes(free)} are free; "
             "free some, or give a folder on another disk"
         )
+
+
+def shared_memory_room(folder: Path = Path("/dev/shm")) -> int | None:
+    """Free bytes of the system's shared memory, which Docker cuts to 64 MB; None where there is none."""
+    return shutil.disk_usage(folder).free if folder.is_dir() else None
 
 
 def is_full(problem: OSError) -> bool:

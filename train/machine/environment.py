@@ -5,6 +5,7 @@ Standard library only.  Progress goes to stderr; stdout holds one line, the inte
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -14,9 +15,9 @@ import shutil
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements.lock"
@@ -53,6 +54,28 @@ def nvidia_smi(*arguments: str) -> str | None:
 def driver_report() -> str | None:
     """The table that nvidia-smi prints, None without a working driver; asked once a process, as it may take seconds."""
     return nvidia_smi()
+
+
+@functools.cache
+def card_listing() -> str | None:
+    """What `nvidia-smi -L` prints, None without a working driver; asked once a process."""
+    return nvidia_smi("-L")
+
+
+def driver_problem() -> str:
+    """Why nvidia-smi tells nothing, and what mends it."""
+    if not shutil.which("nvidia-smi"):
+        return (
+            "nvidia-smi is missing: in a container start it with -e NVIDIA_DRIVER_CAPABILITIES=compute,utility, "
+            "else install the NVIDIA driver with its utilities"
+        )
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        said = str(problem)
+    else:
+        said = (done.stderr + done.stdout).strip() or f"exit code {done.returncode}"
+    return f"nvidia-smi fails ({said.splitlines()[0]}): reload the NVIDIA driver, or restart the machine"
 
 
 def paddle_build(driver: str | None, capabilities: str | None = None) -> str:
@@ -99,7 +122,7 @@ def paddle_wheel(build: str) -> list[str]:
 def active_faults() -> list[str]:
     """What the active Python lacks, or has in another version than the lock (VENV=none)."""
     pins, direct = read_lock()
-    faults = []
+    faults = [TWO_PADDLES] if has_two_paddles() else []
     for name in sorted(direct):
         wanted = " or ".join(sorted(pins[name]))
         if name in ("pip", "setuptools"):  # any will do; the lock names them because Paddle imports them
@@ -112,6 +135,14 @@ def active_faults() -> list[str]:
         elif installed(name) not in pins[name]:
             faults.append(f"{name}: needs {wanted}, found {installed(name) or 'none'}")
     return faults
+
+
+TWO_PADDLES = "paddlepaddle and paddlepaddle-gpu are both installed, and each has overwritten files of the other"
+
+
+def has_two_paddles() -> bool:
+    """Whether the CPU and the GPU build are both installed here: they share the folder paddle/."""
+    return None not in (installed("paddlepaddle"), installed("paddlepaddle-gpu"))
 
 
 def installed(package: str) -> str | None:
@@ -129,8 +160,7 @@ def ensure(folder: Path) -> Path:
     again, and compared first, so that nothing else happens while the lock stays the same.
     """
     python, stamp = folder / "bin" / "python", folder / "installed.txt"
-    with open_lock() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two launches at once the second waits here and finds the stamp
+    with locked(folder):  # of two launches at once the second waits here and finds the stamp
         build = detect_build()
         wanted = f"{hashlib.sha256(LOCK.read_bytes()).hexdigest()} {build}\n"
         found = stamp.read_text() if stamp.is_file() else ""
@@ -146,12 +176,21 @@ def ensure(folder: Path) -> Path:
     return python
 
 
-def open_lock() -> BinaryIO:
-    """The lock file, to be locked: open for writing where we may, as NFS asks for it."""
-    try:
-        return open(LOCK, "r+b")
-    except OSError:  # read-only
-        return open(LOCK, "rb")
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Waits for the lock of a folder, the file FOLDER.lock beside it.
+
+    NFS locks only what is open for writing.  Where nothing can be written, or the file system has no locks, it goes on
+    without: then a complete environment is only read, or launches at once are the user's to avoid.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(f"{folder}.lock", "ab"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as problem:
+            say(f"warning: {folder}.lock: not locked ({problem.strerror}); start nothing else until this one is set up")
+        yield
 
 
 def create(folder: Path) -> None:

@@ -21,7 +21,7 @@ from train.ask.model_memory import inference_memory
 from train.ask.source import check_model, check_trained
 from train.config.load import load_config
 from train.config.schema import TrainConfig
-from train.machine.devices import use_device
+from train.machine.devices import check_precision, use_device
 from train.machine.memory import gigabytes
 from train.page.page import make_page, write_page
 from train.page.sources import source_facts, unread_notes
@@ -36,6 +36,7 @@ from vl2.adapter.folder import open_adapter
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
+from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.lora import GroupReport
 from vl2.parameters import build_model
@@ -127,6 +128,7 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
     folder = attempt(lambda: open_folder(resolve_model(config.model.path, weights=False)))
     model = folder.config if folder else VL2Config.from_folder(known.config.parent) if known else None
     counted = None
+    attempt(lambda: check_precision(DTYPE_OF_SETTING[config.precision]))
     if model:
         sharing = 1 if paddle.get_device().startswith("gpu") else config.nproc
         attempt(lambda: check_training(config, model, sharing))

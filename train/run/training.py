@@ -28,7 +28,7 @@ from train.ask.source import Source, check_model, check_trained
 from train.config.compose import to_yaml
 from train.config.load import check_divides, load_config, rehearsal_notice
 from train.config.schema import TrainConfig
-from train.machine.devices import use_device
+from train.machine.devices import check_precision, use_device
 from train.page.page import make_page, write_page
 from train.page.sources import unread_notes
 from train.run.barrier import barrier
@@ -58,6 +58,7 @@ from train.store.run_state import History, Identity
 from train.store.versions import versions
 from train.store.whole_folder import write_folder
 from vl2.checkpoint.fingerprint import model_fingerprint
+from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.lora import VL2LoRAModel
 
 Built = TypeVar("Built")
@@ -113,7 +114,8 @@ def train(
         UserError: anything wrong with the input; nothing in run_dir was overwritten then.
         FloatingPointError: when the loss or a gradient is not finite.
     """
-    use_device(config.device)
+    use_device(config.device, tf32=config.tf32)
+    check_precision(DTYPE_OF_SETTING[config.precision])
     _quieten()
     if dist.get_world_size() > 1 and not dist.is_initialized():
         dist.init_parallel_env()

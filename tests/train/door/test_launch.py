@@ -166,7 +166,8 @@ def test_mistake_is_one_line_and_exit_code_2(arguments, message):
 def test_gpu_that_paddle_cannot_use_is_an_error_and_no_rehearsal(tmp_path):
     smi = tmp_path / "nvidia-smi"
     smi.write_text(
-        '#!/bin/sh\ncase "$1" in --query*) echo 8.0;; *) echo "CUDA Version: 12.6 | A100 00000000:65:00.0 |";; esac\n'
+        '#!/bin/sh\ncase "$1" in -L) echo "GPU 0: NVIDIA A100 (UUID: GPU-5d5b)";;\n'
+        '--query*) echo 8.0;; *) echo "CUDA Version: 12.6";; esac\n'
     )
     smi.chmod(0o755)
     refused = door("config", "conf=sft_tiny", path=str(tmp_path))
@@ -234,6 +235,37 @@ def test_processes_share_the_cores(monkeypatch):
     assert launch.child_environment({}, 2)["OMP_NUM_THREADS"] == "4"
     assert launch.child_environment({}, 16)["OMP_NUM_THREADS"] == "1"
     assert launch.child_environment({"OMP_NUM_THREADS": "3"}, 2)["OMP_NUM_THREADS"] == "3"
+
+
+def test_float32_is_exact_and_cards_are_numbered_as_by_nvidia_smi():
+    """cublasLt does not look at Paddle's switch for TF32; and CUDA alone gives number 0 to the fastest card."""
+    assert launch.child_environment({}, 1)["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert launch.child_environment({"NVIDIA_TF32_OVERRIDE": "1"}, 1)["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert "NVIDIA_TF32_OVERRIDE" not in launch.child_environment({"NVIDIA_TF32_OVERRIDE": "0"}, 1, tf32=True)
+    assert launch.child_environment({}, 1)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert launch.child_environment({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, 1)["CUDA_DEVICE_ORDER"] == "FASTEST_FIRST"
+
+
+@pytest.mark.parametrize("verb", ["train", "infer", "eval"])
+def test_tf32_is_for_who_asks(verb, machine):
+    machine(Machine(gpus=0))
+    arguments = {"train": ["conf=sft_tiny"], "infer": ["model=m", "prompt=p"], "eval": ["model=m", "data.path=d"]}[verb]
+    assert launch.prepare(verb, arguments)[1]["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert "NVIDIA_TF32_OVERRIDE" not in launch.prepare(verb, [*arguments, "tf32=true"])[1]
+    assert launch.prepare("export", ["run=r"])[1]["NVIDIA_TF32_OVERRIDE"] == "0"
+
+
+def test_little_shared_memory_is_not_used(machine, tmp_path, monkeypatch, capsys):
+    """Docker gives 64 MB of /dev/shm, which NCCL overruns with several cards."""
+    machine(Machine(gpus=2, driver="", gpu_paddle=True))
+    arguments = ["conf=sft_tiny", f"run_dir={tmp_path}"]
+    monkeypatch.setattr(launch, "shared_memory_room", lambda: 64 * 2**20)
+    assert launch.prepare("train", arguments)[1]["NCCL_SHM_DISABLE"] == "1"
+    assert "note: /dev/shm has 67.1 MB free" in (said := capsys.readouterr().err) and "--shm-size=1g" in said
+    assert "NCCL_SHM_DISABLE" not in launch.prepare("train", [*arguments, "nproc=1"])[1]  # one card talks to nobody
+    monkeypatch.setattr(launch, "shared_memory_room", lambda: 2**30)
+    assert "NCCL_SHM_DISABLE" not in launch.prepare("train", arguments)[1]
+    assert capsys.readouterr().err == ""
 
 
 def test_only_known_noise_is_quiet():

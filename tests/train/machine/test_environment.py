@@ -1,5 +1,6 @@
 """Which Paddle is installed, and when. Nothing is downloaded: `create` and `install` are replaced."""
 
+import errno
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -44,12 +45,25 @@ def test_cards_are_asked_for_where_they_decide(monkeypatch):
     assert (environment.detect_build(), len(asked)) == ("cu126", 1)
 
 
-def test_the_lock_is_open_for_writing(log):
-    """NFS refuses to lock a file that is open for reading only; the file itself stays as it is."""
+def test_setting_up_on_nfs(log, tmp_path, nfs):
+    """NFS refuses to lock what is open for reading only, and a checkout's files may not be ours to write."""
+    environment.LOCK.chmod(0o444)
     before = environment.LOCK.read_bytes()
-    with environment.open_lock() as lock:
-        assert lock.writable()
+    environment.ensure(tmp_path / "venv")
+    assert nfs == [str(tmp_path / "venv.lock")]
     assert environment.LOCK.read_bytes() == before
+    assert log
+
+
+def test_setting_up_without_locks(log, tmp_path, monkeypatch, capsys):
+    """Lustre without -o flock, and folders that nobody may write to: the environment is made all the same."""
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(environment.fcntl, "flock", no_locks)
+    assert environment.ensure(tmp_path / "venv").exists()
+    assert "venv.lock: not locked (Function not implemented)" in capsys.readouterr().err
 
 
 def test_lock_pins_what_the_repository_needs():
@@ -147,7 +161,7 @@ def test_active_python_that_fits():
 
 
 def test_active_python_that_does_not_fit(monkeypatch):
-    found = {"paddlepaddle-gpu": "3.2.0", "paddlenlp": None, "numpy": "2.1.0"}
+    found = {"paddlepaddle-gpu": "3.2.0", "paddlepaddle": None, "paddlenlp": None, "numpy": "2.1.0"}
     real = environment.installed
     monkeypatch.setattr(environment, "installed", lambda name: found[name] if name in found else real(name))
     faults = environment.active_faults()
