@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -28,6 +29,11 @@ class JsonRows:
         self.name, self.folder, self.fingerprint = name, folder, fingerprint
         self._spans = spans
         self._file = path.open("rb", buffering=0)  # the rows stay readable where the file is replaced by another
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Open the file once more in a worker that is no fork of this process, as on macOS."""
+        again = functools.partial(JsonRows, name=self.name, folder=self.folder, fingerprint=self.fingerprint)
+        return again, (Path(self._file.name), self._spans)
 
     def __len__(self) -> int:
         return len(self._spans)

@@ -1,93 +1,25 @@
-"""Measuring: sizes are exact, remembered, and measured again when anything they depend on changed."""
+"""Measuring: sizes are exact, and the first bad row is said, whatever measures it."""
 
-import dataclasses
-import gc
-import json
 import os
 import random
-import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import paddle
 import pytest
-from PIL import Image
 
 import data.measure
 import data.measurer
 from data.budget import Budget
-from data.dataset import Dataset, open_dataset
-from data.images.reader import DEFAULT_READER, ImageReader
+from data.images.reader import DEFAULT_READER
 from data.measure import measure
 from data.measurer import Measurer
 from data.record import BadRecords, RecordError
-from data.records import RecordReader
-from data.settings import ReadSettings, SourceSettings
-from data.size_table import NOT_MEASURED, SizeTable, column, sizes_of
+from data.settings import ReadSettings
+from data.size_table import sizes_of
 from data.sizes import Size
-from data.sources.open import open_sources
-from tests.places import NANO_BPE
+from tests.data.measuring import CANDIDATES, TOKENIZER, measure_one, picture, reader_of, row
 from vl2.prompt import IGNORE, render
 from vl2.tiles import limit_candidates, num_image_tokens, tile_grid
-from vl2.tokenizer import Tokenizer
-
-TOKENIZER = Tokenizer.from_folder(NANO_BPE)
-CANDIDATES = ((384, 384), (384, 768), (768, 384), (768, 768), (384, 1152), (1152, 384))
-
-
-def row(question: str = "Hi", *images: Path | str) -> dict:
-    """A row; the id of the conversation is no part of what it says."""
-    said = [("user", "<image>" * len(images) + question), ("assistant", "Hello.")]
-    messages = [{"role": role, "content": content} for role, content in said]
-    return {"messages": messages, "images": [str(image) for image in images]}
-
-
-def picture(path: Path, size=(700, 300)) -> Path:
-    Image.new("RGB", size, (9, 9, 9)).save(path)
-    return path
-
-
-def reader_of(path: Path, rows: list, settings=ReadSettings(), **source) -> RecordReader:  # noqa: B008
-    """Write rows to a file, and open it."""
-    lines = [one if isinstance(one, str) else json.dumps(one) for one in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    of = SourceSettings(path=str(path), **source)
-    (opened,) = open_sources(of, cache=None)
-    return RecordReader(rows=opened, of=of, settings=settings, tokenizer=TOKENIZER)
-
-
-def measure_one(reader: RecordReader, candidates=CANDIDATES, *, limit=None, budget=Budget(), **options):  # noqa: B008
-    """(table, indices of usable rows) of one file."""
-    measurer = Measurer(reader=reader, candidates=tuple(candidates), images=DEFAULT_READER, budget=budget)
-    (found,) = measure([measurer], [len(reader.rows) if limit is None else limit], **options)
-    return found
-
-
-@pytest.fixture
-def sizes(tmp_path):
-    """Measure rows written to a file; None for a row that cannot be used."""
-
-    def sizes(rows: list, *, candidates=CANDIDATES, settings=ReadSettings(), of=None, **options):  # noqa: B008
-        reader = reader_of(tmp_path / "a.jsonl", rows, settings, **(of or {}))
-        table, kept = measure_one(reader, candidates, **options)
-        found = sizes_of(table)
-        return [found[i] if i in kept else None for i in range(len(rows))]
-
-    return sizes
-
-
-@pytest.fixture
-def counted(monkeypatch) -> list[int]:
-    """Numbers of the rows that were measured instead of found in the table."""
-    rows: list[int] = []
-    original = Measurer.measure
-
-    def count(self, indices, **options):
-        rows.extend(self.reader.rows.number(int(i)) for i in indices)
-        return original(self, indices, **options)
-
-    monkeypatch.setattr(Measurer, "measure", count)
-    return rows
 
 
 def test_size_is_that_of_the_rendered_conversation(tmp_path, sizes):
@@ -155,127 +87,6 @@ def test_third_image_shows_all_uncropped(tmp_path, sizes):
     a = picture(tmp_path / "a.png")
     (size,) = sizes([row("x", a, a, a)])
     assert size.grids == ((1, 1),) * 3
-
-
-def test_second_run_measures_nothing(tmp_path, sizes, counted):
-    rows = [row(), row("x", picture(tmp_path / "a.png"))]
-    first = sizes(rows, cache=tmp_path / "cache")
-    assert sizes(rows, cache=tmp_path / "cache") == first
-    assert counted == [1, 2]
-
-
-def test_added_rows_alone_are_measured(tmp_path, sizes, counted):
-    rows = [row(f"question {i % 90}", *[picture(tmp_path / "a.png")] * (i % 3)) for i in range(100)]
-    before = sizes(rows, cache=tmp_path / "cache")
-    del counted[:]
-    after = sizes([*rows[50:], *(row(f"new {i}") for i in range(10)), *rows[:50]], cache=tmp_path / "cache")
-    assert counted == list(range(51, 61))
-    assert after[:50] + after[60:] == before[50:] + before[:50]
-    assert after == sizes([*rows[50:], *(row(f"new {i}") for i in range(10)), *rows[:50]])
-
-
-def test_rows_are_found_again_wherever_their_file_lies(tmp_path, counted):
-    """A text means the same in every folder; a picture's name does not."""
-    for folder in ("here", "there"):
-        (tmp_path / folder).mkdir()
-    picture(tmp_path / "here" / "a.png"), picture(tmp_path / "there" / "a.png", (300, 700))
-    found = []
-    for folder in ("here", "there", "there"):
-        table, _ = measure_one(
-            reader_of(tmp_path / folder / "a.jsonl", [row(), row("x", "a.png")]), CANDIDATES, cache=tmp_path / "cache"
-        )
-        found.append([size.grids for size in sizes_of(table)])
-    assert found == [[(), ((2, 1),)], [(), ((1, 2),)], [(), ((1, 2),)]]
-    assert counted == [1, 2, 2]
-
-
-def test_changed_image_is_measured_again(tmp_path, sizes, counted):
-    """A cache keyed by the row alone returns the size of the old picture."""
-    image = picture(tmp_path / "a.png")
-    rows = [row("x", image), row("y")]
-    before, _ = sizes(rows, cache=tmp_path / "cache")
-    picture(image, (300, 700))
-    after, _ = sizes(rows, cache=tmp_path / "cache")
-    assert (before.grids, after.grids) == (((2, 1),), ((1, 2),))
-    assert counted == [1, 2, 1]
-
-
-def test_touched_image_is_measured_again(tmp_path, sizes, counted):
-    image = picture(tmp_path / "a.png")
-    for nanoseconds in (1, 1, 2):
-        os.utime(image, ns=(nanoseconds, nanoseconds))
-        sizes([row("x", image)], cache=tmp_path / "cache")
-    assert counted == [1, 1]
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"candidates": CANDIDATES[:1]},
-        {"settings": ReadSettings(verify="decode")},
-        {"settings": ReadSettings(special_tokens="neutralise")},
-        {"settings": ReadSettings(supervise="last")},
-        {"settings": ReadSettings(unknown="error")},
-        {"of": {"form": "query"}},
-        {"of": {"system": "You see."}},
-        {"of": {"columns": {"image": "picture"}}},
-    ],
-    ids=str,
-)
-def test_changed_settings_measure_again(tmp_path, changed):
-    def name_of(**changed) -> str:
-        settings, of = changed.pop("settings", ReadSettings()), changed.pop("of", {})
-        reader = reader_of(tmp_path / "a.jsonl", [row()], settings, **of)
-        options = {"candidates": CANDIDATES, "images": DEFAULT_READER, **changed}
-        return SizeTable(tmp_path, reader, **options)._content
-
-    assert name_of() == name_of(settings=ReadSettings(on_bad_record="skip", max_bad=3), of={"limit": 5, "repeat": 2.0})
-    assert name_of(**changed) != name_of()
-
-
-def test_another_image_reader_measures_again(tmp_path):
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Turned(ImageReader):
-        turned: bool = True
-
-    reader = reader_of(tmp_path / "a.jsonl", [row()])
-    tables = [SizeTable(None, reader, candidates=(), images=Turned(turned=turned)) for turned in (False, True)]
-    assert tables[0]._content != tables[1]._content
-
-
-def test_damaged_table_is_measured_again(tmp_path, sizes, counted, caplog):
-    """One wrong byte among the numbers would be a wrong size, which no header tells of."""
-    before = sizes([row(), row("more")], cache=tmp_path / "cache")
-    (table,) = (tmp_path / "cache").iterdir()
-    content = table.read_bytes()
-    for damaged in (content[:100], b"", b"other", content.replace(b"\x0f\0\0\0", b"\x0e\0\0\0")):
-        assert damaged != content
-        table.write_bytes(damaged)
-        del counted[:]
-        caplog.clear()
-        assert sizes([row(), row("more")], cache=tmp_path / "cache") == before
-        assert counted == [1, 2] and "cannot be read" in caplog.text
-    assert sizes([row(), row("more")], cache=tmp_path / "cache") == before
-    assert counted == [1, 2]
-
-
-def test_nothing_but_the_table_stays(tmp_path, sizes):
-    sizes([row()], cache=tmp_path / "cache")
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".arrow"]
-
-
-def test_old_tables_are_forgotten(tmp_path, sizes, monkeypatch):
-    monkeypatch.setattr("data.size_table._TABLES_KEPT", 3)
-    for i in range(6):
-        sizes([row(f"{i}")], cache=tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 3
-
-
-def test_unwritable_table_costs_nothing_but_time(tmp_path, sizes, caplog):
-    (tmp_path / "file").write_text("")
-    (size,) = sizes([row()], cache=tmp_path / "file" / "sizes")
-    assert size is not None
-    assert "cannot be written" in caplog.text
 
 
 def test_processes_leave_paddle_and_the_library_in_peace(tmp_path, monkeypatch, capfd):
@@ -356,55 +167,6 @@ def test_verify_decode_finds_damage_that_headers_hide(tmp_path, sizes):
         sizes([row("x", image)], cache=tmp_path / "cache", settings=ReadSettings(verify="decode"))
 
 
-def test_bad_rows_are_looked_at_anew(tmp_path, sizes, counted):
-    """Their image may be back."""
-    rows = [row(), row("x", tmp_path / "gone.png"), row()]
-    for _ in range(2):
-        bad = BadRecords(on_bad_record="skip", max_bad=1)
-        found = sizes(rows, bad=bad, cache=tmp_path / "cache")
-        assert [size is None for size in found] == [False, True, False]
-        assert [error.row for error in bad.skipped] == [2]
-    picture(tmp_path / "gone.png")
-    assert None not in sizes(rows, cache=tmp_path / "cache")
-    assert counted == [1, 2, 3, 2, 2]
-
-
-def test_what_was_measured_before_a_bad_row_is_kept(tmp_path, sizes, counted):
-    rows = [row(), row("x", tmp_path / "late.png")]
-    with pytest.raises(RecordError):
-        sizes(rows, cache=tmp_path / "cache")
-    picture(tmp_path / "late.png")
-    sizes(rows, cache=tmp_path / "cache")
-    assert counted == [1, 2, 2]
-
-
-def test_limit_measures_the_first_rows_only(tmp_path, sizes, counted):
-    rows = [row(), row("b"), row("c"), "{"]
-    assert [size is None for size in sizes(rows, limit=2, cache=tmp_path / "cache")] == [False, False, True, True]
-    assert [size is None for size in sizes(rows, limit=3, cache=tmp_path / "cache")] == [False, False, False, True]
-    assert counted == [1, 2, 3]
-    assert [size is None for size in sizes(rows, limit=1, cache=tmp_path / "cache")] == [False, True, True, True]
-
-
-def test_content_keys_are_of_what_is_said_and_shown(tmp_path):
-    """The same conversation under another id, in another file and folder has the same key; another has not."""
-    keys = {}
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        picture(tmp_path / folder / "a.png")
-        rows = [
-            {**row("x", tmp_path / folder / "a.png"), "id": folder},
-            row(f"only in {folder}", "a.png"),
-            row(" x\n"),
-            row("x"),
-        ]
-        table, _ = measure_one(reader_of(tmp_path / folder / "a.jsonl", rows), CANDIDATES)
-        assert NOT_MEASURED not in column(table, "tokens")
-        keys[folder] = column(table, "content").tolist()
-    assert [a == b for a, b in zip(keys["one"], keys["two"])] == [True, False, True, True]
-    assert np.unique(keys["one"]).size == 3  # spaces around a text are not said
-
-
 def test_files_are_measured_together(tmp_path, monkeypatch, counted):
     """A thousand small files, each with its own processes or none, would take one core for ever."""
     monkeypatch.setattr(data.measure, "_MIN_PARALLEL", 30)
@@ -437,57 +199,3 @@ def test_few_pictures_to_decode_are_shared_out(tmp_path, monkeypatch, single_thr
     image = picture(tmp_path / "a.png")
     measure_one(reader_of(tmp_path / "a.jsonl", [row("x", image)] * 20, ReadSettings(verify="decode")), workers=2)
     assert [len(rows) for _, rows in shared[0]] == [3] * 6 + [2]
-
-
-def test_a_changed_file_among_many_finds_its_own_rows(tmp_path, counted):
-    """Of hundreds of shards the tables used last are those of other shards."""
-
-    def measured(shards: list[list]) -> list[int]:
-        del counted[:]
-        readers = [reader_of(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate(shards)]
-        measurers = [
-            Measurer(reader=reader, candidates=CANDIDATES, images=DEFAULT_READER, budget=Budget()) for reader in readers
-        ]
-        measure(measurers, [len(reader.rows) for reader in readers], cache=tmp_path / "cache")
-        return list(counted)
-
-    shards = [[row(f"{i} {j}") for j in range(3)] for i in range(9)]
-    assert len(measured(shards)) == 27
-    shards[4].append(row("new"))
-    assert measured(shards) == [4]
-    assert measured(shards) == []
-
-
-def test_changed_code_measures_again(tmp_path, monkeypatch):
-    """A table of before a correction would keep what was wrong, or unseen, for ever."""
-    reader = reader_of(tmp_path / "a.jsonl", [row()])
-    before = SizeTable(None, reader, candidates=(), images=DEFAULT_READER)._content
-    monkeypatch.setattr("data.size_table._code", lambda: "other")
-    assert SizeTable(None, reader, candidates=(), images=DEFAULT_READER)._content != before
-
-
-@pytest.mark.slow
-def test_a_million_rows_are_no_million_objects(tmp_path):
-    """A record as an object takes more than a kilobyte, and was kept from the first start to the last step."""
-    text = json.dumps(row("some words")) + "\n"
-    (tmp_path / "a.jsonl").write_text(text * 20_000)
-
-    def open_again() -> Dataset:
-        source = SourceSettings(path=str(tmp_path / "a.jsonl"))
-        return open_dataset(
-            [source], settings=ReadSettings(), tokenizer=TOKENIZER, candidates=CANDIDATES, cache=tmp_path / "cache"
-        )
-
-    open_again()
-    gc.collect()
-    tracemalloc.start()
-    try:
-        dataset = open_again()
-        for i in range(0, 20_000, 500):
-            assert dataset.records[i].row == i + 1
-        gc.collect()
-        held, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(dataset.records) == len(dataset.sizes) == 20_000
-    assert held < 20_000 * 150  # bytes

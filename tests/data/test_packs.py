@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,14 @@ def test_pack_that_differs_from_the_plan(opened):
     packs = build(dataclasses.replace(opened, sizes=sizes))
     with pytest.raises(RecordError, match=r"row 1, messages: planned as 16 tokens, 5 of them supervised, but built as"):
         [packs[i] for i in range(len(packs))]
+
+
+def test_packs_cross_to_a_worker_that_is_no_fork(opened):
+    """macOS starts workers anew, and sends them what they build packs from; an open file cannot be sent."""
+    packs = build(opened)
+    sent = pickle.loads(pickle.dumps(packs))
+    for i in range(len(packs)):
+        assert all(np.array_equal(array, sent[i][key]) for key, array in packs[i].items())
 
 
 @pytest.fixture
