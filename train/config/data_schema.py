@@ -36,7 +36,11 @@ class SourceConfig:
     )
     system: str | None = key(None, "System message where a conversation has none; null: data.system.")
     repeat: float = key(
-        1.0, "How often an epoch takes each row: 2.5 is twice, and half of the rows a third time.", low=0.001, high=1000
+        1.0,
+        "How often an epoch takes each row: 2.5 is twice, and half of the rows a third time.",
+        unit="times an epoch",
+        low=0.001,
+        high=1000,
     )
     limit: int | None = key(None, "Take only its first rows.", unit="rows", low=1, high=MANY)
 

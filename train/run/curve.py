@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 SMOOTHING_STEPS = 20  # of the running mean that is drawn over the losses
+_MOST_DRAWN = 12  # sources, those with most supervised tokens; more lines can nobody tell apart
 _LONGEST_NAME = 32  # characters of a source's name where there is little room
 
 
@@ -95,7 +96,11 @@ def draw_curve(metrics: Path, picture: Path, *, title: str) -> None:
         mean = running_mean(losses, SMOOTHING_STEPS)
         left.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {SMOOTHING_STEPS} steps")
     colours = colormaps["Dark2"].colors  # type: ignore[attr-defined]
-    for i, (name, (of_source, mean)) in enumerate(losses_by_source(lines).items()):
+    of_sources = losses_by_source(lines)
+    learned = {name: sum(line.get("supervised_of", {}).get(name, 0) for line in lines) for name in of_sources}
+    drawn = sorted(of_sources, key=lambda name: -learned[name])[:_MOST_DRAWN]
+    for i, name in enumerate(drawn):
+        of_source, mean = of_sources[name]
         # A lone point is no line.
         left.plot(
             of_source,
@@ -106,6 +111,8 @@ def draw_curve(metrics: Path, picture: Path, *, title: str) -> None:
             marker="." if len(mean) == 1 else "",
             label=_label(name),
         )
+    if rest := len(of_sources) - len(drawn):
+        left.plot([], [], linestyle="none", label=f"and {rest} more sources")
     if min(losses) > 0 and max(losses) > 20 * min(losses):
         left.set_yscale("log")
     left.set(title=title, xlabel="optimizer step", ylabel="loss per supervised token")

@@ -88,6 +88,9 @@ def test_names_of_other_programs_lead_to_ours():
         "lora_target": "lora.groups",
         "output_dir": "run_dir",
         "dataset": "data.path",
+        "val_size": "data.eval_fraction",
+        "interleave_probs": "data.sources",
+        "media_dir": "data.image_root",
         "logging_steps": "log_steps",
     }.items():
         with pytest.raises(UserError, match=rf"^unknown key '{theirs}'; did you mean {ours}\?$"):

@@ -89,3 +89,16 @@ def test_picture_names_the_sources(tmp_path, monkeypatch):
     (legend,) = drawn[0].legends
     shown = [text.get_text() for text in legend.get_texts()]
     assert shown == ["loss", "photos", f"…{names[1][-31:]}", " _x", r"costs_\$5_\$", "lr"]
+
+
+def test_picture_of_many_sources_draws_those_that_were_learned_most(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    names = [f"s{i}" for i in range(40)]
+    of = {"loss_of": dict.fromkeys(names, 1.0), "supervised_of": {name: 1 + i for i, name in enumerate(names)}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, "lr": 0.1, **of}) + "\n")
+    draw_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png", title="sft_tiny")
+    shown = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert shown == ["loss", *reversed(names[28:]), "and 28 more sources", "lr"]
