@@ -21,7 +21,9 @@ from data.images.ref import ImageRef
 from data.images.web_cache import WebCache
 
 MAX_PIXELS = 100_000_000
-"""Of one picture, by default: 300 MB of RGB. A setting may go up to 178,956,970, where Pillow sees an attack."""
+"""Of one picture, by default: 300 MB of RGB."""
+MOST_PIXELS = 178_956_970
+"""Whatever a setting says: from here on Pillow takes a picture for an attack."""
 _FETCHED_TOGETHER = 16
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from data.answer_boxes import read_boxes
 from data.forms.fields import FieldError
 from data.images.files import ImageError
-from data.images.reader import ImageReader
+from data.images.reader import MOST_PIXELS, ImageReader
 from data.images.ref import ImageRef, image_ref
 from data.images.web_cache import default_folder
 from data.turns import parse_messages
@@ -135,8 +135,8 @@ def references(names: Sequence[str]) -> list[ImageRef]:
 
 
 def _trusting(images: ImageReader) -> ImageReader:
-    """A reader for addresses that the user typed, who may well mean a machine nearby."""
-    return dataclasses.replace(images, allow_private_urls=True)
+    """A reader for what the user typed, who may well mean a machine nearby, or a picture larger than a data set's."""
+    return dataclasses.replace(images, allow_private_urls=True, max_pixels=MOST_PIXELS)
 
 
 def check_images(paths: Sequence[str]) -> None:

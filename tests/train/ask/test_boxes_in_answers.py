@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import train.ask.evaluate as evaluate
 import train.ask.infer as entry
@@ -20,7 +20,7 @@ from train.ask.box_scores import box_score, summary
 from train.ask.drawing import check_drawing
 from train.ask.infer import infer, notes
 from train.ask.load import Loaded, load
-from train.config.schema import InferConfig
+from train.config.schema import NANO, InferConfig
 from vl2.errors import UserError
 
 DOG = "<|ref|>a dog<|/ref|><|det|>[[100, 200, 300, 999], [0, 0, 999, 500]]<|/det|>"
@@ -229,3 +229,13 @@ def png(width: int, height: int) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (width, height)).save(stream, "png")
     return stream.getvalue()
+
+
+def test_nano_finds_a_shape(tmp_path):
+    """From the question to the pixels, with a model that has really learned it."""
+    picture = Image.new("RGB", (384, 384), "white")
+    ImageDraw.Draw(picture).ellipse((48, 48, 336, 336), fill=(220, 40, 40))
+    picture.save(tmp_path / "a.png")
+    answer = infer(load(NANO), InferConfig(prompt="<|ref|>red circle<|/ref|>", image=[str(tmp_path / "a.png")]))
+    assert [box["label"] for box in answer["boxes"]] == ["red circle"]
+    assert np.abs(np.subtract(answer["boxes"][0]["box"], [48, 48, 336, 336])).max() < 10  # of 384 pixels
