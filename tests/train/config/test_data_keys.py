@@ -116,7 +116,7 @@ def test_what_is_typed_goes_before_a_mixture_of_the_recipe(tmp_path):
         (["data.sources=[{path:a,limit:0}]"], r"^data\.sources\[0\]\.limit=0: expected at least 1 rows"),
         (
             ["data.sources=[{path:a},{path:b,repeat:often}]"],
-            r"^data\.sources\[1\]\.repeat=often: expected a number, found str",
+            r"^data\.sources\[1\]\.repeat=often: expected a number \(times an epoch\), found str",
         ),
         (
             ["data.sources=[{path:a,weight:2}]"],
