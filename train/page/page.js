@@ -9,7 +9,7 @@
   const found = document.getElementById("found");
   const input = document.getElementById("filter");
   const PAGE = 50;
-  const texts = rows.map(([file, row, where, problem]) => `${files[file]} ${row} ${where} ${problem}`.toLowerCase());
+  const texts = rows.map(([file, row, where, problem]) => `${files[file]}, row ${row} ${where} ${problem}`.toLowerCase());
   let matching = [];
   let shown = 0;
 

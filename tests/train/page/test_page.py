@@ -183,14 +183,22 @@ def test_a_browser_shows_hostile_text_as_text(hostile, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(browser() is None, reason="no Chromium is installed")
-def test_a_page_does_not_scroll_sideways(hostile, tmp_path):
+def test_a_page_fits_a_phone_and_finds_a_row(hostile, tmp_path):
     """On a phone, with a name and a message that have nowhere to break."""
-    asks = "<script>document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`</script>"
+    asks = """<script>
+        const input = document.getElementById("filter");
+        input.value = "ROW 64 59.png";
+        input.dispatchEvent(new Event("input"));
+        const rows = document.querySelectorAll("#rows li").length;
+        const found = `${document.getElementById("found").textContent}, ${rows} shown`;
+        document.title = `${document.documentElement.scrollWidth} of ${innerWidth}, ${found}`;
+    </script>"""
     html = re.sub("<meta http-equiv=[^>]*>", "", hostile[0]).replace("</body>", f"{asks}</body>")
     file = tmp_path / "report.html"
     file.write_text(html, "utf-8")
     dom = open_in_browser(file, tmp_path / "profile", "--window-size=390,844")
-    found = re.search(r"<title>(\d+) of (\d+)</title>", dom)
+    found = re.search(r"<title>(\d+) of (\d+), (.*)</title>", dom)
     assert found
     assert int(found[1]) <= int(found[2])
     assert int(found[2]) < 640  # the layout of a phone
+    assert found[3] == "1 row, 1 shown"
