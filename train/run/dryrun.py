@@ -9,26 +9,26 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import paddle
 
-from data.images.reader import DEFAULT_READER
-from data.record import BadRecords, RecordError
+from data.record import BadRecords
 from train.ask.model_memory import inference_memory
 from train.ask.source import check_model, check_trained
 from train.config.load import load_config
 from train.config.schema import TrainConfig
 from train.machine.devices import check_precision, use_device
 from train.machine.memory import gigabytes
-from train.page.page import make_page, write_page
-from train.page.sources import source_facts, unread_notes
-from train.run.build import PartCount, check_settings, lora_settings
-from train.run.build_data import Data, build_data
+from train.page.page import write_page
+from train.page.sources import unread_notes
+from train.run.build import check_settings, lora_settings
+from train.run.build_data import build_data
+from train.run.dry_report import DryRun, dry_page, dry_text
 from train.run.memory import check_training, plan_parts
-from train.run.report import PlanFacts, RunFacts, count_tables, pairs, plan_facts, plan_words, run_words, source_table
+from train.run.report import plan_facts
 from train.store.hub import missing_files, resolve_model
 from train.store.names import DRYRUN_PAGE, PAGE
 from train.store.run_dir import check_run_dir, read_marker
@@ -38,45 +38,16 @@ from vl2.checkpoint.published import published
 from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
-from vl2.lora import GroupReport
 from vl2.parameters import build_model
-from vl2.tokenizer import Tokenizer
 
 MOST_LISTED = 5000  # bad rows; reading stops there
 _MOST_SAID = 10  # of them on the terminal
-_FLOAT32_BYTES = 4
-_MOMENTS = 2  # that Adam keeps of each number
 _REHEARSED = (
     "counted for nano. Exact: pictures, image tokens and tiles. Not: text tokens, and so packs and steps, which are "
     "counted with nano's tokenizer; and bytes, which are nano's"
 )
 
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DryRun:
-    """What a dry run found; what could not be found out is None."""
-
-    config: TrainConfig
-    page: Path | None  # where the page goes
-    refused: tuple[str, ...]  # why training would not start, bad rows apart
-    notes: tuple[str, ...]
-    bad: tuple[RecordError, ...]  # rows that cannot be used, at most MOST_LISTED
-    bad_is_refused: bool
-    tokenizer: Tokenizer | None
-    parts: tuple[PartCount, ...] | None
-    groups: tuple[GroupReport, ...]
-    data: Data | None
-    plan: PlanFacts | None
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """Why training would not start; empty where it would."""
-        if not self.bad_is_refused:
-            return self.refused
-        advice = "correct them, or leave them out with data.on_bad_record=skip and a data.max_bad that allows it"
-        return (*self.refused, f"{len(self.bad):,} bad rows; {advice}")
 
 
 def main(arguments: list[str]) -> int:
@@ -230,54 +201,3 @@ def rehearsal_note(arguments: Sequence[str]) -> str:
         "REHEARSAL: counted for the nano model. For the recipe's own, of which config and tokenizer are fetched, no "
         f"weights:\n  bash launch.sh dryrun {shlex.join([*kept, 'rehearse=false'])}"
     )
-
-
-def byte_words(found: DryRun) -> dict[str, str]:
-    """Bytes of weights, gradients and optimizer in each process, in words."""
-    if found.parts is None:
-        return {}
-    trained = sum(part.trainable for part in found.parts) * _FLOAT32_BYTES
-    frozen = sum(part.stored_bytes for part in found.parts) - trained
-    trains = "adapters" if found.groups else "trained weights"
-    sizes = {"frozen weights": frozen, trains: trained, "gradients": trained, "Adam's moments": _MOMENTS * trained}
-    total = sum(sizes.values())
-    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items())
-    return {"memory": f"{gigabytes(total)} in each process, and activations: {parts}"}
-
-
-def header(found: DryRun) -> dict[str, str]:
-    """The facts of a dry run, name by name."""
-    config = found.config
-    run = RunFacts(
-        recipe=config.recipe,
-        rehearsal=config.rehearsal,
-        model=config.model.path,
-        processes=config.nproc * config.nnodes,
-        precision=config.precision,
-    )
-    plan = plan_words(found.plan) if found.plan else {}
-    return {**run_words(run, config.run_dir), **plan, **byte_words(found)}
-
-
-def dry_page(found: DryRun) -> str:
-    """What a dry run found, as a page."""
-    title = f"{found.config.recipe}, dry run" + (" (rehearsal)" if found.config.rehearsal else "")
-    return make_page(
-        title=title,
-        words=header(found),
-        dataset=found.data.dataset if found.data else None,
-        plan=found.data.plan if found.data else None,
-        tokenizer=found.tokenizer,
-        reader=found.data.images if found.data else DEFAULT_READER,
-        bad=found.bad,
-        refused=found.reasons,
-        notes=found.notes,
-    )
-
-
-def dry_text(found: DryRun) -> str:
-    """What a dry run found, as tables."""
-    tables = count_tables(found.parts, found.groups) if found.parts else []
-    if found.data:
-        tables.append(source_table(source_facts(found.data.dataset)))
-    return "\n\n".join([pairs(header(found)), *tables]) + "\n"
