@@ -112,7 +112,7 @@ class _File:
         self.table = self._known(workers)
         self.missing = np.flatnonzero(column(self.table, "tokens")[:limit] == NOT_MEASURED)
         self.unusable: list[int] = []
-        self._indices: list[int] = []
+        self._indices: list[np.ndarray] = []
         self._columns: list[pa.Table] = []
 
     def known_problems(self) -> Iterator[Problem]:
@@ -124,27 +124,32 @@ class _File:
         for rows in _chunks(self.missing, size):
             found = next(results)
             table = pa.table(found.columns, schema=SCHEMA)
-            self._indices.extend(found.indices)
+            self._indices.append(np.array(found.indices, dtype=np.int64))
             self._columns.append(table)
             yield from heapq.merge(found.problems, _over_budget(table, found.indices, self.measurer), key=_by_row)
             bar.update(len(rows))
 
     def save(self) -> None:
         """Put what came in into the table, and keep that."""
-        if self._indices:
+        if self._columns:
+            indices = np.concatenate(self._indices)
             rows = np.arange(len(self.table))
-            rows[self._indices] = len(self.table) + np.arange(len(self._indices))
+            rows[indices] = len(self.table) + np.arange(len(indices))
             self.table = pa.concat_tables([self.table, *self._columns]).combine_chunks().take(pa.array(rows))
+        if self._columns or self._is_new:
             self.kept.save(self.table)
 
     @property
     def usable(self) -> np.ndarray:
         """Indices of the rows that can be used."""
-        return np.setdiff1d(np.arange(self.limit), self.unusable, assume_unique=True)
+        found = np.ones(self.limit, dtype=bool)
+        found[self.unusable] = False
+        return np.flatnonzero(found)
 
     def _known(self, workers: int | None) -> pa.Table:
         """What an earlier run measured of the rows as they are now, and of their pictures as they are now."""
         table = self.kept.load()
+        self._is_new = table is None  # to be kept even if all its rows were found in older ones
         if table is None:
             older = self.kept.older()
             count = len(self.measurer.reader.rows)

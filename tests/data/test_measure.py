@@ -199,3 +199,9 @@ def test_few_pictures_to_decode_are_shared_out(tmp_path, monkeypatch, single_thr
     image = picture(tmp_path / "a.png")
     measure_one(reader_of(tmp_path / "a.jsonl", [row("x", image)] * 20, ReadSettings(verify="decode")), workers=2)
     assert [len(rows) for _, rows in shared[0]] == [3] * 6 + [2]
+
+
+def test_what_is_wrong_with_a_picture_comes_before_what_is_wrong_with_a_later_row(tmp_path, sizes):
+    """Rows are parsed some at a time, before their pictures are looked at."""
+    with pytest.raises(RecordError, match=r"row 1, images\[0\]: expected an image file"):
+        sizes([row("x", tmp_path / "gone.png"), "oops", *[row()] * 30])

@@ -254,3 +254,17 @@ def test_a_million_rows_are_no_million_objects(tmp_path):
         tracemalloc.stop()
     assert len(dataset.records) == len(dataset.sizes) == 20_000
     assert held < 20_000 * 150  # bytes
+
+
+def test_a_shortened_file_is_looked_through_once(tmp_path, sizes, monkeypatch):
+    """Nothing of it had to be measured, so nothing was kept, and every start hashed all its rows again."""
+    looked_through = []
+    original = Measurer.row_keys
+    monkeypatch.setattr(
+        Measurer, "row_keys", lambda self, rows: looked_through.append(len(rows)) or original(self, rows)
+    )
+    rows = [row(f"{i}") for i in range(5)]
+    sizes(rows, cache=tmp_path / "cache")
+    for _ in range(3):
+        sizes(rows[1:], cache=tmp_path / "cache")
+    assert looked_through == [4]
