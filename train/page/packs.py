@@ -55,6 +55,8 @@ class DrawnPack:
     """Optimizer step, from 1."""
     spec: PackSpec
     segments: tuple[DrawnSegment, ...]
+    left_out: int
+    """Conversations at its end that are not drawn."""
 
 
 class PackPen:
@@ -69,48 +71,47 @@ class PackPen:
         """Draw the first packs of a plan."""
         packs: list[DrawnPack] = []
         for number, spec in enumerate(plan.packs):
-            if len(packs) == NUM_PACKS:
+            if len(packs) == NUM_PACKS or not self._tokens_left:
                 break
             if spec.samples:
-                segments = tuple(self._segment(index) for index in spec.samples)
+                segments = tuple(self._segments(spec))
+                left_out = len(spec.samples) - len(segments)
                 step = number // plan.packs_per_step + 1
-                packs.append(DrawnPack(number=number + 1, step=step, spec=spec, segments=segments))
+                packs.append(DrawnPack(number=number + 1, step=step, spec=spec, segments=segments, left_out=left_out))
         return tuple(packs)
+
+    def _segments(self, spec: PackSpec) -> Iterator[DrawnSegment]:
+        for index in spec.samples:
+            if not self._tokens_left:
+                return
+            yield self._segment(index)
 
     def _segment(self, index: int) -> DrawnSegment:
         record, size = self.dataset.records[index], self.dataset.sizes[index]
-        pictures = [self.reader.size(image) for image in record.images] if record.boxes else []
-        messages = place_boxes(record, pictures)
+        messages = place_boxes(record, [self.reader.size(image) for image in record.images] if record.boxes else [])
         rendered = render(messages, size.grids, self.tokenizer)
+        pictures = iter(zip(record.images, size.grids, strict=True))
         boxes = text_boxes(record, messages)
-        parts: list[DrawnToken | DrawnPicture] = []
-        ids = rendered.input_ids
         learned = np.concatenate([[False], rendered.labels[:-1] != IGNORE])  # labels stand before what they name
-        position, picture, cut = 0, 0, 0
-        while position < len(ids):
-            if ids[position] == self.tokenizer.image_id:
-                grid = size.grids[picture]
-                opened = self._pictures_left > 0
+        ids = rendered.input_ids
+        starts = np.flatnonzero(
+            np.diff(ids == self.tokenizer.image_id, prepend=False)
+        ).tolist()  # of pictures and texts
+        parts: list[DrawnToken | DrawnPicture] = []
+        cut, number = 0, 0
+        for start, end in zip([0, *starts], [*starts, len(ids)], strict=True):
+            position = start
+            while position < end and ids[position] == self.tokenizer.image_id:  # pictures may follow each other
+                image, grid = next(pictures)
+                own = [box for box in boxes if box.image == number]
+                number, opened = number + 1, self._pictures_left > 0
                 self._pictures_left -= opened
-                drawn = draw_picture(
-                    record.images[picture],
-                    grid,
-                    number=picture + 1,
-                    reader=self.reader,
-                    boxes=[box for box in boxes if box.image == picture],
-                    opened=opened,
-                )
-                parts.append(drawn)
-                position, picture = position + num_image_tokens(grid), picture + 1
-                continue
-            end = position
-            while end < len(ids) and ids[end] != self.tokenizer.image_id:
-                end += 1
-            drawn_end = min(end, position + self._tokens_left)
-            self._tokens_left -= drawn_end - position
-            cut += end - drawn_end
-            parts.extend(self._texts(ids[position:drawn_end].tolist(), learned[position:drawn_end].tolist()))
-            position = end
+                parts.append(draw_picture(image, grid, number=number, reader=self.reader, boxes=own, opened=opened))
+                position += num_image_tokens(grid)
+            drawn = slice(position, min(end, position + self._tokens_left))
+            parts.extend(self._texts(ids[drawn].tolist(), learned[drawn].tolist()))
+            self._tokens_left -= drawn.stop - drawn.start
+            cut += end - drawn.stop
         return DrawnSegment(
             source=record.source,
             row=record.row,

@@ -6,7 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageOps
 
@@ -78,28 +78,30 @@ def draw_picture(
         boxes: of the text, on this picture.
         opened: False draws its tiles only, which takes no time.
     """
-    facts = {
-        "number": number,
-        "name": image.name,
-        "columns": grid[0],
-        "rows": grid[1],
-        "tiles": num_tiles(grid),
-        "tokens": num_image_tokens(grid),
-    }
+    tiles = DrawnPicture(
+        number=number,
+        name=image.name,
+        columns=grid[0],
+        rows=grid[1],
+        tiles=num_tiles(grid),
+        tokens=num_image_tokens(grid),
+        missing="not drawn: the page shows a few pictures",
+    )
     if not opened:
-        return DrawnPicture(**facts, missing="not drawn: the page shows a few pictures")  # type: ignore[arg-type]
+        return tiles
     try:
         picture = reader.decode(image)
     except ImageError as problem:
-        return DrawnPicture(**facts, missing=str(problem))  # type: ignore[arg-type]
+        return replace(tiles, missing=str(problem))
     canvas = (_DENSITY * _canvas(grid)[0], _DENSITY * _canvas(grid)[1])
     width = max(1, min(canvas[0], round(picture.width / picture.height * canvas[1])))
     height = max(1, min(canvas[1], round(picture.height / picture.width * canvas[0])))
     padded = ImageOps.pad(picture.resize((width, height), Image.Resampling.BILINEAR), canvas, color=PAD_COLOUR)
     encoded = io.BytesIO()
     padded.save(encoded, "JPEG", quality=_QUALITY)
-    return DrawnPicture(
-        **facts,  # type: ignore[arg-type]
+    return replace(
+        tiles,
+        missing="",
         size=picture.size,
         uri="data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode(),
         boxes=tuple(_on_canvas(box, (width, height), canvas) for box in boxes),

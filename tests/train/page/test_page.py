@@ -159,12 +159,13 @@ def test_a_page_stays_small(tmp_path, look, monkeypatch):
     monkeypatch.setattr("train.page.packs.MOST_PICTURES", 1)
     for name in "ab":
         Image.new("RGB", (50, 50)).save(tmp_path / f"{name}.png")
-    rows = [talk("<image><image>" + "red " * 200, "blue", "a.png", "b.png"), talk("red " * 200, "blue")]
+    rows = [talk("<image><image>" + "red " * 200, "blue", "a.png", "b.png")] * 3
     _, page = look(tmp_path / "run", f"data.path={write(tmp_path, rows)}", "data.max_tokens=4096", "max_steps=1")
-    assert sum(tag == "i" and attrs.get("class", "").startswith("t") for tag, attrs in page.elements) <= 103
+    assert sum(tag == "i" and attrs.get("class", "").startswith("t") for tag, attrs in page.elements) == 100 + 3
     assert page.count("img") == 1
     assert "not drawn: the page shows a few pictures" in page.text
-    assert page.text.count("more tokens that the page does not draw") == 2
+    assert page.text.count("more tokens that the page does not draw") == 1
+    assert "and 2 more conversations that the page does not draw" in page.text
 
 
 @pytest.mark.slow
