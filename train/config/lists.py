@@ -8,6 +8,8 @@ from typing import Any
 from train.config.fields import Key, did_you_mean, list_keys, value_of
 from vl2.errors import UserError
 
+_MAX_SHOWN = 100  # characters of a value in an error
+
 
 def settle(config: Any) -> None:
     """Make one-or-more keys lists, list entries dataclasses, and the `~` of paths the home folder, in place.
@@ -28,13 +30,18 @@ def settle(config: Any) -> None:
         setattr(owner, leaf, value)
 
 
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
 def _as_path(text: Any) -> Any:
     return os.path.expanduser(text) if isinstance(text, str) and text.startswith("~") else text
 
 
 def _read_entry(schema: type, entry: Any, place: str) -> Any:
     if not isinstance(entry, dict):
-        raise UserError(f"{place}={entry}: expected {{key: value}}, found {type(entry).__name__}")
+        raise UserError(f"{place}={_shown(entry)}: expected {{key: value}}, found {type(entry).__name__}")
     specs = {spec.name: spec for spec in list_keys(schema)}
     for name, value in entry.items():
         if name not in specs:
@@ -42,7 +49,9 @@ def _read_entry(schema: type, entry: Any, place: str) -> Any:
                 f"unknown key {f'{place}.{name}'!r}{did_you_mean(str(name), specs)} (expected {', '.join(specs)})"
             )
         if not _fits(specs[name], value):
-            raise UserError(f"{place}.{name}={value}: expected {specs[name].expected}, found {type(value).__name__}")
+            raise UserError(
+                f"{place}.{name}={_shown(value)}: expected {specs[name].expected}, found {type(value).__name__}"
+            )
     config = schema(**{name: float(value) if specs[name].type is float else value for name, value in entry.items()})
     settle(config)
     return config

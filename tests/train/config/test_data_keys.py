@@ -166,6 +166,12 @@ def test_mistakes_name_the_key_and_its_place(arguments, message):
     assert "\n" not in str(refused.value)
 
 
+def test_a_long_value_is_cut():
+    with pytest.raises(UserError, match=r"^data\.sources\[0\]\.repeat=x{100}\.\.\.: expected a number") as refused:
+        train(f"data.sources=[{{path:a,repeat:{'x' * 10_000}}}]")
+    assert len(str(refused.value)) < 300
+
+
 def test_eval_shares_the_keys_of_rows():
     data = load_eval_config(["model=m", "data.path=[a,b]", "data.form=conversations", "data.columns.user=q"]).data
     assert [source.path for source in source_settings(data)] == ["a", "b"]
@@ -184,6 +190,11 @@ def test_keys_of_a_list_entry_are_explained():
 def test_names_are_those_of_the_rooms_below():
     """The schema spells them out because it must load without the packages that read rows."""
     from data.forms import table
+    from data.held_out import DEFAULT_FRACTION
+    from data.images.reader import MAX_PIXELS, MOST_PIXELS
 
+    specs = {spec.name: spec for spec in list_keys(TrainConfig)}
+    assert f" {DEFAULT_FRACTION} of all rows are held out" in specs["data.eval_rows"].doc
+    assert (specs["data.max_pixels"].default, specs["data.max_pixels"].high) == (MAX_PIXELS, MOST_PIXELS)
     assert ("auto", *table.FORMS) == FORMS
     assert table.COLUMNS == COLUMNS
