@@ -19,9 +19,9 @@ from vl2.constant_tensors import positions
 
 # What a layout costs beside its rows, in rows. One of Tiny (3 * 1280 * 896 multiplications, three times with recompute)
 # takes some 0.2 us of a current card at 1e14 operations a second; the products of the further parts are some 100
-# launches of 5 us; copying an expert's weights (4 bytes moved a number) at 3.3e12 bytes a second takes as long as 60 of
-# its rows, whatever its shape.
-FURTHER_LAUNCHES, COPIED_EXPERT = 2500, 60
+# launches of 5 us; at 3.3e12 bytes a second reading an expert's weights (2 bytes a number) takes as long as 30 of its
+# rows and copying them as 60, whatever its shape: a product of fewer rows waits for its weights.
+FURTHER_LAUNCHES, COPIED_EXPERT, READ_EXPERT = 2500, 60, 30
 # Rows of a further part: whole tiles of a GPU's product.
 PARTS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -73,7 +73,8 @@ def choose_blocks(counts: Sequence[int]) -> Blocks:
     part_G = np.array(PARTS)
     beyond_FE = np.maximum(counts_E - first_F[:, None], 0).astype("float32")  # four times as fast as integers
     parts_FG = np.ceil(beyond_FE[:, None, :] / part_G.astype("float32")[:, None]).sum(axis=-1).astype("int64")
-    cost_FG = len(counts) * first_F[:, None] + parts_FG * (part_G + COPIED_EXPERT)
+    first_cost_F = len(counts) * np.where(first_F > 0, np.maximum(first_F, READ_EXPERT), 0)
+    cost_FG = first_cost_F[:, None] + parts_FG * (part_G + COPIED_EXPERT)
     cost_FG = cost_FG + np.where((parts_FG > 0) & (first_F[:, None] > 0), FURTHER_LAUNCHES, 0)
     first, part = np.unravel_index(np.argmin(cost_FG), cost_FG.shape)
     num_parts = int(parts_FG[first, part])

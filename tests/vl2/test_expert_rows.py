@@ -7,19 +7,31 @@ import paddle
 import pytest
 
 from tests.vl2.expert_loads import NANO_LOADS, zipf
-from vl2.expert_rows import COPIED_EXPERT, FURTHER_LAUNCHES, PARTS, Blocks, choose_blocks, combine, dispatch, spread
+from vl2.expert_rows import (
+    COPIED_EXPERT,
+    FURTHER_LAUNCHES,
+    PARTS,
+    READ_EXPERT,
+    Blocks,
+    choose_blocks,
+    combine,
+    dispatch,
+    spread,
+)
 
 
 def cost(blocks: Blocks, num_experts: int) -> int:
     further = FURTHER_LAUNCHES * bool(blocks.first and blocks.num_parts)
-    return blocks.num_rows(num_experts) + further + COPIED_EXPERT * blocks.num_parts
+    first = num_experts * max(blocks.first, READ_EXPERT) if blocks.first else 0
+    return first + further + (blocks.part + COPIED_EXPERT) * blocks.num_parts
 
 
 @pytest.mark.parametrize(
     ("counts", "expected"),
     [
         ([100] * 64, Blocks(100, 0, 0)),  # even: one block, no padding
-        ([1] + [0] * 7, Blocks(1, 0, 0)),  # a pack of one token with one choice
+        ([1] + [0] * 7, Blocks(0, 32, 1)),  # a pack of one token with one choice
+        ([0, 1] * 6 + [0] * 52, Blocks(0, 32, 6)),  # decoding reads six experts' weights, not those of all 64
         ([4096] + [0] * 63, Blocks(0, 1024, 4)),  # one expert takes every row: its weights, not 63 others' padding
         ([50_000], Blocks(50_000, 0, 0)),  # a single expert
         ([0, 0], Blocks(0, 0, 0)),

@@ -119,7 +119,7 @@ def test_prompts_of_a_batch_do_not_touch_each_other(model, family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 300])
-def test_batch_of_prompts_equals_the_rows_of_the_officially_padded_batch(model, family, chunk):
+def test_batch_of_prompts_equals_the_rows_of_the_officially_padded_batch(model, family, chunk, expert_way):
     """Officially two prompts of 64 and 722 tokens are padded on the left to 722; here they lie end to end.
 
     tests/goldens/batch2_leftpad.npz: `rows` of the padded batch and every 41st of the vocabulary's `columns`; the other
