@@ -5,23 +5,18 @@ Rows lie expert by expert without padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import paddle
 from paddle.autograd import PyLayer, PyLayerContext
 
 
-def _slices(counts: list[int]) -> Iterator[tuple[int, int, int]]:
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, start, start + count
-        start += count
-
-
 class ExpertLoop(PyLayer):
-    """Forward and backward of all experts in one node of the graph; a loop over views `W[e]` uses all cores on CPU."""
+    """Forward and backward of all experts in one node of the graph; a loop over views `W[e]` uses all cores on CPU.
+
+    Every product writes its rows where they belong, and what LoRA adds to them follows while they are in the cache: a
+    pass over memory costs a CPU as much as a skinny product. Float32, for these products have no 16-bit kernels there.
+    """
 
     @staticmethod
     def forward(
@@ -34,61 +29,69 @@ class ExpertLoop(PyLayer):
         counts: list[int],
     ) -> paddle.Tensor:
         """[R, in] -> [R, out]; see `vl2.grouped_linear.grouped_linear`."""
-        outs, lows = [], []
-        low_x = x if lora_x is None else lora_x
-        for e, start, stop in _slices(counts):
-            out = paddle.matmul(x[start:stop], weight[e].astype(x.dtype))
-            if a is not None and b is not None:
-                lows.append(paddle.matmul(low_x[start:stop], a[e]))
-                out = out + paddle.matmul(lows[-1], b[e])
-            outs.append(out)
-        ctx.counts, ctx.has_lora, ctx.has_lora_x = counts, a is not None, lora_x is not None
+        ctx.counts, ctx.has_lora_x = counts, lora_x is not None
         # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
         ctx.needs_grad = [t is not None and not t.stop_gradient for t in (x, weight, lora_x, a, b)]
-        low = paddle.concat(lows, axis=0) if lows else None
-        ctx.save_for_backward(*(t for t in (x, weight, lora_x, a, b, low) if t is not None))
-        return paddle.concat(outs, axis=0) if outs else paddle.zeros([0, weight.shape[2]], x.dtype)
+        out = paddle.empty([x.shape[0], weight.shape[2]], x.dtype)
+        if a is None or b is None:
+            for e, rows in _slices(counts):
+                paddle.matmul(x[rows], weight[e].astype(x.dtype), out=out[rows])
+            ctx.save_for_backward(x, weight)
+            return out
+        low_x, low = x if lora_x is None else lora_x, paddle.empty([x.shape[0], a.shape[2]], x.dtype)
+        b_T = b.transpose([0, 2, 1]).contiguous()  # MKL's product of sixteen columns is up to six times as fast with it
+        for e, rows in _slices(counts):
+            paddle.matmul(x[rows], weight[e].astype(x.dtype), out=out[rows])
+            paddle.matmul(low_x[rows], a[e], out=low[rows])
+            out[rows].add_(paddle.matmul(low[rows], b_T[e], transpose_y=True))
+        ctx.save_for_backward(x, weight, a, b, low, *([lora_x] * ctx.has_lora_x))
+        return out
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         """Gradients of x, weight, lora_x, a and b; None where none is asked for."""
-        saved = list(ctx.saved_tensor())
-        x, weight = saved.pop(0), saved.pop(0)
-        lora_x = saved.pop(0) if ctx.has_lora_x else x
-        without: Any = (None, None, None)
-        a, b, lows = (*saved, None)[:3] if ctx.has_lora else without
+        x, weight, *rest = ctx.saved_tensor()
+        a, b, low, lora_x = (*rest, x)[:4] if rest else (None, None, None, None)
         x_needs, weight_needs, lora_x_needs, a_needs, b_needs = ctx.needs_grad
-        grad_x, grad_w, grad_lora_x = [], {}, []
-        grad_a, grad_b = {}, {}
-        for e, start, stop in _slices(ctx.counts):
-            g = grad[start:stop]
-            if x_needs:
-                grad_x.append(paddle.matmul(g, weight[e].astype(g.dtype), transpose_y=True))
-            if weight_needs:
-                grad_w[e] = paddle.matmul(x[start:stop], g, transpose_x=True)
-            if ctx.has_lora:
-                grad_low = paddle.matmul(g, b[e], transpose_y=True)
-                grad_b[e] = paddle.matmul(lows[start:stop], g, transpose_x=True)
-                grad_a[e] = paddle.matmul(lora_x[start:stop], grad_low, transpose_x=True)
-                if lora_x_needs:
-                    grad_lora_x.append(paddle.matmul(grad_low, a[e], transpose_y=True))
-                elif x_needs and not ctx.has_lora_x:  # the addition is of x itself
-                    grad_x[-1] = grad_x[-1] + paddle.matmul(grad_low, a[e], transpose_y=True)
-
-        def rows(parts: list[paddle.Tensor], like: paddle.Tensor, needed: bool) -> paddle.Tensor | None:
-            if not needed:
-                return None
-            return paddle.concat(parts, axis=0) if parts else paddle.zeros_like(like)
-
-        def stacked(parts: dict[int, paddle.Tensor], like: paddle.Tensor, needed: bool) -> paddle.Tensor | None:
-            if not needed:
-                return None
-            idle = paddle.zeros(like.shape[1:], grad.dtype)
-            return paddle.stack([parts.get(e, idle) for e in range(like.shape[0])])
-
-        return (
-            rows(grad_x, x, x_needs),
-            stacked(grad_w, weight, weight_needs),
-            *([rows(grad_lora_x, lora_x, lora_x_needs)] * ctx.has_lora_x),
-            *([stacked(grad_a, a, a_needs), stacked(grad_b, b, b_needs)] * ctx.has_lora),
+        grad_x = paddle.empty_like(x) if x_needs else None
+        grad_lora_x = paddle.empty_like(lora_x) if lora_x_needs else None
+        grad_w, grad_a, grad_b = (
+            _room(stacked, ctx.counts, grad.dtype) if needed else None
+            for stacked, needed in ((weight, weight_needs), (a, a_needs), (b, b_needs))
         )
+        for e, rows in _slices(ctx.counts):
+            g = grad[rows]
+            if grad_x is not None:
+                paddle.matmul(g, weight[e].astype(g.dtype), transpose_y=True, out=grad_x[rows])
+            if grad_w is not None:
+                paddle.matmul(x[rows], g, transpose_x=True, out=grad_w[e])
+            if not rest:
+                continue
+            grad_low = paddle.matmul(g, b[e], transpose_y=True)
+            if grad_b is not None:
+                paddle.matmul(low[rows], g, transpose_x=True, out=grad_b[e])
+            if grad_a is not None:
+                paddle.matmul(lora_x[rows], grad_low, transpose_x=True, out=grad_a[e])
+            if grad_lora_x is not None:
+                paddle.matmul(grad_low, a[e], transpose_y=True, out=grad_lora_x[rows])
+            elif grad_x is not None and not ctx.has_lora_x:  # the addition is of x itself
+                grad_x[rows].add_(paddle.matmul(grad_low, a[e], transpose_y=True))
+        return grad_x, grad_w, *([grad_lora_x] * ctx.has_lora_x), *([grad_a, grad_b] * bool(rest))
+
+
+def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of those that have some."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+def _room(stacked: paddle.Tensor, counts: Sequence[int], dtype: paddle.dtype) -> paddle.Tensor:
+    """Room for the gradient of a stacked matrix; zeros for experts without rows."""
+    room = paddle.empty(stacked.shape, dtype)
+    for expert, count in enumerate(counts):
+        if not count:
+            room[expert].zero_()
+    return room

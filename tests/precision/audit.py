@@ -56,22 +56,19 @@ class Trace:
         return list(dict.fromkeys(found))
 
 
-def trace_loss(
-    model: DeepseekVL2, batch: Mapping[str, np.ndarray], *, flash: bool = True, batches: bool = True
-) -> Trace:
+def trace_loss(model: DeepseekVL2, batch: Mapping[str, np.ndarray], *, flash: bool = True) -> Trace:
     """Trace the loss and the load-balance loss of a batch in the model's compute dtype.
 
     Args:
         batch: as for `loss`, with tiles. Ids and tiles become inputs of the program, all else constants in it.
         flash: take the flash attention kernel where it fits.
-        batches: multiply the experts in batches.
     """
     trace = Trace()
     first, _ = distinct_tiles(batch["tiles"], [tuple(grid) for grid in batch["grids"]])
 
     @paddle.jit.not_to_static  # nothing in it depends on data, and the transformation stumbles over numpy code
     def run(ids, tiles):
-        with _tracing(trace, model, batch["input_ids"], ids, tiles, flash, batches):
+        with _tracing(trace, model, batch["input_ids"], ids, tiles, flash):
             balance = LoadBalance(batch["seq_lens"], batch["labels"] != IGNORE)
             return model.loss(batch, balance)[0] + balance.total()
 
@@ -87,9 +84,7 @@ def trace_loss(
 
 
 @contextlib.contextmanager
-def _tracing(
-    trace: Trace, model: DeepseekVL2, ids_T: np.ndarray, ids, tiles, flash: bool, batches: bool
-) -> Iterator[None]:
+def _tracing(trace: Trace, model: DeepseekVL2, ids_T: np.ndarray, ids, tiles, flash: bool) -> Iterator[None]:
     """What stands between the model and a static program: arrays that are inputs, counts that only a run knows."""
     language, to_tensor = model.config.language, paddle.to_tensor
 
@@ -126,7 +121,7 @@ def _tracing(
         stack.enter_context(mock.patch.object(_C_ops, "flash_attn_unpadded", flash_kernel))
         stack.enter_context(mock.patch("vl2.attention._has_flash", lambda place: flash))
         stack.enter_context(mock.patch.object(paddle, "to_tensor", input_or_constant))
-        stack.enter_context(mock.patch("vl2.expert_rows.takes_batches", lambda place: batches))
+        stack.enter_context(mock.patch("vl2.expert_rows.takes_batches", lambda place: True))
         stack.enter_context(mock.patch("vl2.expert_rows.read_counts", counts))
         apply = classmethod(lambda layer, *args: layer.forward(Context(), *args))
         stack.enter_context(mock.patch.object(PyLayer, "apply", apply))

@@ -120,21 +120,19 @@ def scaler_on_cpu(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "flash", "batches"),
+    ("family", "dtype", "flash"),
     [
-        ("nano_tiny", "bfloat16", True, True),
-        ("nano_small", "bfloat16", True, True),
-        ("nano_base", "bfloat16", True, True),
-        ("nano_base", "bfloat16", True, False),
-        ("nano_small", "bfloat16", False, True),
-        ("nano_tiny", "float16", False, True),
-        ("nano_base", "float16", True, True),
+        ("nano_tiny", "bfloat16", True),
+        ("nano_small", "bfloat16", True),
+        ("nano_base", "bfloat16", True),
+        ("nano_small", "bfloat16", False),
+        ("nano_tiny", "float16", False),
+        ("nano_base", "float16", True),
     ],
 )
-def test_lora_step(nano, pack, exact, report, scaler_on_cpu, monkeypatch, family, dtype, flash, batches):
+def test_lora_step(nano, pack, exact, report, scaler_on_cpu, family, dtype, flash):
     """Recompute on, as on a GPU; attention as on cards with and without the flash kernel; float16 with its scaler."""
     expected = exact(family)
-    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: batches)
     scaler = paddle.amp.GradScaler(init_loss_scaling=2.0**15) if dtype == "float16" else None
     model = nano(family, dtype)
     frozen = {p.dtype for p in model.parameters() if p.stop_gradient}
@@ -154,10 +152,9 @@ def test_lora_step(nano, pack, exact, report, scaler_on_cpu, monkeypatch, family
 
 
 @pytest.mark.parametrize("family", ["nano_base"])
-def test_full_step(nano, pack, exact, report, monkeypatch, family):
+def test_full_step(nano, pack, exact, report, family):
     """Float32 weights that train, computed in bfloat16."""
     expected = exact(family, True)
-    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: True)
     model = nano(family, "bfloat16", full=True)
     pin_choices(model, expected.choices)
     with half_precision_on_cpu():
@@ -197,7 +194,7 @@ def test_generation(nano, pack, family):
     expected = generate(exact, prompts, eos_id=-1, max_new_tokens=6)
     with half_precision_on_cpu() as ran:
         answers = generate(model, prompts, eos_id=-1, max_new_tokens=6, chunk=48)
-    assert ran["matmul"] > 500
+    assert ran["matmul"] > 300
     assert [answer[0] for answer in answers] == [answer[0] for answer in expected]
 
 
