@@ -82,8 +82,8 @@ def measure(
     jobs = [(i, rows) for i, file in enumerate(files) for rows in _chunks(file.missing, size)]
 
     def work(job: tuple[int, np.ndarray]) -> Measured:
-        # Threads or forks, never both: in this process the library would take threads for a batch.
-        return measurers[job[0]].measure(job[1], batch=num_workers > 1)
+        # Threads or forks, never both: in this process the library takes threads for a batch, which no fork may follow.
+        return measurers[job[0]].measure(job[1], batch=num_workers > 1 or not can_fork())
 
     shown = total >= min(few, _MIN_SHOWN)
     try:

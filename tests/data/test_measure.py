@@ -20,6 +20,7 @@ from data.sizes import Size
 from tests.data.measuring import CANDIDATES, TOKENIZER, measure_one, picture, reader_of, row
 from vl2.prompt import IGNORE, render
 from vl2.tiles import limit_candidates, num_image_tokens, tile_grid
+from vl2.tokenizer import Tokenizer
 
 
 def test_size_is_that_of_the_rendered_conversation(tmp_path, sizes):
@@ -205,3 +206,14 @@ def test_what_is_wrong_with_a_picture_comes_before_what_is_wrong_with_a_later_ro
     """Rows are parsed some at a time, before their pictures are looked at."""
     with pytest.raises(RecordError, match=r"row 1, images\[0\]: expected an image file"):
         sizes([row("x", tmp_path / "gone.png"), "oops", *[row()] * 30])
+
+
+def test_where_nothing_forks_the_library_takes_its_threads(sizes, monkeypatch, single_threaded_tokenizers):
+    """On macOS one core measured all rows."""
+    rows = [row(f"question {i}") for i in range(10)]
+    expected, batches = sizes(rows), []
+    original = Tokenizer.count_batch
+    monkeypatch.setattr(Tokenizer, "count_batch", lambda self, texts: batches.append(texts) or original(self, texts))
+    assert sizes(rows) == expected and not batches
+    monkeypatch.setattr(data.measure, "can_fork", lambda: False)
+    assert sizes(rows) == expected and batches
