@@ -28,6 +28,9 @@ from vl2.errors import UserError
 from vl2.tiles import Resolution
 from vl2.tokenizer import Tokenizer
 
+COLUMNS = "columns:"
+"""A fingerprint that begins so was computed from columns, not from the records one by one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -65,7 +68,7 @@ class Dataset:
     """uint64 [I]: hash of each picture in `sizes`: the same for the same file, address or bytes; 0: unknown."""
     sources: tuple[Source, ...]
     fingerprint: str
-    """sha256 hex of what the records say, their images' names and bytes, and their sizes; no absolute path, no time."""
+    """Hash of what the records say, their images' names and bytes, and their sizes; no absolute path, no time."""
     skipped: tuple[RecordError, ...]
     """Rows that were left out, with on_bad_record=skip."""
 
@@ -84,7 +87,7 @@ class Dataset:
             content_keys=self.content_keys[indices],
             picture_keys=self.picture_keys[self.sizes.images_of(indices)],
             sources=self.sources,
-            fingerprint=digest.hexdigest(),
+            fingerprint=COLUMNS + digest.hexdigest(),
             skipped=self.skipped,
         )
 
@@ -209,4 +212,4 @@ def _fingerprint(tokenizer: Tokenizer, sizes: Sizes, learned: np.ndarray) -> str
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     for numbers in (learned, sizes.tokens, sizes.supervised, sizes.first_image, sizes.grids):
         digest.update(np.ascontiguousarray(numbers).data)
-    return digest.hexdigest()
+    return COLUMNS + digest.hexdigest()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from data.dataset import Dataset
 from data.plan import Plan
 from train.config.schema import TrainConfig
 from train.store.run_state import Identity
@@ -33,6 +37,21 @@ def identity(config: TrainConfig, *, fingerprint: str, tokenizer: Tokenizer, pla
         },
         plan=dict(plan.settings),
     )
+
+
+def fingerprint_of_records(dataset: Dataset, tokenizer: Tokenizer) -> str:
+    """The fingerprint of a data set as it was computed before there were columns, for the checkpoints of that time.
+
+    Every record is read for it. Empty where the data is such as could not be read then.
+    """
+    digest = hashlib.sha256(tokenizer.fingerprint.encode())
+    for record, size in zip(dataset.records, dataset.sizes, strict=True):
+        if record.boxes or any(image.kind != "file" for image in record.images):
+            return ""
+        messages = [[m.role, m.content, m.plain] for m in record.messages]
+        images = [[Path(image.name).name, Path(image.name).stat().st_size] for image in record.images]
+        digest.update(json.dumps([messages, images, size.tokens, size.supervised, size.grids]).encode())
+    return digest.hexdigest()
 
 
 def differences(saved: Identity, current: Identity) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import secrets
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from data.dataset import COLUMNS
 from train.config.schema import TrainConfig
 from train.run.identity import changed_settings, differences
 from train.run.say import say
@@ -24,8 +26,15 @@ class Resumed:
     state: CheckpointState
 
 
-def find_resumed(config: TrainConfig, who: Identity, num_steps: int) -> Resumed | None:
+def find_resumed(
+    config: TrainConfig, who: Identity, num_steps: int, fingerprint_before: Callable[[], str]
+) -> Resumed | None:
     """The checkpoint to go on from; None for a run from the start.
+
+    Args:
+        config, who: of this run.
+        num_steps: of its plan.
+        fingerprint_before: of its data, as `identity.fingerprint_of_records` computes it.
 
     Raises:
         UserError: nothing whole to resume from, or the checkpoint of another run; says what differs.
@@ -35,6 +44,8 @@ def find_resumed(config: TrainConfig, who: Identity, num_steps: int) -> Resumed 
     checkpoint, state, remarks = find_checkpoint(config.resume, Path(config.run_dir))
     for remark in remarks:
         say(f"warning: {remark}", sys.stderr)
+    if not str(state.identity.plan.get("data")).startswith(COLUMNS):
+        who = replace(who, plan={**who.plan, "data": fingerprint_before()})
     if found := differences(state.identity, who):
         listed = "\n  ".join(found)
         raise UserError(

@@ -36,7 +36,7 @@ from train.run.build import build_base, count_parts, make_trainable, open_base
 from train.run.build_data import Data, build_data
 from train.run.curve import draw_curve
 from train.run.gradients import gather_rows
-from train.run.identity import identity
+from train.run.identity import fingerprint_of_records, identity
 from train.run.memory import check_published, check_training
 from train.run.metrics import MetricsLog
 from train.run.next_commands import next_commands
@@ -146,7 +146,9 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str, callback
     fingerprint = model_fingerprint(base)
     who = identity(config, fingerprint=fingerprint, tokenizer=data.tokenizer, plan=data.plan)
     model, groups = make_trainable(base, config, candidates=data.candidates, base_fingerprint=fingerprint)
-    resumed = find_resumed(config, who, data.plan.num_steps)
+    resumed = find_resumed(
+        config, who, data.plan.num_steps, lambda: fingerprint_of_records(data.dataset, data.tokenizer)
+    )
     checkpoint = resumed.checkpoint if resumed else None
     first_step, history = (resumed.state.step, resumed.state.history) if resumed else (0, History())
     wandb_id = choose_wandb_id(resumed, previous)
