@@ -10,7 +10,7 @@ from pathlib import Path
 from train.config import compose
 from train.config.conf_files import OVERLAY, Recipe, groups, open_recipe, recipes
 from train.config.data_schema import SOURCE_DOC, DataConfig
-from train.config.schema import NANO, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
+from train.config.schema import NANO, DoctorConfig, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from train.machine.devices import Machine, choose_device, find_machine
 from vl2.errors import UserError
 
@@ -215,6 +215,11 @@ def load_infer_config(argv: Sequence[str]) -> InferConfig:
     if 0 < config.temperature < 0.001:
         raise UserError(f"temperature={config.temperature}: expected 0, which is greedy, or at least 0.001")
     return config
+
+
+def load_doctor_config(argv: Sequence[str]) -> DoctorConfig:
+    """The configuration of `doctor`."""
+    return compose.compose(compose.read_command_line(argv, DoctorConfig), DoctorConfig)
 
 
 def load_eval_config(argv: Sequence[str]) -> EvaluateConfig:

@@ -216,6 +216,26 @@ class InferConfig:
 
 
 @dataclass(kw_only=True)
+class DoctorConfig:
+    """What a machine is fit for: `bash launch.sh doctor key=value ...`.
+
+    Looks at driver, cards, Paddle, memory, disk and hub; tries the operations of a training step; trains and answers on
+    nano, on the GPU in bf16 (fp16 where it has none; on a machine without one, on the CPU) against float32 on the CPU.
+    Prints a line for each and writes all of it to one file, for a bug report. It ends with
+
+      0  all is well
+      2  wrong arguments
+      3  the driver: missing, failing, or too old for every build of Paddle
+      4  Paddle: a CPU build beside a GPU, a GPU build without one, two builds, or a build that the driver does not run
+      5  a card that other processes have filled
+      6  an operation fails or is wrong, or training or answers differ from float32 by more than they do in emulation
+    """
+
+    out: str = key("doctor.txt", "File to write.", path=True)
+    device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)
+
+
+@dataclass(kw_only=True)
 class EvaluateConfig:
     """Loss and exact match: `bash launch.sh eval model=FOLDER data.path=FILE key=value ...`."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from train.config.conf_files import groups, recipes
 from train.config.fields import Key, did_you_mean, list_entry_keys, list_keys
-from train.config.schema import EvaluateConfig, ExportConfig, InferConfig, TrainConfig
+from train.config.schema import DoctorConfig, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from vl2.errors import UserError
 
 SCHEMAS = {
@@ -17,6 +17,7 @@ SCHEMAS = {
     "export": ExportConfig,
     "infer": InferConfig,
     "eval": EvaluateConfig,
+    "doctor": DoctorConfig,
 }
 
 DRYRUN = """\
@@ -36,10 +37,11 @@ Fine-tunes DeepSeek-VL2 on PaddlePaddle.
   bash launch.sh export run=FOLDER                 the merged weights of a run, or its adapter, verified
   bash launch.sh infer model=FOLDER image=FILE prompt=TEXT
   bash launch.sh eval model=FOLDER data.path=FILE  loss and exact match
+  bash launch.sh doctor                            is this machine fit, and its GPU right? one file for a bug report
   bash launch.sh config [VERB] key=value ...       print the resolved configuration, run nothing
   bash launch.sh test [quick|lint] [pytest arguments]  linter, types and tests (without slow ones; without any)
   bash launch.sh bench NAME [arguments]            a benchmark: step, launches, data, images, packing, random_checkpoint
-  bash launch.sh help VERB                         every key of train, dryrun, export, infer or eval
+  bash launch.sh help VERB                         every key of train, dryrun, export, infer, eval or doctor
 
 Recipes (conf/*.yaml):
 {recipes}

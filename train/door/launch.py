@@ -16,7 +16,7 @@ from train.config.conf_files import ROOT
 from train.config.fields import did_you_mean
 from train.door import help
 from train.machine.devices import choose_device, find_machine, physical_cores
-from train.machine.disk import shared_memory_room
+from train.machine.disk import NCCL_SHARED_BYTES, shared_memory_room
 from train.machine.memory import gigabytes
 from vl2.errors import UserError
 
@@ -35,10 +35,8 @@ MODULES = {
     "eval": "train.ask.evaluate",
 }
 BENCHMARKS = ("data", "images", "launches", "packing", "random_checkpoint", "step")  # tests/bench/NAME.py
-VERBS = (*LOADERS, "config", "test", "bench", "help")
+VERBS = (*LOADERS, "doctor", "config", "test", "bench", "help")
 HELP = ("-h", "--help")
-# What NCCL wants of /dev/shm at the least for the cards of one machine; its manual asks for 1 GB.
-NCCL_SHARED_BYTES = 2**29
 # Of third parties, at import time; what this repository warns of is never among it.
 QUIET = (
     "ignore:No ccache found:UserWarning",
@@ -53,8 +51,8 @@ def main(argv: Sequence[str]) -> int:
     verb, arguments = ("train", list(argv)) if "=" in first else ("help" if first in HELP else first, list(argv[1:]))
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)} (verbs: {', '.join(VERBS)})")
-    if verb in (*LOADERS, "config") and any(argument in HELP for argument in arguments):
-        verb, arguments = "help", [verb] if verb in LOADERS else []
+    if verb in (*LOADERS, "doctor", "config") and any(argument in HELP for argument in arguments):
+        verb, arguments = "help", [verb] if verb in help.SCHEMAS else []
     if verb in ("help", "config"):  # `| head` ends them without a word, as it ends any other program that prints
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if verb == "help":
@@ -64,6 +62,10 @@ def main(argv: Sequence[str]) -> int:
         named = arguments.pop(0) if arguments and arguments[0] in LOADERS else "train"
         print(to_yaml(LOADERS[named](arguments)), end="")
         return 0
+    if verb == "doctor":
+        from train.door import doctor  # here: it asks the hub, whose library takes half a second to import
+
+        return doctor.main(arguments, child_environment(os.environ, 1))
     if verb == "test":
         return check(arguments)
     command, environ = prepare_benchmark(arguments) if verb == "bench" else prepare(verb, arguments)

@@ -23,7 +23,7 @@ from train.machine.memory import FreeMemory, free_gpu_memory, gigabytes
 from vl2.errors import UserError
 
 # CUDA's context, cuBLAS and Paddle's own code take about this much of a card before the first number lies there.
-_CONTEXT_BYTES = 10**9
+CONTEXT_BYTES = 10**9
 _OTHERWISE = "or give device=cpu to go on without"
 
 
@@ -171,13 +171,13 @@ def check_room(
         UserError: with the free memory, and the card that has most.
     """
     room = free(index)
-    if room is None or room.num_bytes >= _CONTEXT_BYTES:
+    if room is None or room.num_bytes >= CONTEXT_BYTES:
         return
     emptiest, most = max(others().items(), key=lambda card: card[1], default=(0, 0))
     instead = f"take card {emptiest}, with {gigabytes(most)} (CUDA_VISIBLE_DEVICES={emptiest}), "
     raise UserError(
         f"GPU {index} has {gigabytes(room.num_bytes)} free ({room.where}): other processes fill it, nvidia-smi names "
-        f"them; end them, {instead if most >= _CONTEXT_BYTES else ''}{_OTHERWISE}"
+        f"them; end them, {instead if most >= CONTEXT_BYTES else ''}{_OTHERWISE}"
     )
 
 

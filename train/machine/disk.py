@@ -9,6 +9,9 @@ from pathlib import Path
 from train.machine.memory import gigabytes
 from vl2.errors import UserError
 
+# What NCCL wants of /dev/shm at the least for the cards of one machine; its manual asks for 1 GB.
+NCCL_SHARED_BYTES = 2**29
+
 
 def check_disk(target: Path, num_bytes: int, what: str) -> None:
     """Refuse to write what does not fit on the disk.

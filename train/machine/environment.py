@@ -78,6 +78,10 @@ def driver_problem() -> str:
     return f"nvidia-smi fails ({said.splitlines()[0]}): reload the NVIDIA driver, or restart the machine"
 
 
+class OldDriverError(ValueError):
+    """The NVIDIA driver runs no published build of Paddle."""
+
+
 def paddle_build(driver: str | None, capabilities: str | None = None) -> str:
     """The folder of Paddle's wheel index for this machine: `cpu`, or the newest CUDA build that its driver runs.
 
@@ -86,7 +90,7 @@ def paddle_build(driver: str | None, capabilities: str | None = None) -> str:
         capabilities: What `nvidia-smi --query-gpu=compute_cap --format=csv,noheader` prints: `9.0`, a line a GPU.
 
     Raises:
-        ValueError: The driver is older than every published build.
+        OldDriverError: The driver is older than every published build.
     """
     version = re.search(r"CUDA Version:\s*(\d+)\.(\d+)", driver or "")
     if not version:
@@ -99,7 +103,7 @@ def paddle_build(driver: str | None, capabilities: str | None = None) -> str:
     for lowest, build in (((13, 0), "cu130"), ((12, 9), "cu129"), ((12, 0), "cu126"), ((11, 8), "cu118")):
         if cuda >= lowest:
             return build
-    raise ValueError(f"the NVIDIA driver runs CUDA {version[1]}.{version[2]} at most; Paddle needs 11.8: update it")
+    raise OldDriverError(f"the NVIDIA driver runs CUDA {version[1]}.{version[2]} at most; Paddle needs 11.8: update it")
 
 
 def detect_build() -> str:
@@ -242,13 +246,19 @@ def main() -> int:
         if faults:
             listed = "\n  ".join(faults)
             rest = f"grep -v ^paddlepaddle== {LOCK} | {sys.executable} -m pip install --no-deps -r /dev/stdin"
+            away = (
+                f"{sys.executable} -m pip uninstall -y paddlepaddle paddlepaddle-gpu && " if has_two_paddles() else ""
+            )
             raise ValueError(
                 f"VENV=none, but {sys.executable} does not fit requirements.lock:\n  {listed}\n"
-                f"All of it but Paddle: {rest}\nPaddle for this machine: {sys.executable} -m pip install "
+                f"All of it but Paddle: {rest}\nPaddle for this machine: {away}{sys.executable} -m pip install "
                 f"{' '.join(paddle_wheel(detect_build()))}"
             )
         print(sys.executable)
         return 0
+    except OldDriverError as problem:
+        say(f"error: {problem}")
+        return 3  # as of `doctor`, which could not tell more
     except (ValueError, OSError) as problem:
         say(f"error: {problem}")
     except subprocess.CalledProcessError as problem:

@@ -166,6 +166,20 @@ def _download(name: str, kinds: Sequence[Sequence[str]]) -> Path:
     return Path(folder)
 
 
+def hub_problem(name: str) -> str:
+    """Why the hub does not answer when asked for a model, in one line; empty when it does.
+
+    Args:
+        name: of the model, `owner/name`.
+    """
+    endpoint = _endpoint()
+    try:
+        huggingface_hub.HfApi(endpoint=endpoint).model_info(name, timeout=_ANSWER_SECONDS)  # type: ignore[arg-type]
+    except (OSError, RuntimeError, ValueError) as problem:
+        return f"{endpoint}: {_one_line(problem)}"
+    return ""
+
+
 def _may_pass(problem: BaseException) -> bool:
     """Whether trying again may help: a lost connection or a server in trouble, not a refusal or a full disk."""
     problem = _cause(problem)

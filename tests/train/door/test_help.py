@@ -32,13 +32,15 @@ def test_overview_names_verbs_and_recipes():
         assert ", ".join(options) in text
 
 
-@pytest.mark.parametrize(("verb", "least"), [("train", 50), ("dryrun", 50), ("export", 5), ("infer", 10), ("eval", 5)])
+@pytest.mark.parametrize(
+    ("verb", "least"), [("train", 50), ("dryrun", 50), ("export", 5), ("infer", 10), ("eval", 5), ("doctor", 2)]
+)
 def test_every_key_is_listed(verb, least):
     words = help.verb_help(verb).split()
     text = " ".join(words)
     specs = list_keys(help.SCHEMAS[verb])
     assert len(specs) >= least
-    assert set(help.SCHEMAS) == set(LOADERS)
+    assert set(help.SCHEMAS) == {*LOADERS, "doctor"}
     for spec in specs:
         assert spec.name in words
         assert " ".join(spec.doc.split()) in text

@@ -1,0 +1,161 @@
+"""`doctor`: kernels and a trial, what of them is a fault, and the file; exit codes as documented."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from tests.places import ROOT
+from tests.precision.emulation import half_precision_on_cpu
+from train.door import doctor, launch
+from train.door.kernels import KERNELS, TOLERANCE, Kernel, error_of, plan_trials
+from train.door.trial import Trial, compare
+from train.machine.devices import Machine
+from train.machine.health import COMPUTING, PADDLE, Finding
+
+FOUND = Trial(losses=[2.0, 1.0], grad_norms=[1.0, None], answers=["red cross", "blue star"], seconds=1.0, peak_gb=0.5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_kernels_are_right_in_emulation_with_room_to_spare(kernel):
+    """Each result and gradient once rounded is at most half a unit off; a card may sum in another order."""
+    for dtype in ("float32", "bfloat16", "float16"):
+        if (kernel, dtype) not in plan_trials(dtype if dtype != "float32" else ""):
+            continue
+        with half_precision_on_cpu():
+            error = error_of(kernel, dtype, "cpu")
+        assert error <= (TOLERANCE[dtype] if dtype == "float32" else TOLERANCE[dtype] / 4)
+
+
+def test_lost_digits_of_float32_are_found():
+    """TF32 keeps 10 bits of 23: 300 times what float32 is off by, and 10 times what is allowed."""
+    product = KERNELS[0]
+
+    def in_tf32(x, w):
+        return product.call(*(operand.astype("float16").astype(operand.dtype) for operand in (x, w)))
+
+    lossy = Kernel(name="lossy", shapes=product.shapes, call=in_tf32)
+    assert error_of(lossy, "float32", "cpu") > 5 * TOLERANCE["float32"]
+
+
+def test_what_differs_by_more_than_in_emulation_is_a_fault():
+    near = replace(FOUND, losses=[2.001, 1.0])
+    assert [line.code for line in compare(near, FOUND, "GPU in bf16")] == [0, 0, 0, 0]
+    far = replace(FOUND, losses=[2.0, 1.02], grad_norms=[float("nan"), None], answers=["red cross", "blue"])
+    lines = compare(far, FOUND, "GPU in bf16")
+    assert [line.code for line in lines] == [COMPUTING, COMPUTING, COMPUTING, 0]
+    assert "losses of 2 steps 2.00% off the CPU's float32" in lines[0].words
+    assert lines[2].words.endswith("1 of 2 answers as in float32 on the CPU; 'blue' instead of 'blue star'")
+
+
+def test_kernels_that_fail_are_named():
+    results = [
+        {"kernel": "product", "dtype": "float32", "error": 1e-6, "limit": 2e-5},
+        {"kernel": "topk", "dtype": "bfloat16", "said": "The kernel `topk` is not registered"},
+        {"kernel": "scatter", "dtype": "bfloat16", "error": 0.5, "limit": 2e-2},
+    ]
+    right, topk, scatter = doctor.judge(results)
+    assert (right.words, right.code) == ("1 of 3 are right, forward and backward", 0)
+    assert (topk.words, topk.code) == ("topk in bfloat16: The kernel `topk` is not registered", COMPUTING)
+    assert scatter.words == "scatter in bfloat16: off by 5.0e-01 of the largest number, 2e-02 allowed"
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """Stands for `train.door.kernels`: a list of (lines printed, exit code), a process each; returns the commands."""
+    commands = []
+
+    def stand(*outcomes, words=""):
+        left = list(outcomes)
+
+        def run(command, **_):
+            commands.append(command)
+            lines, code = left.pop(0)
+            return subprocess.CompletedProcess(command, code, "\n".join(map(json.dumps, lines)), words)
+
+        monkeypatch.setattr(doctor.subprocess, "run", run)
+        return commands
+
+    return stand
+
+
+BUILD = {"build": {"paddle": "3.3.1", "cuda": "12.6", "cudnn": "9.5", "nccl": "22304", "archs": ["80", "90"]}}
+CARD = {"device": "Tesla T4", "capability": [7, 5]}
+RIGHT = [{"kernel": "product", "dtype": "float32", "error": 0.0, "limit": 1.0}]
+
+
+def test_kernel_that_takes_its_process_down_does_not_hide_the_others(process):
+    trying = {"trying": {"kernel": "attention", "dtype": "bfloat16"}}
+    commands = process(([BUILD, *RIGHT, trying], -6), ([BUILD, *RIGHT], 0), words="noise\nFatal: abort")
+    facts, found = doctor.try_kernels("gpu", {})
+    assert facts == BUILD["build"]
+    assert [command[-1] for command in commands] == ["0", "2"]
+    assert [line.code for line in found] == [0, 0, COMPUTING]
+    assert found[1].words.startswith("2 of 3 are right")
+    assert found[2].words == "attention in bfloat16: its process ended with exit code -6: Fatal: abort"
+
+
+def test_build_without_the_card(process):
+    process(([{"build": {**BUILD["build"], **CARD}}, *RIGHT], 0))
+    build = doctor.try_kernels("gpu", {})[1][0]
+    assert build.note and not build.code
+    assert build.words.endswith("it sees Tesla T4; built for sm_80, sm_90, not for sm_75")
+
+
+def test_paddle_that_does_not_start_is_its_fault(process):
+    process(([], 2), words="error: Paddle cannot use this machine's GPU (it counts 0 GPUs): update the NVIDIA driver")
+    facts, found = doctor.try_kernels("gpu", {})
+    assert facts == {}
+    assert [(line.part, line.code) for line in found] == [("paddle", PADDLE)]
+    assert found[0].words.startswith("Paddle cannot use this machine's GPU")
+
+
+@pytest.mark.parametrize("code", [0, 3, 4, 5, 6])
+def test_exit_code_is_that_of_the_first_fault(code, monkeypatch, tmp_path, capsys):
+    faults = [Finding(part="x", words="wrong", code=fault) for fault in {code, 6} if code]
+    monkeypatch.setattr(doctor, "find_machine", lambda: Machine(gpus=0))
+    monkeypatch.setattr(doctor, "hub_problem", lambda name: "")
+    monkeypatch.setattr(doctor, "look_at_machine", lambda *_: [fault for fault in faults if fault.code != COMPUTING])
+    computed = []
+
+    def compute(device, place, environ, details):
+        computed.append(device)
+        return [fault for fault in faults if fault.code == COMPUTING]
+
+    monkeypatch.setattr(doctor, "_compute", compute)
+    assert launch.main(["doctor", f"out={tmp_path / 'd.txt'}"]) == code
+    assert computed == ([] if code in (3, 4, 5) else ["cpu"])  # in vain where a fault is known
+    text = (tmp_path / "d.txt").read_text()
+    assert "## findings" in text and "## nvidia-smi" in text
+    assert ("FAULT" in capsys.readouterr().out) == (code != 0)
+
+
+def test_the_file_tells_no_secrets(monkeypatch):
+    """It is for a bug report: of the environment only what decides where things run."""
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    text = doctor._report([], {})
+    assert "secret" not in text and "CUDA_VISIBLE_DEVICES=" in text
+
+
+@pytest.mark.slow
+def test_doctor_here(tmp_path):
+    """On a machine without a card: all of it, on the CPU."""
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    environ = {**os.environ, "VENV": "none", "PATH": path, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = ["bash", str(ROOT / "launch.sh"), "doctor", "out=d.txt"]
+    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "all is well; d.txt has all of it"
+    assert {"driver", "paddle", "memory", "disk", "hub", "build", "kernels", "training", "answering"} <= {
+        line[9:23].strip() for line in lines[:-1]
+    }
+    assert "18 of 18 are right" in done.stdout and "4 of 4 answers" in done.stdout
+    figures = json.loads((tmp_path / "d.txt").read_text().split("## figures\n")[1])
+    device, reference = (figures["trials"][name] for name in ("device", "reference"))
+    assert len(device["losses"]) == 3 and device["losses"] == pytest.approx(reference["losses"], rel=1e-3)
