@@ -81,11 +81,9 @@ def orientation(image: Image.Image, read: Callable[[Image.Image], Image.Exif] | 
     """Read how a picture wants to be turned, 1 to 8 as in EXIF; 1, as it is, where it says nothing that can be read.
 
     Args:
-        image: an opened picture.
+        image: an opened picture; a TIFF must be decoded, which turns it and takes this away.
         read: gives its EXIF; None: `image.getexif`.
     """
-    if image.format == "TIFF":  # Pillow has turned it, and its size in the header
-        return 1
     try:
         found = (read(image) if read else image.getexif()).get(_ORIENTATION, 1)
     except DAMAGE:  # the pixels are none the worse for it

@@ -118,6 +118,9 @@ def test_damaged_and_unwritable_caches_cost_time_only(web, reader, tmp_path, cap
     assert reader.state(image) is None
     assert reader.size(image) == (90, 60)
     assert len(web.asked) == 3
+    (tmp_path / "secret").write_bytes(picture())
+    address.write_bytes(b"../secret")  # <cache>/pictures/../../secret is a file
+    assert reader.state(image) is None
     (tmp_path / "file").touch()
     unwritable = ImageReader(cache=tmp_path / "file", allow_private_urls=True, limits=QUICK)
     assert unwritable.size(image) == (90, 60)
@@ -355,6 +358,14 @@ def test_too_many_bytes(web):
         while not handler.server.ending.is_set():
             handler.wfile.write(b"x" * 10_000)
 
+    def a_byte_too_many(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(b"x" * 200_001)
+
+    web.answers["/over"] = a_byte_too_many
+    with pytest.raises(ImageError, match=r"cannot fetch .*/over: expected at most 200000 bytes, found more"):
+        get(web, "/over")
     web.answers["/long"] = lambda handler: handler.give(b"", length=200_001)
     web.answers["/endless"] = without_end
     with pytest.raises(ImageError, match=r"cannot fetch .*/long: expected at most 200000 bytes, found 200001"):

@@ -2,13 +2,12 @@
 
 import io
 import struct
-import zlib
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from data.images.reader import ImageReader
 from data.images.ref import ImageRef
@@ -48,7 +47,7 @@ def opaque(mode: str) -> Image.Image:
     ("mode", "kind"),
     [
         *((mode, "png") for mode in ("1", "L", "P", "RGB", "RGBA", "LA")),
-        *((mode, "tiff") for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "LAB", "I", "F")),
+        *((mode, "tiff") for mode in ("1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "LAB", "I", "F")),
         *((mode, "jpeg") for mode in ("L", "RGB", "CMYK")),
         *((mode, "webp") for mode in ("RGB", "RGBA")),
         *((mode, "gif") for mode in ("L", "P")),
@@ -213,10 +212,8 @@ def test_orientation_that_is_none_turns_nothing(number):
     assert decode(data, exif="rotate").shape[1::-1] == size(data, exif="rotate") == (48, 32)
 
 
-def test_header_of_a_png_is_enough_to_turn_it():
+def test_header_of_a_png_is_enough_to_turn_it(monkeypatch):
     """`getexif()` of a PNG without EXIF decodes it whole, for a chunk that might follow: 20 times as slow."""
-    pixels = zlib.compress(b"nonsense")
-    data = b"\x89PNG\r\n\x1a\n"
-    for chunk in (b"IHDR" + struct.pack(">IIBBBBB", 48, 32, 8, 2, 0, 0, 0), b"IDAT" + pixels, b"IEND"):
-        data += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data = encoded(Image.fromarray(drawn(SEEN[1])), "png")
+    monkeypatch.setattr(PngImageFile, "load", lambda image: pytest.fail("decoded"))
     assert size(data, exif="rotate") == (48, 32)
