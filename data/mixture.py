@@ -53,7 +53,8 @@ class Mixture:
         if self.is_plain:
             return ""
         rows = np.bincount(self.source_of, minlength=len(self.repeats)).tolist()
-        return ", ".join(f"{count} rows x {repeat:g}" for count, repeat in zip(rows, self.repeats, strict=True))
+        times = [str(repeat).removesuffix(".0") for repeat in self.repeats]  # in full: they tell plans apart
+        return ", ".join(f"{count} rows x {repeat}" for count, repeat in zip(rows, times, strict=True))
 
     def members(self, *, seed: int, epoch: int) -> np.ndarray:
         """Rows of an epoch: source after source, of each the rows in their order, then those taken again likewise.

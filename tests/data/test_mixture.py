@@ -106,6 +106,18 @@ def test_fingerprint_follows_the_mixture():
     assert before.settings["data.sources"] == "40 rows x 2.5, 30 rows x 1"
     assert plan(mixture((40, 2.5), (30, 1))).fingerprint == before.fingerprint
     assert plan(mixture((30, 1), (40, 2.5))).fingerprint != before.fingerprint
+    assert (
+        plan(
+            mixture(
+                (40, 99.99995),
+            )
+        ).fingerprint
+        != plan(
+            mixture(
+                (40, 100),
+            )
+        ).fingerprint
+    )
 
 
 def test_file_order_keeps_the_order_of_the_sources():
