@@ -18,12 +18,11 @@ from data.images.reader import ImageReader
 from data.record import RecordError
 from data.settings import ReadSettings, SourceSettings
 from tests.data.images.test_files import png_header
-from tests.data.images.web import Web
+from tests.data.images.web import QUICK, Web
 from tests.places import NANO_BPE
 from vl2.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_folder(NANO_BPE)
-LIMITS = FetchLimits(read_seconds=0.3, pause_seconds=0.01)
 
 
 def photograph(kind: str = "jpeg") -> bytes:
@@ -107,7 +106,8 @@ def test_a_file_that_cannot_be_used(tmp_path, name):
     ],
 )
 def test_an_address_that_cannot_be_used(tmp_path, web, path, problem):
-    reader = ImageReader(cache=tmp_path / "cache", allow_private_urls=True, limits=LIMITS)
+    limits = FetchLimits(read_seconds=1) if path == "/silent.jpg" else QUICK
+    reader = ImageReader(cache=tmp_path / "cache", allow_private_urls=True, limits=limits)
     rows = [row(web.url("/whole.jpg")), row(web.url(path)), row(web.url("/whole.jpg"))]
     check(tmp_path, rows, problem, images=reader)
     assert [asked for asked, _ in web.asked].count("/whole.jpg") == 1
@@ -121,7 +121,7 @@ def test_a_private_network_is_not_asked(tmp_path, web, path, monkeypatch):
     (tmp_path / "good.png").write_bytes(photograph())
     rows = [row("good.png"), row(web.url(path)), row("good.png")]
     problem = "in a private or local network; with data.allow_private_urls=true such addresses are fetched"
-    check(tmp_path, rows, problem, images=ImageReader(cache=tmp_path / "cache", limits=LIMITS))
+    check(tmp_path, rows, problem, images=ImageReader(cache=tmp_path / "cache", limits=QUICK))
     assert len(web.asked) == public  # nobody asks twice for what was refused
 
 
@@ -149,11 +149,11 @@ def test_addresses_of_a_data_set_are_fetched_together_and_once(tmp_path, web):
     for number in range(40):
         web.answers[f"/{number}.jpg"] = web.answers["/whole.jpg"]
     rows = [row(web.url(f"/{number % 40}.jpg")) for number in range(80)]
-    reader = ImageReader(cache=tmp_path / "cache", allow_private_urls=True, limits=LIMITS)
+    reader = ImageReader(cache=tmp_path / "cache", allow_private_urls=True, limits=QUICK)
     first = opened(tmp_path, rows, images=reader)
     assert sorted(path for path, _ in web.asked) == sorted(f"/{number}.jpg" for number in range(40))
     web.end()
-    later = ImageReader(cache=tmp_path / "cache", allow_private_urls=True, limits=LIMITS)
+    later = ImageReader(cache=tmp_path / "cache", allow_private_urls=True, limits=QUICK)
     second = opened(tmp_path, rows, images=later)
     assert second.fingerprint == first.fingerprint
     assert later.decode(second.records[79].images[0]).size == (90, 60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import ssl
 import threading
 from collections.abc import Callable
@@ -9,8 +10,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from data.images.fetch import FetchLimits
+from data.images.ref import ImageRef
+
 CERTIFICATE = Path(__file__).with_name("pictures_example.pem")
 """Of pictures.example, which vouches for itself until 2126, with its key, which guards nothing."""
+
+QUICK = FetchLimits(connect_seconds=10, read_seconds=10, total_seconds=30, pause_seconds=0.01, max_bytes=200_000)
+"""Time enough for a busy machine, few bytes, and no pause to wait for."""
 
 Answer = Callable[["Handler"], None]
 
@@ -70,3 +80,16 @@ class Web(ThreadingHTTPServer):
         self.ending.set()
         self.shutdown()
         self.server_close()
+
+
+def picture(kind: str = "png", size: tuple[int, int] = (90, 60)) -> bytes:
+    """Encode noise, always the same."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, kind)
+    return stream.getvalue()
+
+
+def ref(address: str) -> ImageRef:
+    """A picture at an address."""
+    return ImageRef(kind="url", name=address)
