@@ -15,7 +15,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2.cache import LayerCache
 from vl2.config import LanguageConfig
-from vl2.constant_tensors import segment_bounds
+from vl2.constant_tensors import causal_mask, segment_bounds
 from vl2.linear import Linear
 
 # A longer segment is computed in blocks of QUERY_BLOCK queries: with fewer the calls cost more than the work saved.
@@ -79,14 +79,12 @@ def _segments(q_lens: Sequence[int], k_lens: Sequence[int], causal: bool) -> Ite
         q_start, k_start = q_start + q_len, k_start + k_len
 
 
-def _weights(q_HnK: paddle.Tensor, k_HmK: paddle.Tensor, causal: bool, future: dict) -> paddle.Tensor:
+def _weights(q_HnK: paddle.Tensor, k_HmK: paddle.Tensor, causal: bool) -> paddle.Tensor:
     """Softmax weights [H, n, m] in float32 of n scaled queries that are the last of m keys."""
     scores_Hnm = paddle.matmul(q_HnK, k_HmK, transpose_y=True).astype("float32")
     n, m = scores_Hnm.shape[1:]
     if causal and n > 1:
-        if (n, m) not in future:
-            future[n, m] = paddle.triu(paddle.full([n, m], -1e30, dtype="float32"), diagonal=m - n + 1)
-        scores_Hnm = scores_Hnm.add_(future[n, m])
+        scores_Hnm = scores_Hnm.add_(causal_mask(n, m, scores_Hnm.place))
     return F.softmax_(scores_Hnm, axis=-1)
 
 
@@ -113,11 +111,10 @@ class _PlainAttention(PyLayer):
         # Asked now: under recompute the saved tensors come back as other objects, whose flag says nothing.
         ctx.needs_grad = [not x.stop_gradient for x in (q_THK, k_THK, v_THV)]
         outs, kept = [], []
-        future: dict[tuple[int, int], paddle.Tensor] = {}
         for queries, keys, blocks in _segments(q_lens, k_lens, causal):
             q_HnK, k_HmK, v_HmV = q_HTK[:, queries], k_HTK[:, keys], v_HTV[:, keys]
             for rows, seen in blocks:
-                weights_Hnm = _weights(q_HnK[:, rows], k_HmK[:, :seen], causal, future).astype(v_THV.dtype)
+                weights_Hnm = _weights(q_HnK[:, rows], k_HmK[:, :seen], causal).astype(v_THV.dtype)
                 outs.append(paddle.matmul(weights_Hnm, v_HmV[:, :seen]))
                 if any(ctx.needs_grad):
                     kept.append(weights_Hnm)

@@ -1,4 +1,4 @@
-"""Small integer tensors that depend on host numbers only, made once and kept.
+"""Tensors that depend on host numbers only, made once and kept.
 
 Sending host data to a GPU waits for all that it still has to do, and Paddle makes four tensors of one range.
 """
@@ -13,6 +13,8 @@ import paddle
 
 # Streams whose bounds are kept: a pack asks for those of its conversations and of its tiles, once a layer.
 KEPT_BOUNDS = 256
+# Masks that are kept, and the keys of the largest: eight of 8 MB at most.
+KEPT_MASKS, KEPT_MASK_KEYS = 8, 2048
 
 _longest: dict[paddle.base.core.Place, paddle.Tensor] = {}  # the longest range made so far at each place
 
@@ -49,3 +51,24 @@ def segment_bounds(lens: Sequence[int], place: paddle.base.core.Place) -> paddle
 @functools.lru_cache(maxsize=KEPT_BOUNDS)
 def _segment_bounds(lens: tuple[int, ...], place: paddle.base.core.Place) -> paddle.Tensor:
     return paddle.to_tensor([0, *itertools.accumulate(lens)], dtype="int32", place=place)
+
+
+def causal_mask(num_queries: int, num_keys: int, place: paddle.base.core.Place) -> paddle.Tensor:
+    """What hides the future from queries that are the last of the keys, float32 [n, m]; not to be written to.
+
+        2 queries of 3 keys     0 0 -1e30
+                                0 0 0
+
+    Args:
+        num_queries: n, at most m.
+        num_keys: m.
+        place: where; the one that new tensors are made at.
+    """
+    keep = paddle.in_dynamic_mode() and num_keys <= KEPT_MASK_KEYS
+    make = _causal_mask if keep else _causal_mask.__wrapped__
+    return make(num_queries, num_keys, place)
+
+
+@functools.lru_cache(maxsize=KEPT_MASKS)
+def _causal_mask(num_queries: int, num_keys: int, place: paddle.base.core.Place) -> paddle.Tensor:
+    return paddle.triu(paddle.full([num_queries, num_keys], -1e30, "float32"), diagonal=num_keys - num_queries + 1)

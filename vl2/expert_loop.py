@@ -10,6 +10,10 @@ from collections.abc import Iterator, Sequence
 import paddle
 from paddle.autograd import PyLayer, PyLayerContext
 
+from vl2.errors import UserError
+
+_VIEWS = "FLAGS_use_stride_kernel"
+
 
 class ExpertLoop(PyLayer):
     """Forward and backward of all experts in one node of the graph; a loop over views `W[e]` uses all cores on CPU.
@@ -29,6 +33,7 @@ class ExpertLoop(PyLayer):
         counts: list[int],
     ) -> paddle.Tensor:
         """[R, in] -> [R, out]; see `vl2.grouped_linear.grouped_linear`."""
+        _check_views()
         ctx.counts, ctx.has_lora_x = counts, lora_x is not None
         # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
         ctx.needs_grad = [t is not None and not t.stop_gradient for t in (x, weight, lora_x, a, b)]
@@ -77,6 +82,11 @@ class ExpertLoop(PyLayer):
             elif grad_x is not None and not ctx.has_lora_x:  # the addition is of x itself
                 grad_x[rows].add_(paddle.matmul(grad_low, a[e], transpose_y=True))
         return grad_x, grad_w, *([grad_lora_x] * ctx.has_lora_x), *([grad_a, grad_b] * bool(rest))
+
+
+def _check_views() -> None:
+    if not paddle.get_flags(_VIEWS)[_VIEWS]:
+        raise UserError(f"{_VIEWS}=0 is set: slices would be copies, and products written into them lost; unset it")
 
 
 def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:

@@ -1,10 +1,11 @@
 """Tensors made of host numbers are sent to the device once, not once a layer and pack."""
 
+import numpy as np
 import paddle
 import pytest
 
 from vl2.attention import attention
-from vl2.constant_tensors import positions, segment_bounds
+from vl2.constant_tensors import causal_mask, positions, segment_bounds
 
 PLACE = paddle.ones([1]).place
 
@@ -54,3 +55,14 @@ def test_static_programs_share_nothing():
 @pytest.mark.parametrize("lens", [[4], [1, 1, 1]])
 def test_bounds_take_any_sequence(lens):
     assert segment_bounds(tuple(lens), PLACE) is segment_bounds(lens, PLACE)
+
+
+def test_one_mask_for_all_layers(monkeypatch):
+    made, triu = [], paddle.triu
+    monkeypatch.setattr(paddle, "triu", lambda *args, **kwargs: made.append(args) or triu(*args, **kwargs))
+    q_THK = paddle.ones([14, 2, 4])
+    for _ in range(12):
+        attention(q_THK, q_THK, q_THK, [9, 5], [9, 5], scale=1.0)
+    assert len(made) == 2
+    assert causal_mask(2, 4000, PLACE) is not causal_mask(2, 4000, PLACE)  # those of long segments are too large to keep
+    assert causal_mask(2, 3, PLACE).tolist() == [[0, 0, np.float32(-1e30)], [0, 0, 0]]

@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 import pytest
 
+from vl2.errors import UserError
 from vl2.expert_rows import Blocks, dispatch
 from vl2.lora_layers import ExpertsLoRA
 from vl2.moe import Experts
@@ -126,3 +127,13 @@ def test_not_a_number_stays_with_its_expert(monkeypatch):
     experts(paddle.to_tensor(x), paddle.ones([5, 1]), where).sum().backward()
     finite = np.isfinite(experts.gate_up.grad.numpy()).all(axis=(1, 2))
     assert finite.tolist() == [False, True, True]
+
+
+def test_products_are_not_lost_where_slices_are_copies(monkeypatch):
+    """With FLAGS_use_stride_kernel=0 a product that is written into a slice vanishes without a word."""
+    paddle.set_flags({"FLAGS_use_stride_kernel": False})
+    try:
+        with pytest.raises(UserError, match="^FLAGS_use_stride_kernel=0 is set: slices would be copies"):
+            outcome(monkeypatch, "one token", "loop", lora=True, train=False)
+    finally:
+        paddle.set_flags({"FLAGS_use_stride_kernel": True})
