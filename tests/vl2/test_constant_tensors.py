@@ -64,5 +64,7 @@ def test_one_mask_for_all_layers(monkeypatch):
     for _ in range(12):
         attention(q_THK, q_THK, q_THK, [9, 5], [9, 5], scale=1.0)
     assert len(made) == 2
-    assert causal_mask(2, 4000, PLACE) is not causal_mask(2, 4000, PLACE)  # those of long segments are too large to keep
+    assert causal_mask(2, 4000, PLACE) is not causal_mask(
+        2, 4000, PLACE
+    )  # those of long segments are too large to keep
     assert causal_mask(2, 3, PLACE).tolist() == [[0, 0, np.float32(-1e30)], [0, 0, 0]]

@@ -133,7 +133,7 @@ def test_products_are_not_lost_where_slices_are_copies(monkeypatch):
     """With FLAGS_use_stride_kernel=0 a product that is written into a slice vanishes without a word."""
     paddle.set_flags({"FLAGS_use_stride_kernel": False})
     try:
-        with pytest.raises(UserError, match="^FLAGS_use_stride_kernel=0 is set: slices would be copies"):
+        with pytest.raises(UserError, match=r"^FLAGS_use_stride_kernel=0 is set: slices would be copies"):
             outcome(monkeypatch, "one token", "loop", lora=True, train=False)
     finally:
         paddle.set_flags({"FLAGS_use_stride_kernel": True})
