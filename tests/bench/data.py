@@ -107,16 +107,21 @@ def bench_pictures(folder: Path, count: int) -> dict[str, float]:
     paths = sorted(folder.glob("*.jpg"))
     found["header_seconds"], dataset = timed(lambda: open_(file, folder / "cache", tokenizer, candidates))
     grid = dataset.sizes[0].grids[0]
+    start = sum(os.times()[:4])
     found["bare_pillow_seconds"], _ = timed(lambda: decode_bare(paths, (384 * grid[0], 384 * grid[1]), workers))
+    found["bare_pillow_cpu_seconds"] = sum(os.times()[:4]) - start
     plan = plan_of(dataset)
     packs = PackDataset(dataset.records, plan, dataset.sizes, tokenizer, candidates)
+    start = sum(os.times()[:4])
     found["loader_seconds"], built = timed(lambda: sum(1 for _ in load(packs, workers)))
+    found["loader_cpu_seconds"] = sum(os.times()[:4]) - start
     found["loader_share"] = found["bare_pillow_seconds"] / found["loader_seconds"]
     found["second_header_seconds"], _ = timed(lambda: open_(file, folder / "cache", tokenizer, candidates))
     say(
         f"{count:,} photographs of {PHOTOGRAPH[0]}x{PHOTOGRAPH[1]}: headers {found['header_seconds']:.2f} s, again "
         f"{found['second_header_seconds']:.2f} s; {built} packs from the loader {found['loader_seconds']:.1f} s, bare "
-        f"Pillow {found['bare_pillow_seconds']:.1f} s in {workers} processes, {found['loader_share']:.2f} of its speed"
+        f"Pillow {found['bare_pillow_seconds']:.1f} s in {workers} processes, {found['loader_share']:.2f} of it; "
+        f"work of all processes {found['loader_cpu_seconds']:.1f} s and {found['bare_pillow_cpu_seconds']:.1f} s"
     )
     return found
 
