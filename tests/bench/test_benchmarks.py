@@ -21,6 +21,20 @@ def test_step(attention, capsys):
     said = capsys.readouterr().out
     assert f"{attention}: step " in said
     assert "tokens/s, peak " in said
+    assert json.loads(said.splitlines()[-1]).keys() == {"seconds", "gemm_share", "peak_mb"}
+
+
+def test_products_of_a_step():
+    """By hand for the toy: 2 layers of width 64, one of them with 4 experts of 16 of which every token takes 4."""
+    lora, data = step.build("mha", "toy"), step.batch()
+    linear = 2 * 4 * 64 * 64 + 3 * 64 * 64 + 3 * 64 * 32  # attention twice, dense MLP, shared experts
+    factors = 8 * (2 * 4 * 128 + 3 * (64 + 32))
+    experts, expert_factors = 4 * 3 * 64 * 16, 4 * 8 * 3 * (64 + 16)
+    tower = 4 * 48 * 48 + 2 * 48 * int(48 * 3.7362) + 3 * 14 * 14 * 48
+    per_token = 2 * (linear + experts) + 3 * (factors + expert_factors)
+    expected = 1024 * per_token + 343 * 2 * 64 * 8192 + 3 * 729 * tower + 3 * 196 * (4 * 48 * 64 + 64 * 64)
+    expected += 3 * 2 * 2 * 1024**2 * (32 + 32) + 2 * 3 * 729**2 * 48
+    assert step.products(lora, data) == pytest.approx(2 * expected, rel=1e-3)
 
 
 @pytest.mark.slow
