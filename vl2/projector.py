@@ -119,7 +119,13 @@ def arrange(
     """
     n, g, d = projected_NGD.shape
     rows = (which[:, None] * g + np.arange(g)).ravel()
-    table = np.concatenate([rows, [n * g, n * g + 1]])
-    index = paddle.to_tensor(table[arrange_index(grids, int(g**0.5))], place=projected_NGD.place)
-    ends = [x.astype(projected_NGD.dtype).reshape([1, d]) for x in (newline_D, separator_D)]
-    return paddle.gather(paddle.concat([projected_NGD.reshape([n * g, d]), *ends], axis=0), index)
+    order = np.concatenate([rows, [n * g, n * g + 1]])[arrange_index(grids, int(g**0.5))]
+    newlines, separators = np.flatnonzero(order == n * g), np.flatnonzero(order == n * g + 1)
+    table, size = [projected_NGD.reshape([n * g, d])], n * g
+    for learned_D, copies in ((newline_D, newlines), (separator_D, separators)):
+        # Copied before it is rounded: the gradients of the copies, some 250 a pack, add up in the row's own precision
+        # and in a fixed order. Gather's backward would add them into one bfloat16 row, which costs 2 % of the sum.
+        table.append(learned_D.expand([copies.size, d]).astype(projected_NGD.dtype))
+        order[copies] = size + np.arange(copies.size)
+        size += copies.size
+    return paddle.gather(paddle.concat(table, axis=0), paddle.to_tensor(order, place=projected_NGD.place))

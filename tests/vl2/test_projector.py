@@ -4,6 +4,7 @@ import numpy as np
 import paddle
 import pytest
 
+from tests.precision.emulation import half_precision_on_cpu
 from vl2.projector import arrange, arrange_index, distinct_tiles
 
 
@@ -36,3 +37,37 @@ def test_local_tile_of_one_by_one_is_encoded_once():
 def test_wrong_number_of_tiles_is_refused():
     with pytest.raises(ValueError, match="3 tiles were given"):
         distinct_tiles(np.zeros([3, 3, 4, 4], np.uint8), [(2, 2)])
+
+
+def test_a_learned_row_gets_the_sum_of_its_copies():
+    """The row's gradient was added up in bfloat16, copy by copy: 1.8 % off with a 3 x 3 image."""
+    grids, rng = [(3, 3)], np.random.default_rng(0)
+    copies = 14 * 4  # of the newline
+    gradient = rng.normal(1, 0.5, [211 + 196 * 9 + 14 * 3, 8]).astype("float32")
+    gradient = paddle.to_tensor(gradient).astype("bfloat16")
+    newline, separator = paddle.ones([8]), paddle.zeros([8])
+    newline.stop_gradient = separator.stop_gradient = False
+    projected = paddle.zeros([10, 196, 8], "bfloat16")
+    projected.stop_gradient = False
+    with half_precision_on_cpu():
+        rows = arrange(projected, np.arange(10), newline, separator, grids)
+        assert rows.dtype == paddle.bfloat16
+        (rows * gradient).sum().backward()
+    arrived = gradient.astype("float32").numpy()
+    order = arrange_index(grids, 14)
+    expected = arrived[order == 1960].astype("float64").sum(axis=0)
+    assert (order == 1960).sum() == copies
+    np.testing.assert_allclose(newline.grad.numpy(), expected, rtol=1e-6)
+    assert np.array_equal(separator.grad.numpy(), arrived[order == 1961][0])
+    back = np.empty([1960, 8], "float32")
+    back[order[order < 1960]] = arrived[order < 1960]
+    assert np.array_equal(projected.grad.astype("float32").numpy().reshape([1960, 8]), back)
+
+
+@pytest.mark.parametrize("grids", [[(2, 1)], [(1, 1), (1, 2)]])
+def test_rows_are_those_of_the_index(grids):
+    tiles = sum(1 + w * h for w, h in grids)
+    projected, newline, separator = paddle.randn([tiles, 4, 3]), paddle.randn([3]), paddle.randn([3])
+    table = np.concatenate([projected.numpy().reshape([-1, 3]), [newline.numpy(), separator.numpy()]])
+    rows = arrange(projected, np.arange(tiles), newline, separator, grids)
+    assert np.array_equal(rows.numpy(), table[arrange_index(grids, 2)])
