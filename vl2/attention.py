@@ -1,6 +1,7 @@
 """Attention over a flat stream of segments: one function for packs, chunked prefill, decoding and the vision tower.
 
-Shape suffixes: T tokens of the stream, H heads, K channels of a q/k head, V channels of a v head, D model, S segments.
+Shape suffixes: T tokens of the stream, H heads, K channels of a q/k head, V channels of a v head, D model, S segments;
+B sequences that go on by one token each, M room of a cache in tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer, PyLayerContext
 
-from vl2.cache import LayerCache
+from vl2.cache import Kept, LayerCache, flat_streams
 from vl2.config import LanguageConfig
 from vl2.constant_tensors import causal_mask, segment_bounds
 from vl2.linear import Linear
@@ -171,6 +172,29 @@ def _segment_grads(
     return paddle.concat(grad_q, axis=1), grad_k, grad_v
 
 
+def attend_last(q_BHK: paddle.Tensor, kept: Sequence[Kept], scale: float) -> paddle.Tensor:
+    """Attention of the last token of each sequence, which reads keys and values where they lie in the cache.
+
+    Scores are cut and weights filled up with zeros to the buffer's room: cutting the buffer would copy it.
+
+    Args:
+        q_BHK: one query a sequence, [B, H, K].
+        kept: keys [H, M, K] and values [H, M, V] of each.
+        scale: factor of the scores.
+
+    Returns:
+        [B, H, V].
+    """
+    outs = []
+    for q_H1K, ((k_HMK, v_HMV), length) in zip((q_BHK * scale).unsqueeze(2), kept, strict=True):
+        scores_H1m = paddle.matmul(q_H1K, k_HMK, transpose_y=True)[..., :length].astype("float32")
+        weights_H1M = F.softmax(scores_H1m, axis=-1).astype(v_HMV.dtype)
+        if length < v_HMV.shape[1]:
+            weights_H1M = F.pad(weights_H1M, [0, v_HMV.shape[1] - length], data_format="NCL")
+        outs.append(paddle.matmul(weights_H1M, v_HMV))
+    return paddle.stack(outs).squeeze(2)
+
+
 def _flash_fits(q_THK: paddle.Tensor, q_lens: Sequence[int], k_lens: Sequence[int]) -> bool:
     """Variable-length flash attention wants 16-bit numbers and heads of a multiple of 8 channels, at most 256.
 
@@ -278,9 +302,14 @@ class MultiHeadAttention(nn.Layer):
         q_THK = rotate_half_split(self.q_proj(x_TD).reshape(heads), *rope)
         k_THK = rotate_half_split(self.k_proj(x_TD).reshape(heads), *rope)
         v_THK = self.v_proj(x_TD).reshape(heads)
-        k_lens = q_lens
+        k_lens, scale, kept = q_lens, self.head_dim**-0.5, []
         if cache is not None:
-            (k_THK, v_THK), k_lens = cache.append((k_THK, v_THK), q_lens)
-            q_lens = [n for n in q_lens if n]
-        out_THK = attention(q_THK, k_THK, v_THK, q_lens, k_lens, scale=self.head_dim**-0.5)
+            kept = cache.append((k_THK, v_THK), q_lens)
+            k_lens = q_lens = [n for n in q_lens if n]
+        if kept and max(q_lens) == 1:
+            out_THK = attend_last(q_THK, kept, scale)
+        else:
+            if any(one.length > n for one, n in zip(kept, q_lens, strict=False)):
+                (k_THK, v_THK), k_lens = flat_streams(kept)
+            out_THK = attention(q_THK, k_THK, v_THK, q_lens, k_lens, scale=scale)
         return self.o_proj(out_THK.reshape([-1, self.num_heads * self.head_dim]))

@@ -1,57 +1,87 @@
-"""Key/value cache of a batch of sequences that grow at different lengths."""
+"""Key/value cache of a batch of sequences that grow at different lengths.
+
+Shape suffixes: T tokens of the stream, G heads that are kept (1 for MLA's compressed rows), M room of a buffer in
+tokens, W channels.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import paddle
 
 from vl2.errors import UserError
 
+# A buffer that is full gets room for so many more tokens: it is copied once in so many.
+ROOM = 256
+
+
+class Kept(NamedTuple):
+    """What a layer keeps of one sequence."""
+
+    buffers: tuple[paddle.Tensor, ...]  # one a stream, [G, M, W]; zeros after the last token
+    length: int  # tokens
+
 
 class LayerCache:
-    """What one layer keeps of every sequence: a tuple of [length, ...] streams (for MHA keys and values).
+    """What one layer keeps of every sequence, of one or more streams (for MHA keys and values).
 
-    Buffers are allocated at their final capacity, so appending copies the new rows only.
+    It lies as decoding reads it: every head's rows one after another, so that a product takes the buffer as it is. A
+    view of the rows in use would be copied, all of it for each token.
+
+    Args:
+        capacities: most tokens each sequence may reach.
     """
 
-    def __init__(self, capacities: list[int]):
-        self.capacities = capacities
+    def __init__(self, capacities: Sequence[int]):
+        self.capacities = list(capacities)
         self.lengths = [0] * len(capacities)
-        self._buffers: list[tuple[paddle.Tensor, ...]] = []
+        self._buffers: list[list[paddle.Tensor]] = [[] for _ in capacities]
 
-    def append(
-        self, streams: tuple[paddle.Tensor, ...], q_lens: list[int]
-    ) -> tuple[tuple[paddle.Tensor, ...], list[int]]:
+    def append(self, streams: tuple[paddle.Tensor, ...], q_lens: Sequence[int]) -> list[Kept]:
         """Add q_lens[s] rows to sequence s.
 
         Args:
-            streams: tuple of flat tensors [sum(q_lens), ...].
+            streams: flat tensors [sum(q_lens), G, W].
             q_lens: new rows of each sequence; 0 where it does not grow.
 
         Returns:
-            (tuple of flat tensors with all rows kept so far of the sequences that grew, their lengths). Sequences
-            with q_len 0 are left out, as they have no queries; the caller leaves them out of q_lens likewise.
+            All that is kept of the sequences that grew, which have queries; the caller leaves the others out likewise.
         """
-        if not self._buffers:
-            self._buffers = [
-                tuple(paddle.zeros([capacity, *stream.shape[1:]], dtype=stream.dtype) for stream in streams)
-                for capacity in self.capacities
-            ]
-        start, kept = 0, []
+        start, grown = 0, []
         for s, count in enumerate(q_lens):
             if not count:
                 continue
-            end = self.lengths[s] + count
+            first, end = self.lengths[s], self.lengths[s] + count
             if end > self.capacities[s]:
                 raise UserError(f"sequence {s} would hold {end} tokens, its cache was made for {self.capacities[s]}")
-            for buffer, stream in zip(self._buffers[s], streams, strict=True):
-                buffer[self.lengths[s] : end] = stream[start : start + count]
+            rows = [stream[start : start + count].transpose([1, 0, 2]) for stream in streams]
+            self._make_room(s, end, rows)
+            for buffer, row_GTW in zip(self._buffers[s], rows, strict=True):
+                buffer[:, first:end] = row_GTW
             self.lengths[s] = end
-            kept.append(tuple(buffer[:end] for buffer in self._buffers[s]))
+            grown.append(Kept(tuple(self._buffers[s]), end))
             start += count
-        lens = [length for length, count in zip(self.lengths, q_lens, strict=True) if count]
-        if len(kept) == 1:
-            return kept[0], lens
-        return tuple(paddle.concat(list(parts), axis=0) for parts in zip(*kept, strict=True)), lens
+        return grown
+
+    def _make_room(self, s: int, length: int, rows: list[paddle.Tensor]) -> None:
+        """Let the buffers of a sequence hold `length` tokens; `rows` are shaped as what they will hold."""
+        buffers = self._buffers[s] or [row_GTW[:, :0] for row_GTW in rows]
+        room = buffers[0].shape[1]
+        if length > room:
+            more = min(-(-length // ROOM) * ROOM, self.capacities[s]) - room
+            self._buffers[s] = [
+                paddle.concat([old, paddle.zeros([old.shape[0], more, old.shape[2]], old.dtype)], axis=1)
+                for old in buffers
+            ]
+
+
+def flat_streams(kept: Sequence[Kept]) -> tuple[tuple[paddle.Tensor, ...], list[int]]:
+    """Copies of what is kept of some sequences, as flat tensors [sum(lengths), G, W], and their lengths."""
+    streams = zip(*([buffer[:, : one.length] for buffer in one.buffers] for one in kept), strict=True)
+    flat = (paddle.concat(list(parts), axis=1).transpose([1, 0, 2]) for parts in streams)
+    return tuple(flat), [one.length for one in kept]
 
 
 class KVCache:
@@ -62,8 +92,8 @@ class KVCache:
         capacities: most tokens each sequence may reach.
     """
 
-    def __init__(self, num_layers: int, capacities: list[int]):
-        self.layers = [LayerCache(list(capacities)) for _ in range(num_layers)]
+    def __init__(self, num_layers: int, capacities: Sequence[int]):
+        self.layers = [LayerCache(capacities) for _ in range(num_layers)]
 
     def lengths(self) -> list[int]:
         """Tokens kept of each sequence."""

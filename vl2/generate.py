@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 
 from vl2.cache import KVCache
 from vl2.errors import UserError
 from vl2.model import DeepseekVL2
 
-# The next tokens of some of the prompts: logits [B, V] and which prompts they belong to.
-Choose = Callable[[np.ndarray, list[int]], list[int]]
+# The next token of some of the prompts, int64 [B]: from logits [B, V], which prompts these are, and how many tokens
+# each of them has been given before.
+Choose = Callable[[paddle.Tensor, list[int], int], paddle.Tensor]
 
 
 def generate(
@@ -33,7 +35,7 @@ def generate(
     """Continue each prompt until EOS or `max_new_tokens`.
 
     Args:
-        model: the model (or anything with its `embed`, `decode_stream` and `language.logits`).
+        model: the model (or anything with its `embed`, `embed_text`, `decode_stream` and `language.logits`).
         prompts: one mapping a conversation: `input_ids` [T] and, with images, `tiles` [N, 3, 384, 384] and `grids`.
         eos_id: token that ends an answer; it is not part of the result.
         max_new_tokens: most new tokens of every prompt, or of each.
@@ -41,7 +43,7 @@ def generate(
         top_p: smallest set of tokens of at least this probability is sampled from.
         chunk: tokens of each prompt that enter the cache at once; None: the whole prompt. Images are encoded once.
         use_cache: False computes every step from the start (slow; what the cache must equal).
-        seed: of the sampling; prompt i draws from its own stream (seed, i).
+        seed: of the sampling; prompt i draws from its own stream (seed, i), one number a token.
 
     Returns:
         New token ids of each prompt; as many as it may have where no EOS came.
@@ -51,11 +53,15 @@ def generate(
         raise UserError(f"max_new_tokens is {min(limits)}; expected at least 1")
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk is {chunk}; expected at least 1 token, or nothing for the whole prompt")
-    draws = [np.random.default_rng([seed, i]) for i in range(len(prompts))]
+    draws_BN = None
+    if temperature:
+        streams = [np.random.default_rng([seed, i]).random(max(limits)) for i in range(len(prompts))]
+        draws_BN = paddle.to_tensor(np.stack(streams))
 
-    def choose(logits_BV: np.ndarray, which: list[int]) -> list[int]:
-        rows = zip(logits_BV, which, strict=True)
-        return [choose_token(row, temperature, top_p, draws[i]) for row, i in rows]
+    def choose(logits_BV: paddle.Tensor, which: list[int], step: int) -> paddle.Tensor:
+        if draws_BN is None:
+            return logits_BV.argmax(axis=-1)
+        return sample(logits_BV, temperature, top_p, paddle.stack([draws_BN[i, step] for i in which]))
 
     with paddle.no_grad():
         embeds = [model.embed(prompt) for prompt in prompts]
@@ -104,22 +110,29 @@ def _decode_cached(
     chunk: int | None,
 ) -> list[list[int]]:
     cache = KVCache(len(model.language.model.layers), [n + limit for n, limit in zip(lens, limits, strict=True)])
-    logits = prefill(model, embeds, cache, chunk).numpy()
+    logits_BV = prefill(model, embeds, cache, chunk)
     answers: list[list[int]] = [[] for _ in embeds]
     going = list(range(len(embeds)))
-    while going:
-        tokens = choose(logits, going)
-        for i, token in zip(going, tokens, strict=True):
+    positions_B = paddle.to_tensor(lens)
+    for step in range(max(limits)):
+        ids_B = choose(logits_BV, going, step)
+        ids = ids_B.tolist()  # all that comes to the host
+        for i, token in zip(going, ids, strict=True):
             if token != eos_id:
                 answers[i].append(token)
-        going = [i for i, token in zip(going, tokens, strict=True) if token != eos_id and len(answers[i]) < limits[i]]
-        if not going:
+        rows = [
+            b for b, (i, token) in enumerate(zip(going, ids, strict=True)) if token != eos_id and step + 1 < limits[i]
+        ]
+        if not rows:
             break
-        ids = np.array([answers[i][-1] for i in going], np.int64)
-        positions = np.array([lens[i] + len(answers[i]) - 1 for i in going], np.int64)
+        if len(rows) < len(going):
+            going = [going[b] for b in rows]
+            rows_B = paddle.to_tensor(rows)
+            ids_B, positions_B = paddle.gather(ids_B, rows_B), paddle.gather(positions_B, rows_B)
         q_lens = [int(i in going) for i in range(len(embeds))]
-        hidden = model.decode_stream(model.embed({"input_ids": ids}), positions, q_lens, cache)
-        logits = model.language.logits(hidden).numpy()
+        hidden_BD = model.decode_stream(model.embed_text(ids_B), positions_B, q_lens, cache)
+        logits_BV = model.language.logits(hidden_BD)
+        positions_B = positions_B + 1
     return answers
 
 
@@ -130,26 +143,33 @@ def _decode_from_start(
     while len(answer) < max_new_tokens:
         n = x_TD.shape[0]
         hidden = model.decode_stream(x_TD, np.arange(n), [n])
-        (token,) = choose(model.language.logits(hidden[n - 1 : n]).numpy(), [prompt])
+        ids_1 = choose(model.language.logits(hidden[n - 1 : n]), [prompt], len(answer))
+        (token,) = ids_1.tolist()
         if token == eos_id:
             break
         answer.append(token)
-        x_TD = paddle.concat([x_TD, model.embed({"input_ids": np.array([token], np.int64)})], axis=0)
+        x_TD = paddle.concat([x_TD, model.embed_text(ids_1)], axis=0)
     return answer
 
 
-def choose_token(logits_V: np.ndarray, temperature: float, top_p: float, rng: np.random.Generator) -> int:
-    """One token: the most probable at temperature 0, else a draw from the nucleus.
+def sample(logits_BV: paddle.Tensor, temperature: float, top_p: float, draw_B: paddle.Tensor) -> paddle.Tensor:
+    """Draw one token a row from its nucleus, the smallest set of tokens of at least `top_p` together.
 
-    probabilities .5 .3 .2, top_p 0.6 -> drawn from the first two, .625 and .375
+    probabilities .2 .5 .3, top_p 0.6 -> the tokens 1 and 2, with .625 and .375: 1 for a draw below .625
+
+    Args:
+        logits_BV: float32.
+        temperature: above 0.
+        top_p: in (0, 1].
+        draw_B: float64 in [0, 1).
+
+    Returns:
+        int64 [B].
     """
-    if temperature == 0:
-        return int(logits_V.argmax())
-    scaled = logits_V.astype(np.float64) / temperature
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
-    order = np.argsort(-probabilities, kind="stable")
-    before = np.cumsum(probabilities[order]) - probabilities[order]
-    nucleus = order[before < top_p]
-    weights = probabilities[nucleus] / probabilities[nucleus].sum()
-    return int(rng.choice(nucleus, p=weights))
+    probabilities_BV = F.softmax(logits_BV.astype("float64") / temperature, axis=-1)
+    order_BV = paddle.argsort(probabilities_BV, axis=-1, descending=True, stable=True)
+    sorted_BV = paddle.take_along_axis(probabilities_BV, order_BV, axis=-1, broadcast=False)
+    before_BV = paddle.cumsum(sorted_BV, axis=-1) - sorted_BV
+    up_to_BV = paddle.cumsum(sorted_BV * (before_BV < top_p).astype("float64"), axis=-1)
+    place_B1 = (up_to_BV / up_to_BV[:, -1:] <= draw_B.unsqueeze(1)).sum(axis=-1, keepdim=True)
+    return paddle.take_along_axis(order_BV, place_B1, axis=-1, broadcast=False).squeeze(1)

@@ -1,7 +1,7 @@
 """Multi-head latent attention of DeepSeek-VL2-Small and -full: keys and values come from one compressed row a token.
 
-Shape suffixes: T tokens of the stream, D model, H heads, C compressed channels (512), N channels of a head without
-position (nope, 128), R with position (rope, 64), V of a value head (128).
+Shape suffixes: T tokens of the stream, B sequences, D model, H heads, C compressed channels (512), N channels of a head
+without position (nope, 128), R with position (rope, 64), W = C + R of a cached row, V of a value head (128).
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import paddle
+import paddle.nn.functional as F
 from paddle import nn
 
 from vl2.attention import Rope, attention, rope_tables, rotate_half_split
-from vl2.cache import LayerCache
+from vl2.cache import Kept, LayerCache, flat_streams
 from vl2.config import LanguageConfig
 from vl2.linear import Linear
 from vl2.norm import RMSNorm
-
-# Up to so many new tokens the heads are folded into the query instead of unfolding all cached rows.
-ABSORB_TOKENS = 32
 
 
 def rotate_interleaved(x_THR: paddle.Tensor, cos_THR: paddle.Tensor, sin_THR: paddle.Tensor) -> paddle.Tensor:
@@ -62,13 +60,17 @@ class LatentAttention(nn.Layer):
         compressed = self.kv_a_proj_with_mqa(x_TD)
         c_TC = self.kv_a_layernorm(compressed[:, : self.rank])
         k_T1R = rotate_interleaved(compressed[:, self.rank :].unsqueeze(1), cos[:, :1], sin[:, :1])
-        k_lens = q_lens
+        k_lens, kept = q_lens, []
         if cache is not None:
-            (c_TC, k_T1R), k_lens = cache.append((c_TC, k_T1R), q_lens)
-            q_lens = [n for n in q_lens if n]
-        fold = cache is not None and sum(q_lens) <= ABSORB_TOKENS
-        attend = self._folded if fold else self._unfolded
-        out_THV = attend(q_THN, q_THR, c_TC, k_T1R, q_lens, k_lens)
+            kept = cache.append((paddle.concat([c_TC.unsqueeze(1), k_T1R], axis=-1),), q_lens)
+            k_lens = q_lens = [n for n in q_lens if n]
+        if kept and max(q_lens) == 1:
+            out_THV = self._folded(q_THN, q_THR, kept)
+        else:
+            if any(one.length > n for one, n in zip(kept, q_lens, strict=False)):
+                (rows_T1W,), k_lens = flat_streams(kept)
+                c_TC, k_T1R = rows_T1W[:, 0, : self.rank], rows_T1W[..., self.rank :]
+            out_THV = self._unfolded(q_THN, q_THR, c_TC, k_T1R, q_lens, k_lens)
         return self.o_proj(out_THV.reshape([-1, self.num_heads * self.v_dim]))
 
     def _unfolded(
@@ -87,22 +89,22 @@ class LatentAttention(nn.Layer):
         q = paddle.concat([q_THN, q_THR], axis=-1)
         return attention(q, k, kv[..., self.nope :], q_lens, k_lens, scale=self.scale)
 
-    def _folded(
-        self,
-        q_THN: paddle.Tensor,
-        q_THR: paddle.Tensor,
-        c_TC: paddle.Tensor,
-        k_T1R: paddle.Tensor,
-        q_lens: Sequence[int],
-        k_lens: Sequence[int],
-    ) -> paddle.Tensor:
-        """Scores against the compressed rows themselves, one key head for all queries: for decoding."""
+    def _folded(self, q_BHN: paddle.Tensor, q_BHR: paddle.Tensor, kept: Sequence[Kept]) -> paddle.Tensor:
+        """Scores of the last token of each sequence against the compressed rows themselves, for decoding: [B, H, V].
+
+        The heads are folded into the query, so all of them read one row a token, where it lies in the cache. The
+        position's channels are summed up with the rest and left out of the result: without them the rows would be
+        copied.
+        """
         # The effective weight, so that an adapter on kv_b_proj counts here too.
-        weight = self.kv_b_proj.effective_weight(c_TC.dtype).reshape([self.rank, self.num_heads, -1])
+        weight = self.kv_b_proj.effective_weight(q_BHN.dtype).reshape([self.rank, self.num_heads, -1])
         up_k_HNC = weight[..., : self.nope].transpose([1, 2, 0])
         up_v_HCV = weight[..., self.nope :].transpose([1, 0, 2])
-        q_THC = paddle.matmul(q_THN.transpose([1, 0, 2]), up_k_HNC).transpose([1, 0, 2])
-        q = paddle.concat([q_THC, q_THR], axis=-1)
-        k = paddle.concat([c_TC.unsqueeze(1), k_T1R], axis=-1)
-        out_THC = attention(q, k, c_TC.unsqueeze(1), q_lens, k_lens, scale=self.scale)
-        return paddle.matmul(out_THC.transpose([1, 0, 2]), up_v_HCV).transpose([1, 0, 2])
+        q_BHC = paddle.matmul(q_BHN.transpose([1, 0, 2]), up_k_HNC).transpose([1, 0, 2])
+        q_BHW = paddle.concat([q_BHC, q_BHR], axis=-1) * self.scale
+        outs = []
+        for q_HW, ((rows_1MW,), length) in zip(q_BHW, kept, strict=True):
+            rows_mW = rows_1MW[0, :length]
+            weights_Hm = F.softmax(paddle.matmul(q_HW, rows_mW, transpose_y=True).astype("float32"), axis=-1)
+            outs.append(paddle.matmul(weights_Hm.astype(rows_mW.dtype), rows_mW)[:, : self.rank])
+        return paddle.matmul(paddle.stack(outs, axis=1), up_v_HCV).transpose([1, 0, 2])

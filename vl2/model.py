@@ -20,8 +20,6 @@ from vl2.language import LanguageModel
 from vl2.projector import Projector, arrange, distinct_tiles
 from vl2.vision import VisionTower
 
-# Tiles that go through a frozen tower at once: bounds its activations.
-FROZEN_TILE_SLICE = 8
 IGNORE = -100
 
 
@@ -66,8 +64,9 @@ class DeepseekVL2(nn.Layer):
             features_NPW = self.vision(pixels, self.compute_dtype)
         else:
             with paddle.no_grad():
-                slices = range(0, len(first), FROZEN_TILE_SLICE)
-                parts = [self.vision(pixels[i : i + FROZEN_TILE_SLICE], self.compute_dtype) for i in slices]
+                size = frozen_tile_slice(pixels.place)
+                slices = range(0, len(first), size)
+                parts = [self.vision(pixels[i : i + size], self.compute_dtype) for i in slices]
                 features_NPW = parts[0] if len(parts) == 1 else paddle.concat(parts, axis=0)
         return arrange(self.projector(features_NPW), which, self.image_newline, self.view_seperator, grids)
 
@@ -78,7 +77,7 @@ class DeepseekVL2(nn.Layer):
             UserError: when the image positions in `input_ids` and the images given do not match.
         """
         ids_T = _tensor(batch["input_ids"])
-        x_TD = self.language.model.embed_tokens(ids_T).astype(self.compute_dtype)
+        x_TD = self.embed_text(ids_T)
         positions = np.flatnonzero(_array(batch["input_ids"]) == self.image_token_id)
         if "tiles" not in batch:
             if positions.size:
@@ -90,6 +89,10 @@ class DeepseekVL2(nn.Layer):
             raise UserError(f"{positions.size} image positions in input_ids, but the images fill {rows.shape[0]}")
         # Out of place: written into a view, the projector would get no gradient.
         return paddle.scatter(x_TD, paddle.to_tensor(positions, place=x_TD.place), rows)
+
+    def embed_text(self, ids_T: paddle.Tensor) -> paddle.Tensor:
+        """Rows of the table, [T] -> [T, D], whatever the ids mean."""
+        return self.language.model.embed_tokens(ids_T).astype(self.compute_dtype)
 
     def forward(self, batch: Mapping, trace: list | None = None, balance: LoadBalance | None = None) -> paddle.Tensor:
         """Final hidden states of a batch, [T, D]."""
@@ -132,6 +135,11 @@ class DeepseekVL2(nn.Layer):
         hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(supervised, place=hidden_TD.place))
         targets_N = paddle.to_tensor(labels[supervised], place=hidden_TD.place)
         return self.language.loss_sum(hidden_ND, targets_N, of_tokens), int(supervised.size)
+
+
+def frozen_tile_slice(place: paddle.base.core.Place) -> int:
+    """Tiles that go through a frozen tower at once, which bounds its activations; a GPU outruns the host with few."""
+    return 32 if place.is_gpu_place() else 8
 
 
 def _array(x: Any) -> np.ndarray:
