@@ -49,8 +49,12 @@ COMPOSED = {
     # A Scalar that is a tensor changes the kernel's name.
     "set_value": (("set_value", "set_value_with_tensor"), ()),
     "arange": (("arange", "arange_tensor"), ()),
-    # Written by hand in Paddle (api_custom_impl.cc): this kernel where the gradient is dense, as here.
-    "embedding_grad": (("embedding_grad",), ()),
+}
+# Written by hand in Paddle, where the lists name a function (api_custom_impl.cc, add_n_node.cc): the kernels called.
+BY_HAND = {
+    "embedding_grad": ("embedding_grad",),  # dense gradients, as here
+    "add_n": ("add_n",),
+    "add_n_grad": ("scale",),
 }
 # Operators whose gradient has the type of what came out, not of what went in.
 BY_RESULT = {"cast"}
@@ -104,8 +108,10 @@ def _known(operator: str) -> str:
 
 
 def _kernels(operator: str) -> tuple[str, ...]:
+    if operator in BY_HAND:
+        return BY_HAND[operator]
     entry = table()["operators"].get(_known(operator), {})
-    if "invoke" in entry and operator not in COMPOSED:
+    if "invoke" in entry:
         return _kernels(entry["invoke"])
     return tuple(entry.get("kernels") or [_known(operator)])
 

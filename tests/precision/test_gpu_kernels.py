@@ -19,6 +19,9 @@ from tests.precision.gpu_kernels import LATER, UNSEEN, missing, needed, table
 from tests.precision.make_gpu_kernels import NEW, OLD, preprocessed, registrations
 from tests.precision.taken import Call, taken
 from tests.precision.test_step import step
+from vl2.balance import LoadBalance
+from vl2.generate import generate
+from vl2.prompt import IGNORE
 
 
 def call(operator: str, *arguments, result: str | None = None, gradient: bool = False) -> Call:
@@ -150,15 +153,24 @@ def launched_by(work) -> set[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "full", "blocks"), [("nano_base", True, ONE), ("nano_tiny", False, BOTH)])
 def test_nothing_that_runs_escapes(nano, pack, monkeypatch, family, full, blocks):
-    """A step in float32, recomputed: all that Paddle's profiler sees was recorded, or is a gradient of what was.
+    """Steps in float32 and an answer: all that Paddle's profiler sees was recorded, or is a gradient of what was.
+
+    The first step as the trainer makes it, recomputed; the second with the load-balance loss.
 
     Each name is one of the installed version's kernels as well: between the table's version and this none was renamed.
     """
     monkeypatch.setattr("vl2.expert_rows.choose_blocks", blocks_of(blocks))
     model = nano(family, "float32", full=full)
     model.set_recompute(1)
+
+    def work() -> None:
+        step(model, pack)
+        balance = LoadBalance(pack["seq_lens"], pack["labels"] != IGNORE)
+        (model.loss(pack, balance)[0] + balance.total()).backward()
+        generate(model, [{"input_ids": pack["input_ids"][-40:]}], eos_id=-1, max_new_tokens=3, chunk=48)
+
     with taken() as calls:
-        launched = launched_by(lambda: step(model, pack))
+        launched = launched_by(work)
     known = {kernel for one in calls for kernels, _ in needed(one) for kernel in kernels}
     assert len(launched) > 60 and sum(name.endswith("_grad") for name in launched) > 15
     assert not launched - known
