@@ -145,6 +145,9 @@ class TrainConfig:
     )
     precision: str = key("bf16", "Frozen weights and, on a GPU, compute.", choices=PRECISIONS)
     tf32: bool = key(False, TF32_DOC)
+    deterministic: bool = key(
+        False, "On a GPU: add gradients up in a fixed order, so that a run repeats bit for bit; slower."
+    )
     recompute: int = key(
         1, "Forget activations and compute them again: 0 none, n every n-th layer.", unit="layers", low=0, high=1000
     )

@@ -24,6 +24,9 @@ from vl2.errors import UserError
 
 # CUDA's context, cuBLAS and Paddle's own code take about this much of a card before the first number lies there.
 CONTEXT_BYTES = 10**9
+# What makes Paddle's kernels for GPUs add up in a fixed order: the backward passes of flash attention, by cuDNN's flag
+# (get_num_split in phi/kernels/gpu/flash_attn_grad_kernel.cu), and of the embedding (embedding_grad_kernel.cu).
+FIXED_ORDER = {"FLAGS_cudnn_deterministic": True, "FLAGS_embedding_deterministic": 1}
 _OTHERWISE = "or give device=cpu to go on without"
 
 
@@ -120,13 +123,14 @@ def choose_device(device: str, machine: Machine) -> str:
     return "cpu"
 
 
-def use_device(device: str, *, tf32: bool = False) -> str:
+def use_device(device: str, *, tf32: bool = False, deterministic: bool = False) -> str:
     """Makes `cpu` or `gpu` Paddle's device in this process and returns Paddle's name of it (`cpu`, `gpu:1`).
 
     Args:
         device: cpu, gpu or auto.
         tf32: whether products of float32 may lose digits on a GPU. The door's NVIDIA_TF32_OVERRIDE=0 forbids it to
             the libraries that do not look at Paddle's switches.
+        deterministic: whether a GPU adds gradients up in a fixed order. A CPU always does.
 
     Raises:
         UserError: Paddle sees no GPU although the machine has one (driver older than the build, container without
@@ -152,6 +156,8 @@ def use_device(device: str, *, tf32: bool = False) -> str:
             f"it (`{install_line()}`), {_OTHERWISE}"
         ) from problem
     allow_tf32(tf32)
+    if deterministic:
+        paddle.set_flags(FIXED_ORDER)
     return paddle.device.get_device()
 
 

@@ -114,7 +114,7 @@ def train(
         UserError: anything wrong with the input; nothing in run_dir was overwritten then.
         FloatingPointError: when the loss or a gradient is not finite.
     """
-    use_device(config.device, tf32=config.tf32)
+    use_device(config.device, tf32=config.tf32, deterministic=config.deterministic)
     check_precision(DTYPE_OF_SETTING[config.precision])
     _quieten()
     if dist.get_world_size() > 1 and not dist.is_initialized():

@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from train.ask.load import load
+from train.config.schema import TrainConfig
 from train.door.launch import prepare
 from train.machine import devices, environment
 from train.machine.devices import (
@@ -20,6 +21,7 @@ from train.machine.devices import (
 )
 from train.machine.environment import card_listing, detect_build, driver_report
 from train.machine.memory import FreeMemory
+from train.run.training import train
 
 # Two cards as `nvidia-smi -L` lists them, the first of them cut into two instances.
 FIRST, SECOND = "GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77", "GPU-c8f2c6bc-52a3-7e6a-8d53-0f2d9b7a9b10"
@@ -203,6 +205,36 @@ def test_float32_keeps_its_digits(card):
     assert switched == {"device": "gpu:0", "cublas": False, "cudnn": False}
     use_device("auto", tf32=True)
     assert switched == {"device": "gpu:0", "cublas": True, "cudnn": True}
+
+
+def test_a_fixed_order_is_for_who_asks(card, monkeypatch):
+    """Resuming was bit for bit on a CPU only: a GPU's flash attention and embedding add gradients up in any order."""
+    card(8, 0)
+    flags: dict[str, object] = {}
+    monkeypatch.setattr("paddle.set_flags", flags.update)
+    use_device("auto")
+    assert flags == {}
+    use_device("auto", deterministic=True)
+    assert flags == {"FLAGS_cudnn_deterministic": True, "FLAGS_embedding_deterministic": 1}
+
+
+def test_a_run_asks_for_its_order(monkeypatch):
+    asked: dict[str, object] = {}
+
+    def use(device: str, **options: object) -> None:
+        asked.update(options)
+        raise InterruptedError
+
+    monkeypatch.setattr("train.run.training.use_device", use)
+    with pytest.raises(InterruptedError):
+        train(TrainConfig(deterministic=True))
+    assert asked == {"tf32": False, "deterministic": True}
+
+
+def test_a_cpu_has_a_fixed_order_anyway(monkeypatch):
+    """Its build does not know these flags."""
+    monkeypatch.setattr("paddle.set_flags", lambda flags: pytest.fail("set"))
+    assert use_device("cpu", deterministic=True) == "cpu"
 
 
 def test_bfloat16_on_an_old_card_is_refused_before_anything_is_loaded(card, monkeypatch):
