@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import paddle
-import paddle.nn.functional as F
 from paddle.autograd import PyLayer, PyLayerContext
 
-from vl2.expert_rows import Blocks
+from vl2.expert_rows import Layout
 
 
 class ExpertBatches(PyLayer):
@@ -30,44 +29,40 @@ class ExpertBatches(PyLayer):
         lora_x: paddle.Tensor | None,
         a: paddle.Tensor | None,
         b: paddle.Tensor | None,
-        blocks: Blocks,
-        expert_M: paddle.Tensor | None,
+        layout: Layout,
     ) -> paddle.Tensor:
         """[P, in] -> [P, out]; see `vl2.grouped_linear.grouped_linear`."""
-        ctx.blocks, ctx.has_lora, ctx.has_lora_x = blocks, a is not None, lora_x is not None
+        ctx.layout, ctx.has_lora, ctx.has_lora_x = layout, a is not None, lora_x is not None
         # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
         ctx.needs_grad = [t is not None and not t.stop_gradient for t in (x, weight, lora_x, a, b)]
-        experts = _experts(blocks, expert_M)
-        xs = lora_xs = _batches(x, blocks, weight.shape[0])
+        xs = lora_xs = _batches(x, layout)
         if lora_x is not None:
-            lora_xs = _batches(lora_x, blocks, weight.shape[0])
+            lora_xs = _batches(lora_x, layout)
         outs, lows = [], []
-        for x_BnD, lora_x_BnD, which in zip(xs, lora_xs, experts, strict=True):
+        for x_BnD, lora_x_BnD, which in zip(xs, lora_xs, _experts(layout), strict=True):
             out = paddle.matmul(x_BnD, _of(weight, which).astype(x.dtype))
             if a is not None and b is not None:
                 lows.append(paddle.matmul(lora_x_BnD, _of(a, which)))
                 out = paddle.baddbmm(out, lows[-1], _of(b, which))
             outs.append(out)
-        ctx.save_for_backward(*(t for t in (expert_M, x, weight, lora_x, a, b, *lows) if t is not None))
+        ctx.save_for_backward(*(t for t in (x, weight, lora_x, a, b, *lows) if t is not None))
         return _rows(outs)
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         """Gradients of x, weight, lora_x, a and b; None where none is asked for."""
-        blocks, saved = ctx.blocks, list(ctx.saved_tensor())
-        expert_M = saved.pop(0) if blocks.num_parts else None
-        x, weight = saved.pop(0), saved.pop(0)
-        lora_x = saved.pop(0) if ctx.has_lora_x else x
-        a, b, *lows = saved if ctx.has_lora else (None, None)
+        layout = ctx.layout
+        x, weight, *rest = ctx.saved_tensor()
+        lora_x = rest.pop(0) if ctx.has_lora_x else x
+        a, b, *lows = rest or (None, None)
         x_needs, weight_needs, lora_x_needs, a_needs, b_needs = ctx.needs_grad
-        num_experts = weight.shape[0]
-        experts, grads_BnO = _experts(blocks, expert_M), _batches(grad, blocks, num_experts)
+        grads_BnO = _batches(grad, layout)
         x_parts: list[paddle.Tensor] = []
         lora_x_parts: list[paddle.Tensor] = []
-        weight_parts = _products(_batches(x, blocks, num_experts), grads_BnO) if weight_needs else []
+        weight_parts = _products(_batches(x, layout), grads_BnO) if weight_needs else []
         b_parts = _products(lows, grads_BnO) if b_needs else []
         grad_lows = []
-        for grad_BnO, which in zip(grads_BnO, experts, strict=True):
+        for grad_BnO, which in zip(grads_BnO, _experts(layout), strict=True):
             if x_needs:
                 x_parts.append(paddle.matmul(grad_BnO, _of(weight, which).astype(grad.dtype), transpose_y=True))
             if ctx.has_lora:
@@ -77,27 +72,31 @@ class ExpertBatches(PyLayer):
         if not ctx.has_lora_x and lora_x_parts:  # the addition is of x itself
             x_parts = [part + more for part, more in zip(x_parts, lora_x_parts, strict=True)]
             lora_x_parts = []
-        a_parts = _products(_batches(lora_x, blocks, num_experts), grad_lows) if a_needs else []
+        a_parts = _products(_batches(lora_x, layout), grad_lows) if a_needs else []
         return (
             _rows(x_parts) if x_parts else None,
-            _stacked(weight_parts, experts, num_experts),
+            _stacked(weight_parts, layout),
             *([_rows(lora_x_parts) if lora_x_parts else None] * ctx.has_lora_x),
-            *([_stacked(parts, experts, num_experts) for parts in (a_parts, b_parts)] * ctx.has_lora),
+            *([_stacked(parts, layout) for parts in (a_parts, b_parts)] * ctx.has_lora),
         )
 
 
-def _experts(blocks: Blocks, expert_M: paddle.Tensor | None) -> list[paddle.Tensor | None]:
+def _experts(layout: Layout) -> list[paddle.Tensor | None]:
     """Whose rows each batch holds; None: all experts, in their order."""
-    return [None] * (blocks.first > 0 or not blocks.num_parts) + [expert_M] * (blocks.num_parts > 0)
+    blocks = layout.blocks
+    assert blocks is not None
+    return [None] * (blocks.first > 0 or not blocks.num_parts) + [layout.expert_M] * (blocks.num_parts > 0)
 
 
 def _of(stacked: paddle.Tensor, which: paddle.Tensor | None) -> paddle.Tensor:
     return stacked if which is None else paddle.gather(stacked, which)
 
 
-def _batches(x_PD: paddle.Tensor, blocks: Blocks, num_experts: int) -> list[paddle.Tensor]:
+def _batches(x_PD: paddle.Tensor, layout: Layout) -> list[paddle.Tensor]:
     """[P, D] as the [B, n, D] of each batch; views."""
-    shapes = [(num_experts, blocks.first), (blocks.num_parts, blocks.part)]
+    blocks = layout.blocks
+    assert blocks is not None
+    shapes = [(len(layout.counts), blocks.first), (blocks.num_parts, blocks.part)]
     shapes = [shape for shape in shapes if shape[0] * shape[1]] or shapes[:1]
     parts = [x_PD] if len(shapes) == 1 else paddle.split(x_PD, [num * rows for num, rows in shapes])
     return [part.reshape([*shape, x_PD.shape[-1]]) for part, shape in zip(parts, shapes, strict=True)]
@@ -114,19 +113,17 @@ def _products(x: Sequence[paddle.Tensor], grads: Sequence[paddle.Tensor]) -> lis
     return [paddle.matmul(x_BnD, grad_BnD, transpose_x=True) for x_BnD, grad_BnD in zip(x, grads, strict=True)]
 
 
-def _stacked(
-    products: Sequence[paddle.Tensor], experts: Sequence[paddle.Tensor | None], num_experts: int
-) -> paddle.Tensor | None:
+def _stacked(products: Sequence[paddle.Tensor], layout: Layout) -> paddle.Tensor | None:
     """Gradient of a stacked matrix from those of its uses, [E, in, out]; None from none.
 
     Sums over the parts of an expert are a product with zeros and ones: on a GPU adding by index has no fixed order.
     """
     total = None
-    for product, which in zip(products, experts if products else [], strict=True):
+    for product, which in zip(products, _experts(layout) if products else [], strict=True):
         part = product
-        if which is not None:
-            member_ME = F.one_hot(which, num_experts).astype(product.dtype)
+        if which is not None and layout.member_ME is not None:
+            member_ME = layout.member_ME.astype(product.dtype)
             flat = paddle.matmul(member_ME, product.reshape([product.shape[0], -1]), transpose_x=True)
-            part = flat.reshape([num_experts, *product.shape[1:]])
+            part = flat.reshape([-1, *product.shape[1:]])
         total = part if total is None else total + part
     return total

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -44,12 +45,14 @@ class Blocks(NamedTuple):
         return num_experts * self.first + self.num_parts * self.part
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Layout:  # no tuple: a PyLayer takes the tensors in one for its inputs and wants gradients for them
     """How rows are laid out by expert: in batches, or one expert after the other without padding."""
 
     counts: list[int]  # rows of each expert
     blocks: Blocks | None = None
     expert_M: paddle.Tensor | None = None  # int64, whose rows a further part holds
+    member_ME: paddle.Tensor | None = None  # float32, the same as ones among zeros
 
 
 class Dispatch(NamedTuple):
@@ -112,14 +115,16 @@ def dispatch(experts_TC: paddle.Tensor, num_experts: int) -> Dispatch:
     index_R = positions(num_rows, place)
     if not takes_batches(place):
         row_R = paddle.scatter(paddle.zeros_like(order_R), order_R, index_R)
-        return Dispatch(experts_TC, Layout(counts), order_R, order_R // num_choices, row_R)
+        return Dispatch(experts_TC, Layout(counts=counts), order_R, order_R // num_choices, row_R)
     blocks = choose_blocks(counts)
     offset_R, expert_M = _offsets(sorted_R, bounds_E1, blocks)
     sorted_row_R = offset_R + index_R
     padding_P = paddle.full([blocks.num_rows(num_experts)], num_rows, "int64")
     choice_P = paddle.scatter(padding_P, sorted_row_R, order_R)
     row_R = paddle.scatter(paddle.zeros_like(order_R), order_R, sorted_row_R)
-    return Dispatch(experts_TC, Layout(counts, blocks, expert_M), choice_P, choice_P // num_choices, row_R)
+    member_ME = None if expert_M is None else F.one_hot(expert_M, num_experts)
+    layout = Layout(counts=counts, blocks=blocks, expert_M=expert_M, member_ME=member_ME)
+    return Dispatch(experts_TC, layout, choice_P, choice_P // num_choices, row_R)
 
 
 def _offsets(

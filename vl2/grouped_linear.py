@@ -52,4 +52,4 @@ def grouped_linear(
         a, b = lora.a.astype(x_PD.dtype), lora.b.astype(x_PD.dtype)
     if layout.blocks is None:
         return ExpertLoop.apply(x_PD, weight, lora_x, a, b, layout.counts)
-    return ExpertBatches.apply(x_PD, weight, lora_x, a, b, layout.blocks, layout.expert_M)
+    return ExpertBatches.apply(x_PD, weight, lora_x, a, b, layout)

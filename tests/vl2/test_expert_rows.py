@@ -69,12 +69,12 @@ def test_padding_of_measured_loads(counts):
 
 
 @pytest.mark.parametrize(
-    "blocks", [None, Blocks(4, 0, 0), Blocks(2, 2, 2), Blocks(1, 3, 3), Blocks(0, 2, 4), Blocks(0, 4, 3)]
+    "blocks", [None, Blocks(4, 0, 0), Blocks(2, 2, 1), Blocks(1, 3, 3), Blocks(0, 2, 4), Blocks(0, 4, 3)]
 )
 def test_every_choice_has_its_row(monkeypatch, blocks):
     """Four tokens with two choices of four experts; the third expert is idle. Padding reads the row after the last.
 
-    With Blocks(2, 2, 2):   expert 0   1    2    3   | 1    1       rows of choices 2 0 | 1 3 | . . | 4 6 | 5 7 | . .
+    With Blocks(2, 2, 1):   experts 0 1 2 3 | 1     choices 0 2, 1 3, . ., 4 6 | 5 7
     """
     experts_TC = np.array([[0, 1], [0, 1], [3, 1], [3, 1]])
     monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: blocks is not None)
