@@ -1,0 +1,70 @@
+"""The figures of README.gpu.md are those of the memory model, and its commands are ones that the program takes."""
+
+import re
+import shlex
+
+import pytest
+
+from tests.places import ROOT
+from train.config.load import load_config, load_infer_config
+from train.config.schema import TrainConfig
+from train.door.help import SCHEMAS
+from train.machine.devices import CONTEXT_BYTES, Machine
+from train.run.activations import activation_memory
+from train.run.memory import training_memory
+from vl2.checkpoint.published import published
+from vl2.config import VL2Config
+
+TEXT = (ROOT / "README.gpu.md").read_text("utf-8")
+# What each card of the page is said to train: the command's keys, and processes that share the step.
+SETTINGS = (
+    (24, "conf=sft_tiny", 1),
+    (24, "conf=sft_tiny recompute=0", 1),
+    (40, "conf=sft_small data.max_tokens=2048", 1),
+    (40, "conf=sft_small", 1),
+    (80, "conf=sft_small recompute=2", 1),
+    (80, "conf=sft_tiny_full", 1),
+    (80, "conf=sft_tiny_full", 8),
+    (80, "conf=sft_base", 1),
+)
+
+
+def row(card: int, keys: str, processes: int) -> tuple[str, float]:
+    """A line of the table, and its sum in GB."""
+    machine = Machine(gpus=processes, driver="", gpu_paddle=True)
+    config: TrainConfig = load_config(shlex.split(keys), machine)
+    known = published(config.model.path)
+    assert known is not None
+    model = VL2Config.from_folder(known.config.parent)
+    need, step = training_memory(model, config).num_bytes / 1e9, activation_memory(model, config) / 1e9
+    total = need + step + CONTEXT_BYTES / 1e9
+    return f"| {card} GB | `{keys}` | {processes} | {need:.1f} | {step:.1f} | {total:.1f} |", total
+
+
+def test_figures_are_those_of_the_memory_model():
+    """Printed here when they change: paste them into the page."""
+    rows = [(card, *row(card, keys, processes)) for card, keys, processes in SETTINGS]
+    table = "\n".join(line for _, line, _ in rows)
+    assert table in TEXT, f"the table of README.gpu.md should be\n{table}"
+    assert all(total < card for card, _, total in rows)
+
+
+def test_commands_are_taken():
+    commands = re.findall(r"^(?:docker run .* )?(bash launch\.sh .*)$", TEXT, re.MULTILINE)
+    commands += re.findall(r"`(bash launch\.sh [^`]*)`", TEXT)
+    commands = [command for command in commands if "..." not in command]
+    assert len(commands) >= 6
+    for command in commands:
+        verb, *rest = shlex.split(command)[2:]
+        if verb.startswith("conf="):
+            load_config([verb, *rest], Machine(gpus=4, driver="", gpu_paddle=True))
+        elif verb == "infer":
+            load_infer_config(rest)
+        else:
+            assert verb in SCHEMAS or verb == "help", command
+
+
+@pytest.mark.parametrize("key", sorted(set(re.findall(r"`([a-z_.]+)=", TEXT)) - {"conf"}))
+def test_keys_exist(key):
+    names = {name for schema in SCHEMAS.values() for name in schema.__dataclass_fields__}
+    assert key.split(".")[0] in names

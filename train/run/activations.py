@@ -1,0 +1,101 @@
+"""What a training step holds beside weights, gradients and moments: an estimate from shapes, for the README's figures.
+
+Computed, not measured on a GPU; a test holds it against what Paddle allocates on a CPU in the same layout.
+"""
+
+from __future__ import annotations
+
+from train.config.schema import TrainConfig
+from vl2.config import LanguageConfig, VisionConfig, VL2Config
+from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
+from vl2.language import HEAD_CHUNK
+
+# Rows that batches of experts hold for each row that there is, padding included: 1.2 to 1.5 with routers at random.
+_PADDING = 1.3
+TILES_AT_ONCE = 32  # that a frozen tower sees on a GPU, see `vl2.model.frozen_tile_slice`
+_TOKENS_A_TILE = 200  # at the least, so that a pack's tokens bound its tiles
+
+
+def activation_memory(model: VL2Config, config: TrainConfig) -> int:
+    """Bytes that a step on a full pack holds at its peak, in each process on a GPU.
+
+    Args:
+        model: the base model.
+        config: of the run: packs, precision, recomputation, what trains.
+    """
+    item, language = item_bytes(DTYPE_OF_SETTING[config.precision]), model.language
+    tokens = config.data.max_tokens
+    tiles = max(1, min(config.data.max_tiles_per_pack, tokens // _TOKENS_A_TILE))
+    layers = range(language.num_hidden_layers)
+    saved = [item * _saved(language, layer, tokens) for layer in layers]
+    # Recomputed layers keep their input; one of them at a time has its activations, others have them all along.
+    kept = sum(
+        item * tokens * language.hidden_size if config.recompute and layer % config.recompute == 0 else saved[layer]
+        for layer in layers
+    )
+    alive = max(saved) if config.recompute else 0
+    backward = alive + item * max(_sent_back(language, layer, tokens) for layer in layers)
+    # Logits in both types, their softmax and gradients in float32.
+    head = min(tokens, HEAD_CHUNK) * language.vocab_size * (2 * item + 3 * 4)
+    seeing, seen = _vision(model.vision, config, tiles, item)
+    return round(max(seeing, seen + kept + max(backward, head))) + _cast(model, config, item)
+
+
+def _saved(language: LanguageConfig, layer: int, tokens: int) -> float:
+    """Numbers that a decoder layer keeps for its backward."""
+    heads, width = language.num_attention_heads, language.hidden_size
+    attention = 4 * width + heads * (4 * _key_width(language) + 2 * _value_width(language))
+    if language.use_mla:  # latents, and keys and values before they are put together
+        attention += (language.kv_lora_rank or 0) + heads * (language.qk_nope_head_dim + language.v_head_dim)
+    if not language.is_moe(layer):
+        return tokens * (attention + 3 * language.intermediate_size)
+    inner = language.moe_intermediate_size
+    rows = _PADDING * tokens * language.num_experts_per_tok
+    shared = 3 * inner * (language.n_shared_experts or 0)
+    router = 2 * 3 * (language.n_routed_experts or 0)  # in float32: two of these numbers each
+    return tokens * (attention + shared + router) + rows * (3 * width + 4 * inner)
+
+
+def _sent_back(language: LanguageConfig, layer: int, tokens: int) -> float:
+    """Numbers that are there at once in a decoder layer's backward: gradients, and copies of weights."""
+    width = language.hidden_size
+    if not language.is_moe(layer):
+        return tokens * (2 * width + 3 * language.intermediate_size)
+    rows = _PADDING * tokens * language.num_experts_per_tok
+    inner = language.moe_intermediate_size
+    copied = 2 * (language.n_routed_experts or 0) * width * inner  # weights of crowded experts, beside the stacked ones
+    return tokens * 2 * width + rows * max(width + 4 * inner, 3 * width + 2 * inner) + copied
+
+
+def _key_width(language: LanguageConfig) -> int:
+    """Channels of a head's query and key; flash attention pads values to it."""
+    if language.use_mla:
+        return language.qk_nope_head_dim + language.qk_rope_head_dim
+    return language.head_dim
+
+
+def _value_width(language: LanguageConfig) -> int:
+    return language.v_head_dim if language.use_mla else language.head_dim
+
+
+def _vision(vision: VisionConfig, config: TrainConfig, tiles: int, item: int) -> tuple[int, int]:
+    """(bytes while the tower sees a pack's tiles, bytes that stay for backward)."""
+    patches, width = vision.grid**2, vision.width
+    block = 8 * width + 2 * vision.mlp_width + 2 * width  # float32 of the norm counts twice
+    features = item * tiles * patches * width
+    learns = "vision" in (config.lora.groups if config.lora.rank else config.trainable)
+    if not learns:
+        return features + item * min(tiles, TILES_AT_ONCE) * patches * block, features
+    alive = item * tiles * patches * block
+    kept = features * vision.layers if config.recompute else alive * vision.layers
+    return kept + 2 * alive, kept
+
+
+def _cast(model: VL2Config, config: TrainConfig, item: int) -> int:
+    """Bytes of trainable weights as one layer computes with them, and of their gradients on the way to float32."""
+    if config.lora.rank or item == 4:
+        return 0
+    language = model.language
+    experts = (language.n_routed_experts or 0) * language.hidden_size * language.moe_intermediate_size
+    table = language.vocab_size * language.hidden_size
+    return max(3 * experts * 2 * item + 2 * experts * 4, table * (2 * item + 4))
