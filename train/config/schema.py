@@ -222,9 +222,10 @@ class InferConfig:
 class DoctorConfig:
     """What a machine is fit for: `bash launch.sh doctor key=value ...`.
 
-    Looks at driver, cards, Paddle, memory, disk and hub; tries the operations of a training step; trains and answers on
-    nano, on the GPU in bf16 (fp16 where it has none; on a machine without one, on the CPU) against float32 on the CPU.
-    Prints a line for each and writes all of it to one file, for a bug report. It ends with
+    Looks at driver, cards, Paddle, memory, disk and hub; lets several GPUs sum numbers; tries the operations of a
+    training step; trains and answers on nano, on the GPU in bf16 (fp16 where it has none; on a machine without one, on
+    the CPU) against float32 on the CPU. Prints a line for each and writes all of it to one file, for a bug report. It
+    ends with
 
       0  all is well
       2  wrong arguments

@@ -17,13 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from train.config.load import load_doctor_config
+from train.door.shared_memory import spare_shared_memory
 from train.door.trial import Trial, compare, read_trial
 from train.machine.devices import find_machine
+from train.machine.disk import shared_memory_room
 from train.machine.environment import driver_report, read_lock
 from train.machine.health import CARD, COMPUTING, DRIVER, PADDLE, Finding, look_at_machine
 from train.store.hub import hub_problem
+from train.store.run_dir import check_place
+from vl2.errors import UserError
 
 _TINY = "deepseek-ai/deepseek-vl2-tiny"
+_FIRST_LINE = "## findings"
+_EXCHANGE_PATIENCE = 180  # seconds; cards that do not reach each other wait for ever
 _PATIENCE = 600  # seconds for one process; they take some twenty
 _MOST_RESTARTS = 3  # of the kernels' process, when one of them has taken it down
 # Of the environment, those that decide what runs where; nothing else of it goes into the file.
@@ -42,6 +48,7 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         Exit code, see `DoctorConfig`.
     """
     config = load_doctor_config(arguments)
+    check_out(Path(config.out))
     started, machine = time.perf_counter(), find_machine()
     findings: list[Finding] = []
 
@@ -59,12 +66,60 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     else:
         gpu = config.device != "cpu" and machine.usable_gpus > 0
         with tempfile.TemporaryDirectory(prefix="doctor-") as place:
+            if gpu and machine.usable_gpus > 1:
+                cards = machine.visible or tuple(str(number) for number in range(machine.gpus))
+                tell(try_exchange("gpu", cards[: machine.usable_gpus], Path(place), environ))
             tell(*_compute("gpu" if gpu else "cpu", Path(place), environ, details))
     code = min((finding.code for finding in findings if finding.code), default=0)
     tell(Finding(part="time", words=f"{time.perf_counter() - started:.0f} s", note=True))
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     Path(config.out).write_text(_report(findings, details), encoding="utf-8")
     print(f"{'all is well' if not code else f'faults were found: exit code {code}'}; {config.out} has all of it")
     return code
+
+
+def check_out(path: Path) -> None:
+    """Refuse to write over a file of somebody else, before minutes of work.
+
+    Raises:
+        UserError: saying what to do.
+    """
+    check_place(path.parent, f"out={path}")
+    try:
+        ours = not path.exists() or (path.is_file() and path.read_text("utf-8", "replace").startswith(_FIRST_LINE))
+    except OSError:
+        ours = False
+    if not ours:
+        raise UserError(f"out={path}: there is something that doctor did not write; give another out=")
+
+
+def try_exchange(device: str, cards: Sequence[str], place: Path, environ: Mapping[str, str]) -> Finding:
+    """A sum over one process a card, through the launcher of runs.
+
+    Args:
+        device: gpu; cpu in tests, with gloo in the place of NCCL.
+        cards: their names; of a CPU only their number counts.
+        place: for the launcher's logs.
+        environ: of the processes.
+    """
+    environ = dict(environ)
+    spare_shared_memory(environ, shared_memory_room())
+    launcher = ["-m", "train.door.ranks", device, "--nproc_per_node", str(len(cards)), "--log_dir", str(place / "log")]
+    launcher += ["--log_level", "WARNING", "--enable_gpu_log", "False"]
+    launcher += ["--devices", ",".join(cards)] if device == "gpu" else []
+    command = [sys.executable, *launcher, *_command(["train.door.exchange", device])]
+    try:
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=_EXCHANGE_PATIENCE)
+        code, said = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as late:
+        code, said = -9, f"{_text(late.stdout)}\nno end in {_EXCHANGE_PATIENCE} seconds"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if code:
+        last = lines[-1][:300] if lines else f"exit code {code}"
+        words = f"{len(cards)} cards do not sum: {last}; does NCCL_P2P_DISABLE=1 help? NCCL_DEBUG=INFO tells more"
+        return Finding(part="exchange", words=words, code=COMPUTING)
+    told = next((line for line in lines if "GB/s" in line), "")
+    return Finding(part="exchange", words=f"the sum is right; {told}")
 
 
 def _compute(device: str, place: Path, environ: Mapping[str, str], details: dict[str, Any]) -> list[Finding]:

@@ -15,9 +15,9 @@ from train.config.compose import to_yaml
 from train.config.conf_files import ROOT
 from train.config.fields import did_you_mean
 from train.door import help
+from train.door.shared_memory import spare_shared_memory
 from train.machine.devices import choose_device, find_machine, physical_cores
-from train.machine.disk import NCCL_SHARED_BYTES, shared_memory_room
-from train.machine.memory import gigabytes
+from train.machine.disk import shared_memory_room
 from vl2.errors import UserError
 
 LOADERS: dict[str, Callable[[Sequence[str]], Any]] = {
@@ -117,23 +117,6 @@ def prepare_benchmark(arguments: Sequence[str]) -> tuple[list[str], dict[str, st
         raise UserError(f"bench {name}: expected one of {', '.join(BENCHMARKS)}{did_you_mean(name, BENCHMARKS)}")
     work = ["-u", "-m", "train.door.cli", f"tests.bench.{name}", *arguments[1:]]
     return [sys.executable, *work], child_environment(os.environ, 1)
-
-
-def spare_shared_memory(environ: dict[str, str], room: int | None) -> None:
-    """Makes NCCL go without shared memory where there is too little, and says so: it would die of SIGBUS.
-
-    Args:
-        environ: of the processes, changed in place.
-        room: free bytes of /dev/shm.
-    """
-    if room is None or room >= NCCL_SHARED_BYTES or "NCCL_SHM_DISABLE" in environ:
-        return
-    environ["NCCL_SHM_DISABLE"] = "1"
-    print(
-        f"note: /dev/shm has {gigabytes(room)} free: the GPUs talk without shared memory (NCCL_SHM_DISABLE=1), which "
-        "is slower where they cannot reach each other directly; start the container with --shm-size=1g",
-        file=sys.stderr,
-    )
 
 
 def child_environment(environ: Mapping[str, str], num_processes: int, *, tf32: bool = False) -> dict[str, str]:

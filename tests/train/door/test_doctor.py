@@ -15,6 +15,7 @@ from train.door.kernels import KERNELS, TOLERANCE, Kernel, error_of, plan_trials
 from train.door.trial import Trial, compare
 from train.machine.devices import Machine
 from train.machine.health import COMPUTING, PADDLE, Finding
+from vl2.errors import UserError
 
 FOUND = Trial(losses=[2.0, 1.0], grad_norms=[1.0, None], answers=["red cross", "blue star"], seconds=1.0, peak_gb=0.5)
 
@@ -140,6 +141,43 @@ def test_the_file_tells_no_secrets(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     text = doctor._report([], {})
     assert "secret" not in text and "CUDA_VISIBLE_DEVICES=" in text
+
+
+def test_a_file_of_somebody_else_is_not_written_over(tmp_path):
+    """It is said before minutes of work; what doctor wrote itself is replaced."""
+    for name, text in (("mine.txt", "notes"), ("binary", "\0\1")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=r"there is something that doctor did not write; give another out="):
+            launch.main(["doctor", f"out={tmp_path / name}"])
+        assert (tmp_path / name).read_text() == text
+    with pytest.raises(UserError, match=r"expected a folder, found a file"):
+        doctor.check_out(tmp_path / "mine.txt" / "d.txt")
+    (tmp_path / "ours.txt").write_text(doctor._report([], {}))
+    doctor.check_out(tmp_path / "ours.txt")
+    doctor.check_out(tmp_path / "new" / "d.txt")
+
+
+def test_cards_that_do_not_reach_each_other(tmp_path, monkeypatch):
+    """They wait for each other for ever; one line then, and what to try."""
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        raise subprocess.TimeoutExpired(command, 180, output=b"NCCL WARN\n")
+
+    monkeypatch.setattr(doctor.subprocess, "run", run)
+    found = doctor.try_exchange("gpu", ("2", "5"), tmp_path, {})
+    assert found.code == COMPUTING
+    assert found.words.startswith("2 cards do not sum: no end in 180 seconds; does NCCL_P2P_DISABLE=1 help?")
+    assert "--nproc_per_node 2" in (text := " ".join(commands[0])) and "--devices 2,5 " in text
+
+
+@pytest.mark.slow
+def test_exchange_here(tmp_path):
+    """Two processes on the CPU, through the launcher that runs take."""
+    found = doctor.try_exchange("cpu", ("0", "1"), tmp_path, launch.child_environment(os.environ, 2))
+    assert not found.code, found.words
+    assert found.words.startswith("the sum is right; 2 processes, cpu: 64 MB at ")
 
 
 @pytest.mark.slow
