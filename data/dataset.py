@@ -46,10 +46,19 @@ class Source:
     unknown: Mapping[str, int]
     """Fields of the kept rows that say nothing here, with the number of rows that have each."""
 
+    first_skipped: RecordError | None
+    """What is wrong with the first row that was left out."""
+
     @property
     def skipped(self) -> int:
         """Rows that were left out."""
         return self.rows - self.kept
+
+    def found_none(self) -> str:
+        """Why no row can be used, for errors."""
+        if not self.rows:
+            return "it is empty"
+        return f"all {self.rows} rows were skipped, the first: {self.first_skipped}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,7 +155,9 @@ def open_dataset(
     ]
     if not any(len(part.rows) for part in parts):
         named = ", ".join(of.path for of in sources)
-        saw = f"none; all {len(bad.skipped)} rows were skipped" if bad.skipped else "an empty file"
+        saw = "an empty file"
+        if bad.skipped:
+            saw = f"none; all {len(bad.skipped)} rows were skipped, the first: {bad.skipped[0]}"
         raise UserError(f"{named}: empty dataset: expected at least one conversation, found {saw}")
     columns = {name: np.concatenate([part.column(name) for part in parts]) for name in ("content", "learned")}
     sizes = Sizes.concatenate([sizes_of(part.table).take(part.rows) for part in parts])
@@ -162,7 +173,7 @@ def open_dataset(
         ),
         content_keys=columns["content"],
         picture_keys=np.concatenate([part.picture_keys() for part in parts]),
-        sources=tuple(_source(of, [p for p in parts if p.source == i]) for i, of in enumerate(sources)),
+        sources=tuple(_source(of, [p for p in parts if p.source == i], bad) for i, of in enumerate(sources)),
         fingerprint=_fingerprint(tokenizer, sizes, columns["learned"]),
         skipped=tuple(bad.skipped),
     )
@@ -194,7 +205,8 @@ class _Part:
         return halves[2 * sizes_of(self.table).images_of(self.rows)]
 
 
-def _source(of: SourceSettings, parts: Sequence[_Part]) -> Source:
+def _source(of: SourceSettings, parts: Sequence[_Part], bad: BadRecords) -> Source:
+    files = {part.reader.rows.name for part in parts}
     unknown: Counter[str] = Counter()
     for part in parts:
         for names, count in count_values(part.table, "unknown", part.rows).items():
@@ -205,6 +217,7 @@ def _source(of: SourceSettings, parts: Sequence[_Part]) -> Source:
         kept=sum(len(part.rows) for part in parts),
         form=", ".join(dict.fromkeys(part.reader.form for part in parts)),
         unknown=dict(unknown.most_common()),
+        first_skipped=next((error for error in bad.skipped if error.source in files), None),
     )
 
 

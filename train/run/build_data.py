@@ -157,8 +157,9 @@ def mixture_of(dataset: Dataset) -> Mixture:
     names = tuple(source.settings.name or source.settings.path for source in dataset.sources)
     for name, source in zip(names, dataset.sources, strict=True):
         if not source.kept:
-            found = f"all {source.rows} rows were skipped" if source.rows else "it is empty"
-            raise UserError(f"source {name}: expected at least one row that can be used, found none; {found}")
+            raise UserError(
+                f"source {name}: expected at least one row that can be used, found none; {source.found_none()}"
+            )
     repeats = tuple(source.settings.repeat for source in dataset.sources)
     return Mixture(source_of=dataset.source_of, repeats=repeats, names=names)
 

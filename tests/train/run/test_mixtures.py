@@ -98,7 +98,7 @@ def test_a_source_reads_its_rows_its_own_way(build, files, tmp_path):
     ("content", "message"),
     [
         ("", r"^source empty: expected at least one row that can be used, found none; it is empty$"),
-        ('{"messages": 3}\n', r"^source empty: .* found none; all 1 rows were skipped$"),
+        ('{"messages": 3}\n', r"^source empty: .*; all 1 rows were skipped, the first: .*, row 1, messages: .*3$"),
     ],
 )
 def test_a_source_without_a_usable_row_is_named(build, files, tmp_path, content, message):
