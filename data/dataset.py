@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -137,21 +136,17 @@ def open_dataset(
         bad = BadRecords(on_bad_record=settings.on_bad_record, max_bad=settings.max_bad)
     budget = Budget(max_tokens=max_tokens, max_tiles_per_pack=max_tiles_per_pack, context=context)
     measurers: list[Measurer] = []
-    limits: list[int] = []
     source_of: list[int] = []
     for number, of in enumerate(sources):
-        left = sys.maxsize if of.limit is None else of.limit
         for rows in open_sources(of, cache=cache):
             reader = RecordReader(rows=rows, of=of, settings=settings, tokenizer=tokenizer)
             measurers.append(Measurer(reader=reader, candidates=tuple(candidates), images=images, budget=budget))
-            limits.append(min(len(rows), left))
             source_of.append(number)
-            left -= limits[-1]
     folder = cache / "sizes" if cache is not None else None
-    measured = measure(measurers, limits, cache=folder, workers=workers, bad=bad)
+    measured = measure(measurers, cache=folder, workers=workers, bad=bad)
     parts = [
-        _Part(reader=measurer.reader, source=number, limit=limit, rows=kept, table=table)
-        for measurer, number, limit, (table, kept) in zip(measurers, source_of, limits, measured, strict=True)
+        _Part(reader=measurer.reader, source=number, rows=kept, table=table)
+        for measurer, number, (table, kept) in zip(measurers, source_of, measured, strict=True)
     ]
     if not any(len(part.rows) for part in parts):
         named = ", ".join(of.path for of in sources)
@@ -191,7 +186,6 @@ class _Part:
 
     reader: RecordReader
     source: int
-    limit: int  # rows that were taken
     rows: np.ndarray  # int64, those that can be used
     table: pa.Table
 
@@ -213,7 +207,7 @@ def _source(of: SourceSettings, parts: Sequence[_Part], bad: BadRecords) -> Sour
             unknown.update(dict.fromkeys(json.loads(names) if names else [], count))
     return Source(
         settings=of,
-        rows=sum(part.limit for part in parts),
+        rows=sum(len(part.table) for part in parts),
         kept=sum(len(part.rows) for part in parts),
         form=", ".join(dict.fromkeys(part.reader.form for part in parts)),
         unknown=dict(unknown.most_common()),

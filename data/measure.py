@@ -49,7 +49,6 @@ Result = TypeVar("Result")
 
 def measure(
     measurers: Sequence[Measurer],
-    limits: Sequence[int],
     *,
     cache: Path | None = None,
     workers: int | None = None,
@@ -59,7 +58,6 @@ def measure(
 
     Args:
         measurers: of each file.
-        limits: rows of each file that are taken, the first ones.
         cache: folder of the size tables; None keeps none.
         workers: processes for large inputs; None takes one a core.
         bad: what to do with rows that cannot be used; without it the first raises.
@@ -73,7 +71,7 @@ def measure(
             conversation over the budget; of several the first.
     """
     bad = bad if bad is not None else BadRecords()
-    files = [_File(measurer, limit, cache, workers) for measurer, limit in zip(measurers, limits, strict=True)]
+    files = [_File(measurer, cache, workers) for measurer in measurers]
     total = sum(len(file.missing) for file in files)
     decodes = any(measurer.reader.settings.verify == "decode" for measurer in measurers)
     few = _MIN_PARALLEL_DECODE if decodes else _MIN_PARALLEL
@@ -106,18 +104,18 @@ def measure(
 class _File:
     """A file while it is measured: what is known of it, what is missing, what came in."""
 
-    def __init__(self, measurer: Measurer, limit: int, cache: Path | None, workers: int | None):
-        self.measurer, self.limit = measurer, limit
+    def __init__(self, measurer: Measurer, cache: Path | None, workers: int | None):
+        self.measurer = measurer
         self.kept = SizeTable(cache, measurer.reader, candidates=measurer.candidates, images=measurer.images)
         self.table = self._known(workers)
-        self.missing = np.flatnonzero(column(self.table, "tokens")[:limit] == NOT_MEASURED)
+        self.missing = np.flatnonzero(column(self.table, "tokens") == NOT_MEASURED)
         self.unusable: list[int] = []
         self._indices: list[np.ndarray] = []
         self._columns: list[pa.Table] = []
 
     def known_problems(self) -> Iterator[Problem]:
         """What is wrong with rows that were measured before; NOT_MEASURED is over no budget."""
-        return _over_budget(self.table.slice(0, self.limit), range(self.limit), self.measurer)
+        return _over_budget(self.table, range(len(self.table)), self.measurer)
 
     def take(self, results: Iterator[Measured], size: int, bar: tqdm) -> Iterator[Problem]:
         """Take in the chunks of this file, and tell in order what is wrong with some of their rows."""
@@ -142,7 +140,7 @@ class _File:
     @property
     def usable(self) -> np.ndarray:
         """Indices of the rows that can be used."""
-        found = np.ones(self.limit, dtype=bool)
+        found = np.ones(len(self.table), dtype=bool)
         found[self.unusable] = False
         return np.flatnonzero(found)
 

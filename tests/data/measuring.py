@@ -40,8 +40,8 @@ def reader_of(path: Path, rows: list, settings=ReadSettings(), **source) -> Reco
     return RecordReader(rows=opened, of=of, settings=settings, tokenizer=TOKENIZER)
 
 
-def measure_one(reader: RecordReader, candidates=CANDIDATES, *, limit=None, budget=Budget(), **options):  # noqa: B008
+def measure_one(reader: RecordReader, candidates=CANDIDATES, *, budget=Budget(), **options):  # noqa: B008
     """(table, indices of usable rows) of one file."""
     measurer = Measurer(reader=reader, candidates=tuple(candidates), images=DEFAULT_READER, budget=budget)
-    (found,) = measure([measurer], [len(reader.rows) if limit is None else limit], **options)
+    (found,) = measure([measurer], **options)
     return found

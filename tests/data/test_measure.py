@@ -175,18 +175,22 @@ def test_files_are_measured_together(tmp_path, monkeypatch, counted):
     original = data.measure.map_forked
     monkeypatch.setattr(data.measure, "map_forked", lambda *given: started.append(given) or original(*given))
     readers = [reader_of(tmp_path / f"{i}.jsonl", [row(f"{i} {j}") for j in range(10)]) for i in range(4)]
+    all_of_it = readers[1]
+    readers[1] = reader_of(tmp_path / "1.jsonl", [row(f"1 {j}") for j in range(10)], limit=7)
     readers[2] = reader_of(tmp_path / "2.jsonl", [row("fine"), "oops", row("long " * 50), row("fine")])
-    measurers = [
-        Measurer(reader=reader, candidates=CANDIDATES, images=DEFAULT_READER, budget=Budget(max_tokens=60))
-        for reader in readers
-    ]
+
+    def measurer(reader):
+        return Measurer(reader=reader, candidates=CANDIDATES, images=DEFAULT_READER, budget=Budget(max_tokens=60))
+
+    measurers = [measurer(reader) for reader in readers]
     bad = BadRecords(on_bad_record="skip", max_bad=2)
-    found = measure(measurers, [10, 7, 4, 10], workers=2, bad=bad, cache=tmp_path / "cache")
+    found = measure(measurers, workers=2, bad=bad, cache=tmp_path / "cache")
     assert len(started) == 1
     assert [kept.tolist() for _, kept in found] == [[*range(10)], [*range(7)], [0, 3], [*range(10)]]
     assert [(Path(error.source).name, error.row) for error in bad.skipped] == [("2.jsonl", 2), ("2.jsonl", 3)]
     bad = BadRecords(on_bad_record="skip", max_bad=2)
-    again = measure(measurers, [10, 10, 4, 10], workers=2, bad=bad, cache=tmp_path / "cache")
+    measurers[1] = measurer(all_of_it)
+    again = measure(measurers, workers=2, bad=bad, cache=tmp_path / "cache")
     assert counted == [8, 9, 10, 2]
     for (before, _), (after, _) in zip(found[:1] + found[2:], again[:1] + again[2:]):
         assert list(sizes_of(before)) == list(sizes_of(after))
