@@ -63,7 +63,7 @@ def map_forked(work: Callable[[Item], Result], items: Sequence[Item], workers: i
         except BrokenProcessPool:
             raise UserError(
                 f"a process that measures the data was killed (out of memory?): {workers} were at work; give "
-                f"data.workers={max(1, workers // 2)}, which takes less memory. What was measured is kept"
+                f"data.measure_workers={max(1, workers // 2)}, which takes less memory. What was measured is kept"
             ) from None
         finally:
             executor.shutdown(wait=True, cancel_futures=True)

@@ -71,7 +71,9 @@ def test_a_killed_measuring_process_is_said():
         if item == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(UserError, match=r"killed \(out of memory\?\): 2 were at work; give data\.workers=1, which"):
+    with pytest.raises(
+        UserError, match=r"killed \(out of memory\?\): 2 were at work; give data\.measure_workers=1, which"
+    ):
         list(map_forked(work, range(6), 2))
 
 

@@ -198,6 +198,7 @@ def main(arguments: list[str]) -> int:
         images=loaded.images,
         context=loaded.model.config.language.max_position_embeddings,
         cache=default_cache(),
+        workers=config.data.measure_workers,
     )
     if config.limit is not None:
         dataset = dataset.take(np.arange(len(dataset.records))[: config.limit])

@@ -70,6 +70,9 @@ class RowsConfig:
         100_000_000, "Pictures with more are refused before they are decoded.", unit="pixels", low=1, high=178_956_970
     )
     allow_private_urls: bool = key(False, "Fetch pictures from addresses of private and local networks too.")
+    measure_workers: int | None = key(
+        None, "Processes that measure the rows; null: one a core.", unit="processes", low=1, high=256
+    )
 
 
 @dataclass(kw_only=True)
@@ -133,7 +136,11 @@ class DataConfig(RowsConfig):
         100, "With on_bad_record=skip: more than that many stop the run.", unit="records", low=0, high=MANY
     )
     workers: int = key(
-        2, "Processes that measure and build packs; 0: the trainer itself.", unit="processes", low=0, high=256
+        2,
+        "Processes that build packs beside each trainer; 0: it builds them itself, and measures alone too.",
+        unit="processes",
+        low=0,
+        high=256,
     )
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
 

@@ -85,6 +85,8 @@ def build_data(
     context = folder.config.language.max_position_embeddings
     of, held_of = source_settings(config.data), source_settings(config.data, config.data.eval_path)
     splits = config.data.eval_fraction is not None or config.data.eval_rows is not None
+    # Nobody else is at work yet: more processes than those that build packs beside a step.
+    alone = config.data.workers == 0 and config.data.measure_workers is None
     drawn = not of
     if drawn:
         of, test = _draw(config, "train"), () if splits or held_of else _draw(config, "test")
@@ -101,7 +103,7 @@ def build_data(
             max_tiles_per_pack=config.data.max_tiles_per_pack if trained else None,
             context=None if trained else context,
             cache=default_cache(),
-            workers=config.data.workers,
+            workers=0 if alone else config.data.measure_workers,
             bad=bad,
         )
 

@@ -38,3 +38,21 @@ def test_no_workers_measures_in_the_process_itself(plan, monkeypatch, tmp_path):
     with pytest.raises(AssertionError, match="a process was started"):
         plan("data.workers=2", "max_steps=1")
     assert plan("data.workers=0", "max_steps=1").num_steps == 1
+
+
+@pytest.mark.parametrize(("typed", "expected"), [(["data.workers=1"], 5), (["data.measure_workers=3"], 3)])
+def test_measuring_takes_all_cores(plan, monkeypatch, tmp_path, typed, expected):
+    """It took as many as build packs beside a step: two of a server's cores, and in a rehearsal one."""
+    started = []
+
+    def start(workers, *_, **__):
+        started.append(workers)
+        raise AssertionError("started")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("data.measure._MIN_PARALLEL", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(5))
+    monkeypatch.setattr("data.processes.ProcessPoolExecutor", start)
+    with pytest.raises(AssertionError, match="started"):
+        plan(*typed, "max_steps=1")
+    assert started == [expected]
