@@ -180,13 +180,42 @@ def test_exchange_here(tmp_path):
     assert found.words.startswith("the sum is right; 2 processes, cpu: 64 MB at ")
 
 
+def doctor_in(folder, path=""):
+    """`bash launch.sh doctor`, with a folder before PATH and a hub that is out of reach."""
+    path = os.pathsep.join([path, os.path.dirname(sys.executable), os.environ["PATH"]])
+    environ = {**os.environ, "VENV": "none", "PATH": path, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = ["bash", str(ROOT / "launch.sh"), "doctor", "out=d.txt"]
+    return subprocess.run(command, env=environ, cwd=folder, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cuda", "code", "words"),
+    [
+        ("12.4", 4, "FAULT 4  paddle         this machine has 1 NVIDIA GPU, but Paddle is a CPU build: `"),
+        ("11.4", 3, "FAULT 3  driver         the NVIDIA driver runs CUDA 11.4 at most; Paddle needs 11.8: update it"),
+    ],
+)
+def test_doctor_with_a_card_that_cannot_be_used(cuda, code, words, tmp_path):
+    """The driver is a stub; nothing is computed in vain."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        '#!/bin/sh\ncase "$1" in -L) echo "GPU 0: NVIDIA A100 (UUID: GPU-5d5b)";;\n'
+        f'--query-gpu=index,m*) echo "0, 40000";; --query-gpu=index*) echo "0, 8.0, 40960";;\n'
+        f'--query*) echo 8.0;; *) echo "Driver Version: 470.1  CUDA Version: {cuda}";; esac\n'
+    )
+    smi.chmod(0o755)
+    done = doctor_in(tmp_path, str(tmp_path))
+    assert done.returncode == code, done.stdout + done.stderr
+    assert [line[: len(words)] for line in done.stdout.splitlines() if line.startswith("FAULT")] == [words]
+    assert "GPU 0: NVIDIA A100, compute capability 8.0, 41.94 GB of 42.95 GB free" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"faults were found: exit code {code}; d.txt has all of it"
+
+
 @pytest.mark.slow
 def test_doctor_here(tmp_path):
     """On a machine without a card: all of it, on the CPU."""
-    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
-    environ = {**os.environ, "VENV": "none", "PATH": path, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    command = ["bash", str(ROOT / "launch.sh"), "doctor", "out=d.txt"]
-    done = subprocess.run(command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = doctor_in(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "all is well; d.txt has all of it"
