@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data.boxes import COORDINATE_MAX, Box
+from data.boxes import COORDINATE_MAX, MARKS, Box
 
-_MARKS = re.compile(r"<\|(/?)(ref|det)\|>")
 _CORNERS = re.compile(r"\[([^\[\]]*)\]")
 _NUMBER = re.compile(r"\d{1,4}(?:\.\d{1,9})?", re.ASCII)
 
@@ -54,7 +53,7 @@ def read_boxes(text: str, sizes: Sequence[tuple[int, int]]) -> BoxesRead:
     boxes: list[LabelledBox] = []
     malformed, label = 0, ""
     opened: re.Match[str] | None = None
-    for mark in _MARKS.finditer(text):
+    for mark in MARKS.finditer(text):
         closes, kind = mark.groups()
         dangling = opened is not None and opened.group(2) == "det"
         if not closes:

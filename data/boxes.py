@@ -14,11 +14,12 @@ from vl2.prompt import Message
 BOX_PLACEHOLDER = "<bbox>"
 """Stands in a message's content where the boxes of one label go, until the picture's size is known."""
 COORDINATE_MAX = 999  # of a corner in the model's text, at the right and lower edge
+MARKS = re.compile(r"<\|(/?)(ref|det)\|>")
+"""Groups: / where it closes, and what."""
 
 Unit = Literal["pixels", "parts", "model"]
 
 _SLACK = 0.01  # pixels or thousandths of the picture, by which arithmetic on boxes may leave it
-_MARKS = re.compile(r"<\|(/?)(ref|det)\|>")
 _BOX = r"\[\s*\d+\s*(?:,\s*\d+\s*){3}\]"
 _BOXES = re.compile(rf"\s*\[\s*{_BOX}(?:\s*,\s*{_BOX})*\s*\]\s*", re.ASCII)
 _NUMBERS = re.compile(_BOX, re.ASCII)
@@ -125,7 +126,7 @@ def check_written_boxes(text: str) -> str:
     if "<|" not in text:
         return ""
     opened: re.Match[str] | None = None
-    for mark in _MARKS.finditer(text):
+    for mark in MARKS.finditer(text):
         closes, kind = mark.groups()
         if bool(closes) == (opened is None) or (opened is not None and opened.group(2) != kind):
             before = f" after {opened.group()}" if opened else ""

@@ -41,7 +41,7 @@ _OLDER_TRIED = 4  # tables of before in which rows are looked for
 IMAGE = pa.struct(
     [
         ("kind", pa.string()),  # of its ImageRef
-        ("name", pa.string()),
+        ("name", pa.large_string()),  # ten million paths are more than 2 GB
         ("state", pa.binary(16)),  # hash of `ImageReader.state`
         ("columns", pa.uint8()),
         ("rows", pa.uint8()),
@@ -141,7 +141,7 @@ class SizeTable:
 
     def load(self) -> pa.Table | None:
         """Return what was measured of a file with this very content: a row for each of its rows."""
-        for path in self._by_age(self._content):
+        for path in self._named(self._content):
             table = _read(path)
             if table is not None and len(table) == len(self.reader.rows):
                 with contextlib.suppress(OSError):
@@ -155,7 +155,7 @@ class SizeTable:
         Returns:
             Those of a file at this place first, then the newest.
         """
-        tables = map(_read, self._by_age(f"{self._decides}-")[:_OLDER_TRIED])
+        tables = map(_read, self._named(f"{self._decides}-")[:_OLDER_TRIED])
         return [self._here(table) for table in tables if table is not None]
 
     def save(self, table: pa.Table) -> None:
@@ -182,7 +182,7 @@ class SizeTable:
                 temporary.unlink()
         _forget_old(self.folder)
 
-    def _by_age(self, prefix: str) -> list[Path]:
+    def _named(self, prefix: str) -> list[Path]:
         """Tables whose names begin so: those of this place, then those used last."""
         paths = [path for path in _by_age(self.folder) if path.name.startswith(prefix)] if self.folder else []
         return sorted(paths, key=lambda path: not path.name.endswith(self._place))
@@ -250,11 +250,12 @@ def _combined(table: pa.Table, name: str) -> pa.Array:
 
 def _by_age(folder: Path) -> list[Path]:
     """The tables in a folder, the one used last first."""
-    found = []
-    with contextlib.suppress(OSError):  # gone meanwhile, or no folder
-        for entry in os.scandir(folder):
-            if entry.name.endswith(".arrow"):
-                found.append((-entry.stat().st_mtime_ns, Path(entry.path)))
+    names, found = [], []
+    with contextlib.suppress(OSError):  # no folder
+        names = os.listdir(folder)
+    for path in (folder / name for name in names if name.endswith(".arrow")):
+        with contextlib.suppress(OSError):  # another process removed it meanwhile
+            found.append((-path.stat().st_mtime_ns, path))
     return [path for _, path in sorted(found)]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data.forms.conversation import Conversation, Turn, show_first
-from data.forms.fields import FieldError, Fields, kind_of, learned, objects_of, read_images, shown
-from data.forms.objects import place_objects
+from data.forms.beside import system_turns, with_pictures
+from data.forms.conversation import Conversation, Turn
+from data.forms.fields import FieldError, Fields, kind_of, learned, objects_of, shown
 from vl2.prompt import Role
 
 KEYS = ("conversations",)  # that a row of this form has
@@ -33,19 +33,13 @@ def read(row: Mapping[str, Any], columns: Mapping[str, str]) -> Conversation:
     entries = objects_of(fields.take("conversations"), "conversations")
     if not isinstance(entries, (list, tuple)) or not entries:
         raise FieldError("conversations", f"expected a list of turns, found {kind_of(row.get('conversations'))}")
-    turns: list[Turn] = []
+    turns = system_turns(fields, columns)
     unknown: tuple[str, ...] = ()
-    system_key = columns.get("system", "system")
-    system = fields.take_text(system_key)
-    if system is not None:
-        turns.append(Turn(role="system", content=system, where=fields.place(system_key)))
     for i, entry in enumerate(entries):
         turn, unknown_here = _read_turn(entry, f"conversations[{i}]")
         turns.append(turn)
         unknown += unknown_here
-    images = read_images(fields, columns)
-    placed, boxes = place_objects(fields, show_first(turns, len(images)))
-    return Conversation(turns=tuple(placed), images=tuple(images), boxes=boxes, unknown=unknown + fields.unknown())
+    return with_pictures(fields, columns, turns, unknown)
 
 
 def _read_turn(entry: Any, where: str) -> tuple[Turn, tuple[str, ...]]:

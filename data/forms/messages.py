@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from data.forms.beside import system_turns
 from data.forms.conversation import Conversation, Turn
 from data.forms.fields import FieldError, Fields, images_of, kind_of, learned, objects_of, read_images, shown
 from data.forms.objects import place_objects
@@ -50,13 +51,10 @@ def read_conversation(fields: Fields, messages: Any, name: str, columns: Mapping
     """
     column = read_images(fields, columns)
     turns, images, unknown = read_turns(objects_of(messages, name), name)
-    system_key = columns.get("system", "system")
-    system = fields.take_text(system_key)
-    if system is not None:
-        if turns[0].role == "system":
-            raise FieldError(fields.place(system_key), "found a second system message beside that of the conversation")
-        turns.insert(0, Turn(role="system", content=system, where=fields.place(system_key)))
-    placed, boxes = place_objects(fields, turns)
+    system = system_turns(fields, columns)
+    if system and turns[0].role == "system":
+        raise FieldError(system[0].where, "found a second system message beside that of the conversation")
+    placed, boxes = place_objects(fields, [*system, *turns])
     shown_images = _from_column(images, column)
     return Conversation(
         turns=tuple(placed),

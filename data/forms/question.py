@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from data.forms.conversation import Conversation, Turn, show_first
-from data.forms.fields import FieldError, Fields, read_images, shown
-from data.forms.objects import place_objects
+from data.forms.beside import system_turns, with_pictures
+from data.forms.conversation import Conversation, Turn
+from data.forms.fields import FieldError, Fields, shown
 
 
 def read_question(
@@ -25,11 +25,7 @@ def read_question(
     Raises:
         FieldError: naming the field.
     """
-    turns: list[Turn] = []
-    system_key = columns.get("system", "system")
-    system = fields.take_text(system_key)
-    if system is not None:
-        turns.append(Turn(role="system", content=system, where=fields.place(system_key)))
+    turns = system_turns(fields, columns)
     for i, pair in enumerate(fields.take_list("history", "pairs of a question and its answer") if history else []):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise FieldError(f"history[{i}]", f"expected a pair of texts, question and answer, found {shown(pair)}")
@@ -40,6 +36,4 @@ def read_question(
         text = f"{text}\n{rest}"
     turns.append(Turn(role="user", content=text, where=fields.place(question)))
     turns.append(Turn(role="assistant", content=fields.need_text(answer), where=fields.place(answer)))
-    images = read_images(fields, columns)
-    placed, boxes = place_objects(fields, show_first(turns, len(images)))
-    return Conversation(turns=tuple(placed), images=tuple(images), boxes=boxes, unknown=fields.unknown())
+    return with_pictures(fields, columns, turns)

@@ -210,6 +210,16 @@ def test_limit_measures_the_first_rows_only(tmp_path, sizes, counted):
     assert counted == [1, 2, 3]
 
 
+def test_a_table_that_is_gone_hides_no_other(tmp_path, sizes, counted):
+    """Another process may remove a table while the folder is looked through: all that came after it was not found."""
+    cache = tmp_path / "cache"
+    sizes([row()], cache=cache)
+    for i in range(50):
+        (cache / f"{i}.arrow").symlink_to(tmp_path / "gone")
+    sizes([row()], cache=cache)
+    assert counted == [1]
+
+
 def test_a_changed_file_among_many_finds_its_own_rows(tmp_path, counted):
     """Of hundreds of shards the tables used last are those of other shards."""
 

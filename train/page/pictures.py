@@ -16,7 +16,7 @@ from data.images.reader import ImageReader
 from data.images.ref import ImageRef
 from data.record import Record
 from vl2.prompt import IMAGE_PLACEHOLDER, Message
-from vl2.tiles import PAD_COLOUR, Grid, num_image_tokens, num_tiles
+from vl2.tiles import PAD_COLOUR, Grid, num_image_tokens
 
 _LONGEST_SIDE = 300  # pixels that its tiles are drawn at, and twice as many for dense screens
 _DENSITY = 2
@@ -49,8 +49,6 @@ class DrawnPicture:
     name: str
     columns: int
     rows: int
-    tiles: int
-    """With the global view."""
     tokens: int
     size: tuple[int, int] | None = None
     """(width, height) in pixels as the model sees it; None where it was not opened."""
@@ -83,7 +81,6 @@ def draw_picture(
         name=image.name,
         columns=grid[0],
         rows=grid[1],
-        tiles=num_tiles(grid),
         tokens=num_image_tokens(grid),
         missing="not drawn: the page shows a few pictures",
     )

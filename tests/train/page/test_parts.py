@@ -67,7 +67,7 @@ def test_a_box_keeps_its_place_on_a_padded_picture(tmp_path):
     (on_canvas,) = drawn.boxes
     found = (on_canvas.left, on_canvas.top, on_canvas.width, on_canvas.height)
     assert found == pytest.approx((50, 50, 25, 50), abs=0.1)
-    assert (drawn.size, drawn.tokens, drawn.tiles) == ((100, 200), 421, 2)
+    assert (drawn.size, drawn.tokens) == ((100, 200), 421)
 
 
 def test_a_picture_that_cannot_be_opened_says_so(tmp_path):
