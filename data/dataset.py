@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -125,7 +124,7 @@ def open_dataset(
         max_tokens: budget of a pack, tokens; None does not check.
         max_tiles_per_pack: budget of a pack, tiles with global views; None does not check.
         context: positions the model was made for, tokens; None does not check. Training may go beyond them.
-        cache: folder for what need not be found out twice, see `default_cache`; None keeps nothing.
+        cache: folder for what need not be found out twice, see `data.cache`; None keeps nothing.
         workers: processes for measuring; None takes one a core.
         bad: what is done with rows that cannot be used instead of what `settings` say.
 
@@ -172,12 +171,6 @@ def open_dataset(
         fingerprint=_fingerprint(tokenizer, sizes, columns["learned"]),
         skipped=tuple(bad.skipped),
     )
-
-
-def default_cache() -> Path:
-    """Return the usual place for what need not be found out twice: in the user's cache folder."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "deepseek-vl2-finetune"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -41,7 +41,7 @@ def hold_out(content_keys: np.ndarray, *, fraction: float | None, rows: int | No
         UserError: no row on one of the sides.
     """
     part = DEFAULT_FRACTION if fraction is None else fraction
-    wanted = f"data.eval_fraction={part:g}" if rows is None or fraction is not None else f"data.eval_rows={rows}"
+    wanted = "data.eval_rows" if fraction is None and rows is not None else f"data.eval_fraction={part:g}"
     hashes = _mixed(content_keys)
     held = hashes < np.uint64(int(part * 2**64))
     found = np.flatnonzero(held)

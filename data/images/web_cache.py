@@ -18,13 +18,14 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.cache import default_cache
+
 logger = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
-    """Return the usual place of fetched pictures, in the user's cache folder."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "deepseek-vl2-finetune" / "pictures"
+    """Return the usual place of fetched pictures."""
+    return default_cache() / "pictures"
 
 
 @dataclass(frozen=True, kw_only=True)

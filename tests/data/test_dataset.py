@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.dataset import Dataset, default_cache, open_dataset
+from data.cache import default_cache
+from data.dataset import Dataset, open_dataset
 from data.record import RecordError
 from data.settings import ReadSettings, SourceSettings
 from tests.places import NANO_BPE

@@ -76,7 +76,7 @@ PINNED = [6, 18, 29, 35, 42, 51, 55, 72, 95]
             None,
             r"^data\.eval_fraction=0\.001: none of the 3 rows is held out, of which about 0\.001 should be",
         ),
-        (3, None, 2, r"^data\.eval_rows=2: none of the 3 rows is held out, of which about 0\.05 should be; raise data"),
+        (3, None, 2, r"^data\.eval_rows: none of the 3 rows is held out, of which about 0\.05 should be; raise data"),
         (1, 0.9, None, r"^data\.eval_fraction=0\.9: all 1 rows are held out, none is left to train on; lower"),
     ],
 )

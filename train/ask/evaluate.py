@@ -17,7 +17,8 @@ import paddle
 from tqdm import tqdm
 
 from data.boxes import place_boxes
-from data.dataset import Dataset, default_cache, open_dataset
+from data.cache import default_cache
+from data.dataset import Dataset, open_dataset
 from data.images.files import ImageError
 from data.images.reader import ImageReader
 from data.images.ref import ImageRef
@@ -60,10 +61,13 @@ def questions_of(record: Record, images: ImageReader) -> Iterator[Question]:
     """
     messages = record.messages
     if record.boxes:
-        try:
-            messages = place_boxes(record, [images.size(image) for image in record.images])
-        except ImageError as error:
-            raise record.error("images", str(error)) from error
+        sizes = []
+        for i, image in enumerate(record.images):
+            try:
+                sizes.append(images.size(image))
+            except ImageError as error:
+                raise record.image_error(i, str(error)) from error
+        messages = place_boxes(record, sizes)
     for i, message in enumerate(messages):
         if message.role != "assistant":
             continue

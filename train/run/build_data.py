@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 
-from data.dataset import Dataset, default_cache, open_dataset
+from data.cache import default_cache
+from data.dataset import Dataset, open_dataset
 from data.held_out import hold_out
 from data.images.reader import ImageReader
 from data.mixture import Mixture

@@ -161,7 +161,7 @@ def test_what_is_on_both_sides_is_counted(build, files, tmp_path):
     ("more", "message"),
     [
         (["data.eval_fraction=0.0001"], r"^data\.eval_fraction=0\.0001: none of the 13 rows is held out"),
-        (["data.eval_rows=5"], r"^data\.eval_rows=5: none of the 13 rows is held out, of which about 0\.05 should be"),
+        (["data.eval_rows=5"], r"^data\.eval_rows: none of the 13 rows is held out, of which about 0\.05 should be"),
     ],
 )
 def test_an_empty_side_is_refused(build, files, more, message):
