@@ -35,6 +35,16 @@ def test_no_driver_and_old_driver():
         environment.paddle_build(smi("11.4"))
 
 
+def test_old_driver_has_an_exit_code_of_its_own(monkeypatch, tmp_path, capsys):
+    """`doctor`'s for the driver: it cannot start where no build of Paddle can be installed."""
+    monkeypatch.setattr(environment, "driver_report", lambda: smi("11.4"))
+    monkeypatch.setattr(environment.sys, "argv", ["environment.py", str(tmp_path / "venv")])
+    assert environment.main() == 3
+    assert capsys.readouterr().err == (
+        "error: the NVIDIA driver runs CUDA 11.4 at most; Paddle needs 11.8: update it\n"
+    )
+
+
 def test_cards_are_asked_for_where_they_decide(monkeypatch):
     """Each call of nvidia-smi may take seconds, and only builds for CUDA 12.9 and later leave cards out."""
     asked = []
