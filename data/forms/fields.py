@@ -25,7 +25,7 @@ _WEIGHT = "would weigh the whole row; repeat a source with data.sources[...].rep
 _PICTURE = "seems to name a picture; call the column images, or give data.columns={image: NAME}"
 # What a field with such a name would change, in a row, a message or a part of one; None of them is read anywhere.
 _REFUSED = tuple(
-    (re.compile(names), reason)
+    (re.compile(names, re.IGNORECASE), reason)
     for names, reason in (
         (r"chosen(_.*)?|rejected(_.*)?|kto_tag|margin|preferences?|(non_)?preferred_output", _PREFERENCE),
         (r"labels?", "is a class or a preference, and what is learned here are answers; remove this field"),

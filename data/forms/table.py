@@ -135,7 +135,10 @@ def read_row(row: Any, form: str, of: SourceSettings) -> Conversation:
         form = (of.form == AUTO and not _found(row, of.columns) and _meant(row, of.columns)) or find_form(row, of)
     asked = FORMS[form]
     if asked.keys and isinstance(row, dict) and all(row.get(key) for key in asked.keys):  # nearly every row
-        return asked.read(row, of.columns)
+        conversation = asked.read(row, of.columns)
+        if conversation.unknown and of.form == AUTO:
+            find_form(row, of)  # of two forms in a row, one would be lost among the unknown fields
+        return conversation
     found = _found(row, of.columns)
     if found and form not in found:
         raise FieldError(

@@ -23,8 +23,12 @@ class _Cells:
     """A table's cells by row and column, as Arrow stores them: pictures of an Image feature stay encoded."""
 
     def __init__(self, dataset: Dataset):
+        from datasets import ClassLabel
+
         batches = dataset.data.to_batches()
         self.columns = dataset.column_names
+        self.classes = {name: kind.names for name, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
+        """Names of the classes of each column that holds their numbers."""
         self._stops = list(accumulate(batch.num_rows for batch in batches))
         self._batches = [[batch.column(name) for name in self.columns] for batch in batches]
 
@@ -86,6 +90,12 @@ class ArrowRows:
             except (ValueError, OverflowError) as error:  # text that is no UTF-8, a date that Python cannot hold
                 problems[name] = str(error)
                 continue
+            classes = self._cells.classes.get(name)
+            if classes and value is not None:
+                if value >= len(classes):
+                    problems[name] = f"class {value} of {len(classes)}, counted from 0"
+                    continue
+                value = classes[value] if value >= 0 else None  # -1: unknown
             if value is not None and not (self._empty and value == ""):
                 row[name] = without_null(value)
         return row, problems

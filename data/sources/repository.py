@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from vl2.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder
+
+logger = logging.getLogger(__name__)
 
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # written by save_to_disk
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
@@ -138,8 +141,10 @@ def open_name(place: Place, name: str, config: str, split: str) -> list[Rows]:
     known = place.kept("hub", f"{_joined([name, config])}.json")
     splits = _known_splits(known)
     if splits is None:
+        logger.warning("%s: no file lies there; looking for a data set of that name on the hub", place.name)
         try:
-            splits = _fetched(name, config)
+            with _one_error():
+                splits = _fetched(name, config)
         except _name_errors() as error:
             raise UserError(
                 f"{place.name}: expected a file, a folder or the name of a data set on the hub, found nothing there "
@@ -178,6 +183,18 @@ def _fetched(name: str, config: str) -> dict[str, list[_File]]:
         ]
         for split in _splits(builder)
     }
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Keep huggingface_hub from printing each of its tries to reach the hub: the last is raised."""
+    tries = logging.getLogger("huggingface_hub.utils._http")
+    level = tries.level
+    tries.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        tries.setLevel(level)
 
 
 def _known_splits(known: Path | None) -> dict[str, list[_File]] | None:

@@ -155,6 +155,12 @@ def test_field_that_would_change_the_meaning(key):
         assert parse({**row, key: nothing}).unknown == ()
 
 
+@pytest.mark.parametrize("key", ["Label", "Images", "Rejected_Response"])
+def test_field_is_refused_however_it_is_written(key):
+    """Tables of the hub have columns such as Image and Label: the pictures were left out, and the text learned."""
+    refused({"messages": [USER, ANSWER], key: ["a.png"]}, rf"{key}: found \['a\.png'\], which is not read: it ")
+
+
 def test_weight_of_one_says_what_is_done_anyway():
     assert parse({"messages": [USER, ANSWER], "weight": 1.0, "loss": True}).unknown == ()
 

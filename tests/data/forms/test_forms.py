@@ -267,6 +267,16 @@ def test_two_forms_in_one_file():
         parse({"talk": LLAVA}, form="messages")
 
 
+def test_two_forms_in_one_row():
+    """A later row with a conversation of another form too: it was counted among the unknown fields, and not learned."""
+    row = {"query": "What is this?", "response": "A cat.", "id": 7}
+    assert parse(row, "query").unknown == ("id",)
+    match = r"a\.jsonl, row 1, row: expected the fields of one form, found those of conversations and query among .*"
+    with pytest.raises(RecordError, match=match):
+        parse({**row, "conversations": LLAVA}, "query")
+    assert parse({**row, "conversations": LLAVA}, "query", form="query").unknown == ("id", "conversations")
+
+
 @pytest.mark.parametrize(
     ("of", "error"),
     [

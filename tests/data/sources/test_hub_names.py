@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -198,6 +199,26 @@ def test_a_name_that_is_not_there(hub, tmp_path):
         r"cannot open that name: Dataset 'someone/none' doesn't exist on the Hub or cannot be accessed",
     ):
         read("someone/none", tmp_path / "cache")
+
+
+def test_the_tries_to_reach_the_hub_are_not_printed(tmp_path, monkeypatch, caplog):
+    """A mistyped path looks like a name: twelve lines of a library stood before the one that said what was wrong."""
+    tries = logging.getLogger("huggingface_hub.utils._http")
+    monkeypatch.setattr(tries, "handlers", [caplog.handler])
+    monkeypatch.setattr(tries, "propagate", False)
+
+    def unreachable(*_, **__):
+        tries.warning("thrown while requesting HEAD ...")
+        raise OSError("no network")
+
+    monkeypatch.setattr("data.sources.repository._builder", unreachable)
+    with pytest.raises(UserError, match=r"^someone/mine: .*cannot open that name: no network$"):
+        read("someone/mine", tmp_path / "cache")
+    assert [record.getMessage() for record in caplog.records] == [
+        "someone/mine: no file lies there; looking for a data set of that name on the hub"
+    ]
+    tries.warning("said again afterwards")
+    assert caplog.records[-1].getMessage() == "said again afterwards"
 
 
 def test_code_beside_the_data_is_not_run(hub, tmp_path):

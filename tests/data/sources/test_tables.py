@@ -80,6 +80,26 @@ def test_keys_that_arrow_added_are_dropped(tmp_path):
     assert all_rows(tmp_path / "a")[1:] == [{"m": [{"a": 1}, {"c": [None, 1]}]}, *rows[1:]]
 
 
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_classes_are_read_by_their_names(tmp_path, kind):
+    """`datasets` stores the number of a class: with data.columns.assistant=kind, "1" was learned instead of "dog"."""
+    path = tmp_path / kind
+    features = datasets.Features({"kind": datasets.ClassLabel(names=["cat", "dog"]), "n": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"kind": [1, 0, -1, None], "n": [1, 2, 3, 4]}, features=features)
+    table.to_parquet(path) if kind == "parquet" else table.save_to_disk(path)
+    assert all_rows(path) == [{"kind": "dog", "n": 1}, {"kind": "cat", "n": 2}, {"n": 3}, {"n": 4}]
+
+
+def test_a_class_without_a_name_is_an_error_of_its_row(tmp_path):
+    features = datasets.Features({"kind": datasets.ClassLabel(names=["cat", "dog"])})
+    schema = features.arrow_schema
+    pyarrow.parquet.write_table(pyarrow.table({"kind": [0, 2]}, schema=schema), tmp_path / "a.parquet")
+    rows = open_one(tmp_path / "a.parquet")
+    assert rows[0] == {"kind": "cat"}
+    with pytest.raises(RecordError, match=r"row 2, kind: expected a cell that can be read, found: class 2 of 2"):
+        rows[1]
+
+
 def test_a_cell_that_is_no_text_names_row_and_column(tmp_path):
     """Whoever wrote bytes into a column of text; only that row is bad."""
     texts = pyarrow.array([b"a", b"\xff", b"c"], pyarrow.binary()).view(pyarrow.string())
