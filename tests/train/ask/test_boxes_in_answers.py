@@ -11,9 +11,11 @@ from PIL import Image, ImageDraw
 
 import train.ask.evaluate as evaluate
 import train.ask.infer as entry
+from data.boxes import Box
 from data.images.files import ImageError
 from data.images.reader import ImageReader
 from data.images.ref import ImageRef
+from data.record import Record, RecordError
 from tests.data.images.web import Web
 from train.ask.answer import Answer
 from train.ask.box_scores import box_score, summary
@@ -22,8 +24,25 @@ from train.ask.infer import infer, notes
 from train.ask.load import Loaded, load
 from train.config.schema import NANO, InferConfig
 from vl2.errors import UserError
+from vl2.prompt import Message
 
 DOG = "<|ref|>a dog<|/ref|><|det|>[[100, 200, 300, 999], [0, 0, 999, 500]]<|/det|>"
+
+
+def test_a_picture_with_boxes_that_is_gone_is_named_by_its_field(tmp_path):
+    """Of several pictures, `images` did not say which."""
+    Image.new("RGB", (9, 9)).save(tmp_path / "here.png")
+    shown = [ImageRef(kind="file", name=str(tmp_path / name)) for name in ("here.png", "gone.png")]
+    record = Record(
+        messages=(Message("user", "<image><image>"), Message("assistant", "<bbox>")),
+        images=tuple(shown),
+        image_places=("pictures[0]", "pictures[1]"),
+        boxes=((Box(x1=0, y1=0, x2=1, y2=1, unit="parts", image=1),),),
+        source="a.jsonl",
+        row=3,
+    )
+    with pytest.raises(RecordError, match=r"^a\.jsonl, row 3, pictures\[1\]: expected an image file, found none at"):
+        list(evaluate.questions_of(record, ImageReader()))
 
 
 @pytest.fixture(scope="module")
