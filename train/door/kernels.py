@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+from paddle.nn.functional import swiglu
 
 from train.machine.devices import use_device
 from vl2.attention import attention
@@ -60,6 +61,14 @@ def _rms_norm(x: paddle.Tensor) -> paddle.Tensor:
     return RMSNorm(x.shape[-1], 1e-6)(x)
 
 
+def _layer_norm(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor) -> paddle.Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+def _cross_entropy(logits: paddle.Tensor, ids: paddle.Tensor) -> paddle.Tensor:
+    return F.cross_entropy(logits, ids, reduction="none")
+
+
 KERNELS = (
     Kernel(name="product", shapes=((_TOKENS, 1280), (1280, 256)), call=paddle.matmul),
     Kernel(name="product of patches, 588 rows", shapes=((_TOKENS, 588), (588, 128)), call=paddle.matmul),
@@ -71,6 +80,11 @@ KERNELS = (
         name="attention, 192 channels (Small, full)", shapes=_heads(192, 128), call=partial(_attention, causal=True)
     ),
     Kernel(name="RMS norm", shapes=((_TOKENS, 256),), call=_rms_norm),
+    Kernel(name="layer norm", shapes=((_TOKENS, 256), (256,), (256,)), call=_layer_norm),
+    Kernel(name="swiglu", shapes=((_TOKENS, 256),), call=swiglu),
+    Kernel(name="batched product added to", shapes=((8, 16, 64), (8, 16, 256), (8, 256, 64)), call=paddle.baddbmm),
+    Kernel(name="division by a number", shapes=((_TOKENS, 64),), call=lambda x: x / 3.0, dtypes=("float32",)),
+    Kernel(name="cross entropy", shapes=((_TOKENS, 64),), high=(64,), call=_cross_entropy, dtypes=("float32",)),
     Kernel(name="softmax", shapes=((_TOKENS, 64),), call=F.softmax),
     Kernel(name="silu", shapes=((_TOKENS, 64),), call=F.silu),
     Kernel(name="gelu", shapes=((_TOKENS, 64),), call=partial(F.gelu, approximate=True)),

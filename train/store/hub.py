@@ -176,7 +176,7 @@ def hub_problem(name: str) -> str:
     try:
         huggingface_hub.HfApi(endpoint=endpoint).model_info(name, timeout=_ANSWER_SECONDS)  # type: ignore[arg-type]
     except (OSError, RuntimeError, ValueError) as problem:
-        return f"{endpoint}: {_one_line(problem)}"
+        return f"{endpoint}: {_one_line(_innermost(problem))}"
     return ""
 
 
@@ -190,6 +190,13 @@ def _may_pass(problem: BaseException) -> bool:
 def _cause(problem: BaseException) -> BaseException:
     """What happened: huggingface_hub hides some of it behind "not in the cache"."""
     return (problem.__cause__ or problem) if isinstance(problem, LocalEntryNotFoundError) else problem
+
+
+def _innermost(problem: BaseException) -> BaseException:
+    """The first of the exceptions that led to this one: those after it, of three libraries, only wrap its text."""
+    while (before := problem.__cause__ or problem.__context__) is not None:
+        problem = before
+    return problem
 
 
 def _endpoint() -> str:

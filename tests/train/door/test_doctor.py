@@ -15,6 +15,7 @@ from train.door.kernels import KERNELS, TOLERANCE, Kernel, error_of, plan_trials
 from train.door.trial import Trial, compare
 from train.machine.devices import Machine
 from train.machine.health import COMPUTING, PADDLE, Finding
+from train.store.hub import hub_problem
 from vl2.errors import UserError
 
 FOUND = Trial(losses=[2.0, 1.0], grad_norms=[1.0, None], answers=["red cross", "blue star"], seconds=1.0, peak_gb=0.5)
@@ -222,7 +223,13 @@ def test_doctor_here(tmp_path):
     assert {"driver", "paddle", "memory", "disk", "hub", "build", "kernels", "training", "answering"} <= {
         line[9:23].strip() for line in lines[:-1]
     }
-    assert "18 of 18 are right" in done.stdout and "4 of 4 answers" in done.stdout
+    assert f"{len(KERNELS)} of {len(KERNELS)} are right" in done.stdout and "4 of 4 answers" in done.stdout
     figures = json.loads((tmp_path / "d.txt").read_text().split("## figures\n")[1])
     device, reference = (figures["trials"][name] for name in ("device", "reference"))
     assert len(device["losses"]) == 3 and device["losses"] == pytest.approx(reference["losses"], rel=1e-3)
+
+
+def test_a_hub_out_of_reach_is_said_in_one_cause(monkeypatch):
+    """It was 300 characters of three libraries' texts one inside the other, cut in the middle of a name."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    assert hub_problem("owner/name") == "http://127.0.0.1:9: ConnectionRefusedError: [Errno 111] Connection refused"
