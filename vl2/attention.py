@@ -16,7 +16,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2.cache import Kept, LayerCache, flat_streams
 from vl2.config import LanguageConfig
-from vl2.constant_tensors import causal_mask, segment_bounds
+from vl2.constant_tensors import beyond_mask, causal_mask, segment_bounds
 from vl2.linear import Linear
 
 # A longer segment is computed in blocks of QUERY_BLOCK queries: with fewer the calls cost more than the work saved.
@@ -175,7 +175,7 @@ def _segment_grads(
 def attend_last(q_BHK: paddle.Tensor, kept: Sequence[Kept], scale: float) -> paddle.Tensor:
     """Attention of the last token of each sequence, which reads keys and values where they lie in the cache.
 
-    Scores are cut and weights filled up with zeros to the buffer's room: cutting the buffer would copy it.
+    The buffers are multiplied whole, what lies beyond the last token hidden by a mask: cutting them would copy them.
 
     Args:
         q_BHK: one query a sequence, [B, H, K].
@@ -187,11 +187,9 @@ def attend_last(q_BHK: paddle.Tensor, kept: Sequence[Kept], scale: float) -> pad
     """
     outs = []
     for q_H1K, ((k_HMK, v_HMV), length) in zip((q_BHK * scale).unsqueeze(2), kept, strict=True):
-        scores_H1m = paddle.matmul(q_H1K, k_HMK, transpose_y=True)[..., :length].astype("float32")
-        weights_H1M = F.softmax(scores_H1m, axis=-1).astype(v_HMV.dtype)
-        if length < v_HMV.shape[1]:
-            weights_H1M = F.pad(weights_H1M, [0, v_HMV.shape[1] - length], data_format="NCL")
-        outs.append(paddle.matmul(weights_H1M, v_HMV))
+        scores_H1M = paddle.matmul(q_H1K, k_HMK, transpose_y=True).astype("float32")
+        scores_H1M = scores_H1M + beyond_mask(length, k_HMK.shape[1], k_HMK.place)
+        outs.append(paddle.matmul(F.softmax(scores_H1M, axis=-1).astype(v_HMV.dtype), v_HMV))
     return paddle.stack(outs).squeeze(2)
 
 

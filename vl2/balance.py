@@ -9,6 +9,8 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+from vl2.constant_tensors import send
+
 
 class LoadBalance:
     """Collects the loss of every expert layer in one forward pass of one stream.
@@ -29,11 +31,13 @@ class LoadBalance:
     """
 
     def __init__(self, lens: np.ndarray, supervised_T: np.ndarray):
-        numbers_S, segment_T = np.arange(len(lens)), np.repeat(np.arange(len(lens)), lens)
-        counted_S = np.isin(numbers_S, segment_T[supervised_T])
-        self._segment_T = paddle.to_tensor(segment_T)
-        self._member_ST = paddle.to_tensor((numbers_S[:, None] == segment_T).astype("float32"))
-        self._weight_S1 = paddle.to_tensor((counted_S / lens.astype("float64") ** 2).astype("float32")[:, None])
+        segment_T = np.repeat(np.arange(len(lens)), lens)
+        counted_S = np.isin(np.arange(len(lens)), segment_T[supervised_T])
+        sent = send({"segment": segment_T, "counted": counted_S, "lens": lens})
+        self._segment_T = sent["segment"]
+        self._member_ST = F.one_hot(sent["segment"], len(lens)).transpose([1, 0]).contiguous()
+        lens_S = sent["lens"].astype("float64")
+        self._weight_S1 = (sent["counted"].astype("float64") / (lens_S * lens_S)).astype("float32").unsqueeze(1)
         self.layers: list[paddle.Tensor] = []  # float32 scalars, sums over the counted segments
 
     def total(self) -> paddle.Tensor:

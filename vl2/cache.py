@@ -49,6 +49,7 @@ class LayerCache:
         Returns:
             All that is kept of the sequences that grew, which have queries; the caller leaves the others out likewise.
         """
+        heads_first = [stream.transpose([1, 0, 2]) for stream in streams]
         start, grown = 0, []
         for s, count in enumerate(q_lens):
             if not count:
@@ -56,7 +57,7 @@ class LayerCache:
             first, end = self.lengths[s], self.lengths[s] + count
             if end > self.capacities[s]:
                 raise UserError(f"sequence {s} would hold {end} tokens, its cache was made for {self.capacities[s]}")
-            rows = [stream[start : start + count].transpose([1, 0, 2]) for stream in streams]
+            rows = [stream_GTW[:, start : start + count] for stream_GTW in heads_first]
             self._make_room(s, end, rows)
             for buffer, row_GTW in zip(self._buffers[s], rows, strict=True):
                 buffer[:, first:end] = row_GTW

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import paddle
 
 # Streams whose bounds are kept: a pack asks for those of its conversations and of its tiles, once a layer.
 KEPT_BOUNDS = 256
 # Masks that are kept, and the keys of the largest: eight of 8 MB at most.
 KEPT_MASKS, KEPT_MASK_KEYS = 8, 2048
+# Masks of buffers that are kept: of the sequences of a batch, which ask for them once a layer.
+KEPT_BEYOND = 256
 
 _longest: dict[paddle.base.core.Place, paddle.Tensor] = {}  # the longest range made so far at each place
 
@@ -33,6 +36,20 @@ def positions(num: int, place: paddle.base.core.Place) -> paddle.Tensor:
         # Up to a power of two, so that streams of growing length do not make one each.
         longest = _longest[place] = paddle.arange(1 << max(num - 1, 1023).bit_length(), dtype="int64")
     return longest[:num]
+
+
+def send(arrays: Mapping[str, np.ndarray]) -> dict[str, paddle.Tensor]:
+    """Some arrays of integers, sent to the device together: the host waits once for all of them.
+
+    Args:
+        arrays: of one dimension.
+
+    Returns:
+        int64 views of one tensor, by the same names; not to be written to.
+    """
+    flat = paddle.to_tensor(np.concatenate([np.asarray(array, np.int64) for array in arrays.values()]))
+    stops = itertools.accumulate(len(array) for array in arrays.values())
+    return {name: flat[stop - len(arrays[name]) : stop] for name, stop in zip(arrays, stops, strict=True)}
 
 
 def segment_bounds(lens: Sequence[int], place: paddle.base.core.Place) -> paddle.Tensor:
@@ -72,3 +89,17 @@ def causal_mask(num_queries: int, num_keys: int, place: paddle.base.core.Place) 
 @functools.lru_cache(maxsize=KEPT_MASKS)
 def _causal_mask(num_queries: int, num_keys: int, place: paddle.base.core.Place) -> paddle.Tensor:
     return paddle.triu(paddle.full([num_queries, num_keys], -1e30, "float32"), diagonal=num_keys - num_queries + 1)
+
+
+@functools.lru_cache(maxsize=KEPT_BEYOND)
+def beyond_mask(length: int, room: int, place: paddle.base.core.Place) -> paddle.Tensor:
+    """What hides the room of a buffer beyond the tokens in it, float32 [room]; not to be written to.
+
+        length 2, room 4    0 0 -1e30 -1e30
+
+    Args:
+        length: tokens.
+        room: of the buffer, in tokens.
+        place: where; the one that new tensors are made at.
+    """
+    return paddle.concat([paddle.zeros([length]), paddle.full([room - length], -1e30)])

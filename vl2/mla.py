@@ -106,5 +106,5 @@ class LatentAttention(nn.Layer):
         for q_HW, ((rows_1MW,), length) in zip(q_BHW, kept, strict=True):
             rows_mW = rows_1MW[0, :length]
             weights_Hm = F.softmax(paddle.matmul(q_HW, rows_mW, transpose_y=True).astype("float32"), axis=-1)
-            outs.append(paddle.matmul(weights_Hm.astype(rows_mW.dtype), rows_mW)[:, : self.rank])
-        return paddle.matmul(paddle.stack(outs, axis=1), up_v_HCV).transpose([1, 0, 2])
+            outs.append(paddle.matmul(weights_Hm.astype(rows_mW.dtype), rows_mW))
+        return paddle.matmul(paddle.stack(outs, axis=1)[..., : self.rank], up_v_HCV).transpose([1, 0, 2])

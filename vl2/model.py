@@ -6,7 +6,7 @@ Shape suffixes: T tokens of the stream, S segments (conversations), N tiles, D m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
@@ -15,12 +15,21 @@ from paddle import nn
 from vl2.balance import LoadBalance
 from vl2.cache import KVCache
 from vl2.config import VL2Config
+from vl2.constant_tensors import send
 from vl2.errors import UserError
 from vl2.language import LanguageModel
-from vl2.projector import Projector, arrange, distinct_tiles
+from vl2.projector import Arrangement, Projector, arrange, distinct_tiles, plan_rows
 from vl2.vision import VisionTower
 
 IGNORE = -100
+
+
+class ImagePlan(NamedTuple):
+    """Where the images of a batch go."""
+
+    first: np.ndarray  # the distinct tiles, which are encoded
+    rows: Arrangement
+    positions_R: np.ndarray  # of their rows in the stream
 
 
 class DeepseekVL2(nn.Layer):
@@ -52,23 +61,40 @@ class DeepseekVL2(nn.Layer):
         self.language.model.recompute_every = every
         self.vision.recompute_every = every
 
-    def image_rows(self, tiles_N3XX: np.ndarray, grids: list[tuple[int, int]]) -> paddle.Tensor:
+    def image_rows(self, tiles_N3XX: np.ndarray, plan: ImagePlan, order_R: paddle.Tensor) -> paddle.Tensor:
         """Rows of all images in stream order, [sum of image tokens, D].
 
         Equal tiles are encoded once: an image of one local tile has it twice, as its global view too.
         """
-        tiles = _array(tiles_N3XX)
-        first, which = distinct_tiles(tiles, grids)
-        pixels = paddle.to_tensor(tiles[first])
+        pixels = paddle.to_tensor(tiles_N3XX[plan.first])
         if any(not p.stop_gradient for p in self.vision.parameters()) and paddle.is_grad_enabled():
             features_NPW = self.vision(pixels, self.compute_dtype)
         else:
             with paddle.no_grad():
                 size = frozen_tile_slice(pixels.place)
-                slices = range(0, len(first), size)
+                slices = range(0, len(plan.first), size)
                 parts = [self.vision(pixels[i : i + size], self.compute_dtype) for i in slices]
                 features_NPW = parts[0] if len(parts) == 1 else paddle.concat(parts, axis=0)
-        return arrange(self.projector(features_NPW), which, self.image_newline, self.view_seperator, grids)
+        projected_NGD = self.projector(features_NPW)
+        return arrange(projected_NGD, self.image_newline, self.view_seperator, plan.rows, order_R)
+
+    def plan_images(self, batch: Mapping) -> ImagePlan | None:
+        """Where the images of a batch go; None where it has none.
+
+        Raises:
+            UserError: when the image positions in `input_ids` and the images given do not match.
+        """
+        positions_R = np.flatnonzero(_array(batch["input_ids"]) == self.image_token_id)
+        if "tiles" not in batch:
+            if positions_R.size:
+                raise UserError(f"{positions_R.size} image positions in input_ids, but the batch holds no tiles")
+            return None
+        grids = [(int(w), int(h)) for w, h in _array(batch["grids"])]
+        first, which = distinct_tiles(_array(batch["tiles"]), grids)
+        rows = plan_rows(which, grids, -(-self.config.vision.grid // self.projector.ratio))
+        if len(rows.order_R) != positions_R.size:
+            raise UserError(f"{positions_R.size} image positions in input_ids, but the images fill {len(rows.order_R)}")
+        return ImagePlan(first, rows, positions_R)
 
     def embed(self, batch: Mapping) -> paddle.Tensor:
         """Input embeddings of the stream, [T, D]: text rows from the table, image rows from the tower.
@@ -76,19 +102,16 @@ class DeepseekVL2(nn.Layer):
         Raises:
             UserError: when the image positions in `input_ids` and the images given do not match.
         """
-        ids_T = _tensor(batch["input_ids"])
-        x_TD = self.embed_text(ids_T)
-        positions = np.flatnonzero(_array(batch["input_ids"]) == self.image_token_id)
-        if "tiles" not in batch:
-            if positions.size:
-                raise UserError(f"{positions.size} image positions in input_ids, but the batch holds no tiles")
+        plan = self.plan_images(batch)
+        return self._embed(batch, plan, send(_stream_numbers(batch, plan)))
+
+    def _embed(self, batch: Mapping, plan: ImagePlan | None, sent: Mapping[str, paddle.Tensor]) -> paddle.Tensor:
+        x_TD = self.embed_text(sent["input_ids"])
+        if plan is None:
             return x_TD
-        grids = [(int(w), int(h)) for w, h in _array(batch["grids"])]
-        rows = self.image_rows(batch["tiles"], grids)
-        if rows.shape[0] != positions.size:
-            raise UserError(f"{positions.size} image positions in input_ids, but the images fill {rows.shape[0]}")
+        rows = self.image_rows(_array(batch["tiles"]), plan, sent["image_order"])
         # Out of place: written into a view, the projector would get no gradient.
-        return paddle.scatter(x_TD, paddle.to_tensor(positions, place=x_TD.place), rows)
+        return paddle.scatter(x_TD, sent["image_positions"], rows)
 
     def embed_text(self, ids_T: paddle.Tensor) -> paddle.Tensor:
         """Rows of the table, [T] -> [T, D], whatever the ids mean."""
@@ -131,10 +154,23 @@ class DeepseekVL2(nn.Layer):
         supervised = np.flatnonzero(labels != IGNORE)
         if supervised.size == 0:
             return paddle.zeros([], dtype="float32"), 0
-        hidden_TD = self(batch, balance=balance)
-        hidden_ND = paddle.gather(hidden_TD, paddle.to_tensor(supervised, place=hidden_TD.place))
-        targets_N = paddle.to_tensor(labels[supervised], place=hidden_TD.place)
-        return self.language.loss_sum(hidden_ND, targets_N, of_tokens), int(supervised.size)
+        plan = self.plan_images(batch)
+        numbers = {
+            "supervised": supervised,
+            "targets": labels[supervised],
+            "position_ids": _array(batch["position_ids"]),
+        }
+        sent = send(_stream_numbers(batch, plan) | numbers)
+        x_TD = self._embed(batch, plan, sent)
+        hidden_TD = self.decode_stream(x_TD, sent["position_ids"], batch["seq_lens"], balance=balance)
+        hidden_ND = paddle.gather(hidden_TD, sent["supervised"])
+        return self.language.loss_sum(hidden_ND, sent["targets"], of_tokens), int(supervised.size)
+
+
+def _stream_numbers(batch: Mapping, plan: ImagePlan | None) -> dict[str, np.ndarray]:
+    """What `_embed` needs on the device beside the tiles."""
+    numbers = {"input_ids": _array(batch["input_ids"])}
+    return numbers | ({"image_positions": plan.positions_R, "image_order": plan.rows.order_R} if plan else {})
 
 
 def frozen_tile_slice(place: paddle.base.core.Place) -> int:

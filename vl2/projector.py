@@ -6,6 +6,7 @@ Shape suffixes: N tiles, P patches (729), W vision width, D model, G projected r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import paddle
@@ -98,34 +99,55 @@ def arrange_index(grids: Sequence[tuple[int, int]], rows: int) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64)
 
 
+class Arrangement(NamedTuple):
+    """How projected tiles and copies of the two learned rows become the rows of all images."""
+
+    order_R: np.ndarray  # int64, of each row of the stream its place in [projected rows | newlines | separators]
+    newlines: int
+    separators: int
+
+
+def plan_rows(which: np.ndarray, grids: Sequence[tuple[int, int]], side: int) -> Arrangement:
+    """Plan the rows of all images.
+
+    Args:
+        which: for every tile of every image, each image's global view first, its place among the projected ones.
+        grids: (width, height) in tiles of each image.
+        side: projected rows along a side of a tile (14).
+    """
+    rows, size = side * side, (int(which.max()) + 1) * side * side
+    table = np.concatenate([(which[:, None] * rows + np.arange(rows)).ravel(), [size, size + 1]])
+    order_R = table[arrange_index(grids, side)]
+    newlines, separators = np.flatnonzero(order_R == size), np.flatnonzero(order_R == size + 1)
+    order_R[newlines] = size + np.arange(newlines.size)
+    order_R[separators] = size + newlines.size + np.arange(separators.size)
+    return Arrangement(order_R, newlines.size, separators.size)
+
+
 def arrange(
     projected_NGD: paddle.Tensor,
-    which: np.ndarray,
     newline_D: paddle.Tensor,
     separator_D: paddle.Tensor,
-    grids: Sequence[tuple[int, int]],
+    plan: Arrangement,
+    order_R: paddle.Tensor,
 ) -> paddle.Tensor:
     """Rows of all images in stream order.
 
+    A learned row is copied before it is rounded: the gradients of the copies, some 250 a pack, add up in the row's own
+    precision and in a fixed order. Gather's backward would add them into one bfloat16 row, which costs 2 % of the sum.
+
     Args:
         projected_NGD: projected distinct tiles.
-        which: for every tile of every image, each image's global view first, its place in `projected_NGD`.
         newline_D: the learned row end.
         separator_D: the learned separator of global and local view.
-        grids: (width, height) in tiles of each image.
+        plan: from `plan_rows`.
+        order_R: its order, on the device.
 
     Returns:
         [sum of image tokens, D].
     """
     n, g, d = projected_NGD.shape
-    rows = (which[:, None] * g + np.arange(g)).ravel()
-    order = np.concatenate([rows, [n * g, n * g + 1]])[arrange_index(grids, int(g**0.5))]
-    newlines, separators = np.flatnonzero(order == n * g), np.flatnonzero(order == n * g + 1)
-    table, size = [projected_NGD.reshape([n * g, d])], n * g
-    for learned_D, copies in ((newline_D, newlines), (separator_D, separators)):
-        # Copied before it is rounded: the gradients of the copies, some 250 a pack, add up in the row's own precision
-        # and in a fixed order. Gather's backward would add them into one bfloat16 row, which costs 2 % of the sum.
-        table.append(learned_D.expand([copies.size, d]).astype(projected_NGD.dtype))
-        order[copies] = size + np.arange(copies.size)
-        size += copies.size
-    return paddle.gather(paddle.concat(table, axis=0), paddle.to_tensor(order, place=projected_NGD.place))
+    table = [projected_NGD.reshape([n * g, d])]
+    for learned_D, copies in ((newline_D, plan.newlines), (separator_D, plan.separators)):
+        table.append(learned_D.expand([copies, d]).astype(projected_NGD.dtype))
+    return paddle.gather(paddle.concat(table, axis=0), order_R)

@@ -21,6 +21,7 @@ from paddle.pir import Value
 
 from tests.precision.emulation import AS_IS, BINARY, HALF, check_flash, describe, floating_types, in_float32
 from vl2.balance import LoadBalance
+from vl2.constant_tensors import send
 from vl2.model import DeepseekVL2
 from vl2.projector import distinct_tiles
 from vl2.prompt import IGNORE
@@ -88,9 +89,10 @@ def _tracing(trace: Trace, model: DeepseekVL2, ids_T: np.ndarray, ids, tiles, fl
     """What stands between the model and a static program: arrays that are inputs, counts that only a run knows."""
     language, to_tensor = model.config.language, paddle.to_tensor
 
+    def input_among(arrays):
+        return send(arrays) | {"input_ids": ids}
+
     def input_or_constant(data, *args, **kwargs):
-        if data is ids_T:
-            return ids
         if isinstance(data, np.ndarray) and data.dtype == np.uint8:
             return tiles
         kwargs.pop("place", None)
@@ -121,6 +123,7 @@ def _tracing(trace: Trace, model: DeepseekVL2, ids_T: np.ndarray, ids, tiles, fl
         stack.enter_context(mock.patch.object(_C_ops, "flash_attn_unpadded", flash_kernel))
         stack.enter_context(mock.patch("vl2.attention._has_flash", lambda place: flash))
         stack.enter_context(mock.patch.object(paddle, "to_tensor", input_or_constant))
+        stack.enter_context(mock.patch("vl2.model.send", input_among))
         stack.enter_context(mock.patch("vl2.expert_rows.takes_batches", lambda place: True))
         stack.enter_context(mock.patch("vl2.expert_rows.read_counts", counts))
         apply = classmethod(lambda layer, *args: layer.forward(Context(), *args))

@@ -5,7 +5,12 @@ import paddle
 import pytest
 
 from tests.precision.emulation import half_precision_on_cpu
-from vl2.projector import arrange, arrange_index, distinct_tiles
+from vl2.projector import arrange, arrange_index, distinct_tiles, plan_rows
+
+
+def arranged(projected, which, newline, separator, grids) -> paddle.Tensor:
+    plan = plan_rows(which, grids, int(projected.shape[1] ** 0.5))
+    return arrange(projected, newline, separator, plan, paddle.to_tensor(plan.order_R))
 
 
 def test_arrange_index_draws_the_docstring():
@@ -30,8 +35,8 @@ def test_local_tile_of_one_by_one_is_encoded_once():
     rows[1] = rows[0]
     newline, separator = paddle.zeros([5]), paddle.ones([5])
     grids = [(1, 1), (2, 1), (1, 1)]
-    expected = arrange(rows, np.arange(7), newline, separator, grids)
-    assert np.array_equal(arrange(rows[first.tolist()], which, newline, separator, grids).numpy(), expected.numpy())
+    expected = arranged(rows, np.arange(7), newline, separator, grids)
+    assert np.array_equal(arranged(rows[first.tolist()], which, newline, separator, grids).numpy(), expected.numpy())
 
 
 def test_wrong_number_of_tiles_is_refused():
@@ -50,7 +55,7 @@ def test_a_learned_row_gets_the_sum_of_its_copies():
     projected = paddle.zeros([10, 196, 8], "bfloat16")
     projected.stop_gradient = False
     with half_precision_on_cpu():
-        rows = arrange(projected, np.arange(10), newline, separator, grids)
+        rows = arranged(projected, np.arange(10), newline, separator, grids)
         assert rows.dtype == paddle.bfloat16
         (rows * gradient).sum().backward()
     arrived = gradient.astype("float32").numpy()
@@ -69,5 +74,5 @@ def test_rows_are_those_of_the_index(grids):
     tiles = sum(1 + w * h for w, h in grids)
     projected, newline, separator = paddle.randn([tiles, 4, 3]), paddle.randn([3]), paddle.randn([3])
     table = np.concatenate([projected.numpy().reshape([-1, 3]), [newline.numpy(), separator.numpy()]])
-    rows = arrange(projected, np.arange(tiles), newline, separator, grids)
+    rows = arranged(projected, np.arange(tiles), newline, separator, grids)
     assert np.array_equal(rows.numpy(), table[arrange_index(grids, 2)])

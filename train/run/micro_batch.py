@@ -95,15 +95,20 @@ def gather_losses(done: Sequence[PackLoss], num_sources: int = 0) -> np.ndarray:
     Returns:
         float64 [packs of the step, 3 + num_sources]: index in the plan, loss, load-balance loss, loss of each source.
     """
+    losses = read_scalars([loss for one in done for loss in (one.loss, one.aux_loss)])
     own = [
-        [
-            *(one.pack, float(one.loss), float(one.aux_loss)),
-            *sums_by_source(one.of_tokens, one.source_of_tokens, num_sources),
-        ]
-        for one in done
+        [one.pack, *losses[2 * i : 2 * i + 2], *sums_by_source(one.of_tokens, one.source_of_tokens, num_sources)]
+        for i, one in enumerate(done)
     ]
     rows = gather_rows(np.array(own, dtype="float64"))
     return rows[np.argsort(rows[:, 0])]
+
+
+def read_scalars(values: Sequence[paddle.Tensor | float]) -> list[float]:
+    """Numbers, of which those in float32 tensors come to the host together: it waits for the device once."""
+    tensors = [value for value in values if isinstance(value, paddle.Tensor)]
+    read = iter(paddle.stack(tensors).tolist() if tensors else [])
+    return [next(read) if isinstance(value, paddle.Tensor) else value for value in values]
 
 
 def first_not_finite(rows: np.ndarray) -> tuple[int, str] | None:
