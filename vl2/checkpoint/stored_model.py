@@ -126,12 +126,14 @@ def _assemble(
         value = value.transpose([1, 0]).contiguous() if parts[0].transposed else value
         return _as_type(value, dtype)
     kinds = {stored[part.name].dtype for part in parts}
-    kind = kinds.pop() if len(kinds) == 1 else "float32"
+    kind = dtype or (kinds.pop() if len(kinds) == 1 else "float32")
     whole = np.empty(shape, bits_type(kind))
     for part in parts:
-        array = stored[part.name].read() if not kinds else _tensor(stored[part.name]).astype("float32").numpy()
+        one = stored[part.name]
+        # Rounded one by one: all experts of a layer in float32 are twice what the model takes of them.
+        array = one.read() if one.dtype == kind else _tensor(one).astype(kind).numpy()
         whole[part.at] = array.T if part.transposed else array
-    return _as_type(paddle.to_tensor(whole), dtype)
+    return paddle.to_tensor(whole)
 
 
 def _as_type(value: paddle.Tensor, dtype: str | None) -> paddle.Tensor:
