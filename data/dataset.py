@@ -202,7 +202,7 @@ def _source(of: SourceSettings, parts: Sequence[_Part], bad: BadRecords) -> Sour
         settings=of,
         rows=sum(len(part.table) for part in parts),
         kept=sum(len(part.rows) for part in parts),
-        form=", ".join(dict.fromkeys(part.reader.form for part in parts)),
+        form=", ".join(dict.fromkeys(part.reader.form for part in parts if len(part.table))),
         unknown=dict(unknown.most_common()),
         first_skipped=next((error for error in bad.skipped if error.source in files), None),
     )

@@ -81,6 +81,9 @@ def check_form(of: SourceSettings) -> None:
         raise UserError(
             f"data.columns: expected {', '.join(COLUMNS)}, each with the name of a column, found {shown(wrong[0])}"
         )
+    names = list(of.columns.values())
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"data.columns: expected a column of its own for each, found {shown(twice)} twice")
     asked = {"user", "assistant"} & set(of.columns)
     if len(asked) == 1 or (of.form == "columns" and not asked):
         raise UserError(

@@ -133,6 +133,14 @@ def test_images_that_are_no_files_are_skipped_like_others(write, tmp_path):
     assert [(error.row, error.where) for error in dataset.skipped] == [(i, "images[0]") for i in range(1, 8)]
 
 
+def test_an_empty_file_among_others_has_no_form(write, tmp_path):
+    """The report named the form of a source with an empty shard "auto, messages"."""
+    write(row("one"))
+    (tmp_path / "empty.jsonl").touch()
+    (source,) = open_(tmp_path / "*.jsonl").sources
+    assert (source.rows, source.form) == (1, "messages")
+
+
 def test_all_rows_skipped(write):
     """A wrong form or folder of pictures ended with the count alone: nobody could tell what to mend."""
     message = r"empty dataset: .*found none; all 2 rows were skipped, the first: .*, row 1, row: .* 'oops'$"

@@ -24,7 +24,7 @@ def settle(config: Any) -> None:
         if spec.entry_class:
             value = [_read_entry(spec.entry_class, entry, f"{spec.name}[{i}]") for i, entry in enumerate(value)]
         if spec.one_or_more and not isinstance(value, list):
-            value = [] if value is None else [value]
+            value = [] if value in (None, "") else [value]
         if spec.path:  # bash leaves the `~` of `key=~/x` alone, and so does YAML
             value = [_as_path(text) for text in value] if isinstance(value, list) else _as_path(value)
         setattr(owner, leaf, value)

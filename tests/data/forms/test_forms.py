@@ -283,6 +283,10 @@ def test_two_forms_in_one_row():
         ({"form": "llava"}, r"data\.form: expected auto, messages, conversations, .*found 'llava'"),
         ({"columns": {"question": "q"}}, r"data\.columns: expected user, assistant, system, image.*found 'question'"),
         ({"columns": {"user": "q"}}, r"data\.columns: expected the names of both columns, .*found {'user': 'q'}"),
+        (
+            {"columns": {"user": "q", "assistant": "q"}},
+            r"data\.columns: expected a column of its own .*found 'q' twice",
+        ),
         ({"form": "columns"}, r"data\.columns: expected the names of both columns, .*found {}"),
     ],
 )

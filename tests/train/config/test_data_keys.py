@@ -52,7 +52,13 @@ def test_one_path_or_several(arguments, expected):
 
 @pytest.mark.parametrize(
     ("written", "expected"),
-    [("a.jsonl", ["a.jsonl"]), ("[a.jsonl, '~/b']", ["a.jsonl", "/home/me/b"]), ("null", []), ("'[a]'", ["[a]"])],
+    [
+        ("a.jsonl", ["a.jsonl"]),
+        ("[a.jsonl, '~/b']", ["a.jsonl", "/home/me/b"]),
+        ("null", []),
+        ("''", []),
+        ("'[a]'", ["[a]"]),
+    ],
 )
 def test_one_path_or_several_in_a_file(written, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
@@ -62,7 +68,7 @@ def test_one_path_or_several_in_a_file(written, expected, tmp_path, monkeypatch)
     assert (data.path, data.eval_path) == (expected, expected)
 
 
-@pytest.mark.parametrize("written", ["3", "[a, 3]", "{a: b}"])
+@pytest.mark.parametrize("written", ["3", "[a, 3]", "{a: b}", "[a, '']"])
 def test_a_path_that_is_no_text(written, tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(f"defaults: [sft_tiny, _self_]\ndata: {{path: {written}}}\n")
