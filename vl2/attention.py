@@ -250,6 +250,9 @@ def rope_tables(position_ids_T: paddle.Tensor, size: int, theta: float, num_head
 def rotate_half_split(x_THK: paddle.Tensor, cos_THK: paddle.Tensor, sin_THK: paddle.Tensor) -> paddle.Tensor:
     """Rotate pairs (i, i + K/2), as DeepSeek's MHA does; computed in float32, returned in x's dtype.
 
+    Paddle's `fused_rotary_position_embedding` is not taken: it reads the tables in x's dtype, where 16 bits round them,
+    and those that it makes by itself are of pairs (2i, 2i + 1). Source: phi/kernels/fusion/gpu/fused_rope_utils.h.
+
     x                    a b c d
     halves exchanged     c d a b
     sines                - - + +        result: a cos - c sin, b cos - d sin, c cos + a sin, d cos + b sin

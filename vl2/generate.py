@@ -166,7 +166,7 @@ def sample(logits_BV: paddle.Tensor, temperature: float, top_p: float, draw_B: p
     Returns:
         int64 [B].
     """
-    probabilities_BV = F.softmax(logits_BV.astype("float64") / temperature, axis=-1)
+    probabilities_BV = F.softmax(logits_BV.astype("float64") / paddle.full([1], temperature, "float64"), axis=-1)
     order_BV = paddle.argsort(probabilities_BV, axis=-1, descending=True, stable=True)
     sorted_BV = paddle.take_along_axis(probabilities_BV, order_BV, axis=-1, broadcast=False)
     before_BV = paddle.cumsum(sorted_BV, axis=-1) - sorted_BV

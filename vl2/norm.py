@@ -1,4 +1,8 @@
-"""RMSNorm, computed in float32, with a backward of its own."""
+"""RMSNorm, computed in float32, with a backward of its own.
+
+Paddle's `rms_norm` for GPUs is not taken. Its sources of 2025 (rms_norm and rms_norm_nzs in phi/kernels/gpu) have a way
+that writes a gradient for a frozen weight where there is no memory for it, and one of them has no float16.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tests.precision.make_gpu_kernels import NEW, OLD, preprocessed, registratio
 from tests.precision.taken import Call, taken
 from tests.precision.test_step import step
 from vl2.balance import LoadBalance
-from vl2.generate import generate
+from vl2.generate import generate, sample
 from vl2.prompt import IGNORE
 
 
@@ -80,6 +80,14 @@ def test_what_a_call_is_recorded_as():
         ("slice", "bfloat16", True),
         ("cast", "float32", True),
     }
+    assert not missing(calls)
+
+
+def test_sampling():
+    """The draw of a token, in float64, is made where the logits are."""
+    with taken() as calls:
+        sample(paddle.randn([2, 9]), 0.7, 0.9, paddle.to_tensor([0.1, 0.8], dtype="float64"))
+    assert {one.operator for one in calls} >= {"softmax", "argsort", "cumsum", "take_along_axis"}
     assert not missing(calls)
 
 
