@@ -33,6 +33,7 @@ from data.size_table import (
     blank,
     column,
     forget,
+    forget_old,
     pictures,
     sizes_of,
     state_key,
@@ -98,6 +99,8 @@ def measure(
     finally:
         for file in files:  # also when a row is bad: the next try starts from here
             file.save()
+        if cache is not None:
+            forget_old(cache)
     return [(file.table, file.usable) for file in files]
 
 

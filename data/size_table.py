@@ -180,11 +180,10 @@ class SizeTable:
             logger.warning("size table %s cannot be written: %s", path, error)
             with contextlib.suppress(OSError):
                 temporary.unlink()
-        _forget_old(self.folder)
 
     def _named(self, prefix: str) -> list[Path]:
         """Tables whose names begin so: those of this place, then those used last."""
-        paths = [path for path in _by_age(self.folder) if path.name.startswith(prefix)] if self.folder else []
+        paths = _by_age(self.folder, prefix) if self.folder else []
         return sorted(paths, key=lambda path: not path.name.endswith(self._place))
 
     def _here(self, table: pa.Table) -> pa.Table:
@@ -248,18 +247,18 @@ def _combined(table: pa.Table, name: str) -> pa.Array:
     return pa.concat_arrays(chunks.chunks) if isinstance(chunks, pa.ChunkedArray) else chunks
 
 
-def _by_age(folder: Path) -> list[Path]:
-    """The tables in a folder, the one used last first."""
+def _by_age(folder: Path, prefix: str = "") -> list[Path]:
+    """The tables in a folder whose names begin so, the one used last first."""
     names, found = [], []
     with contextlib.suppress(OSError):  # no folder
         names = os.listdir(folder)
-    for path in (folder / name for name in names if name.endswith(".arrow")):
+    for path in (folder / name for name in names if name.startswith(prefix) and name.endswith(".arrow")):
         with contextlib.suppress(OSError):  # another process removed it meanwhile
             found.append((-path.stat().st_mtime_ns, path))
     return [path for _, path in sorted(found)]
 
 
-def _forget_old(folder: Path) -> None:
+def forget_old(folder: Path) -> None:
     """Remove the tables that were not used for longest, beyond so many and so much."""
     num_bytes = 0
     for i, path in enumerate(_by_age(folder)):

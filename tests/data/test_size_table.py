@@ -7,6 +7,7 @@ import os
 import signal
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
@@ -218,6 +219,30 @@ def test_a_table_that_is_gone_hides_no_other(tmp_path, sizes, counted):
         (cache / f"{i}.arrow").symlink_to(tmp_path / "gone")
     sizes([row()], cache=cache)
     assert counted == [1]
+
+
+def test_many_files_do_not_look_at_each_others_tables(tmp_path, monkeypatch):
+    """Each looked at the age of all tables: the second start of 600 shards took 11 seconds."""
+    measurers = [
+        Measurer(
+            reader=reader_of(tmp_path / f"{i}.jsonl", [row(str(i))]),
+            candidates=CANDIDATES,
+            images=DEFAULT_READER,
+            budget=Budget(),
+        )
+        for i in range(20)
+    ]
+    looked = []
+    original = Path.stat
+
+    def stat(path, **options):
+        looked.extend([path] * (path.suffix == ".arrow"))
+        return original(path, **options)
+
+    measure(measurers, cache=tmp_path / "cache")
+    monkeypatch.setattr(Path, "stat", stat)
+    measure(measurers, cache=tmp_path / "cache")
+    assert 20 <= len(looked) <= 3 * 20
 
 
 def test_a_changed_file_among_many_finds_its_own_rows(tmp_path, counted):
