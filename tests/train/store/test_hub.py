@@ -157,6 +157,8 @@ def test_config_and_tokenizer_come_without_the_weights(server, monkeypatch):
     folder = resolve_model(NAME, weights=False)
     fetched = {name for name, _ in server.fetched()}
     assert {"config.json", "tokenizer.json"} <= fetched and not fetched & set(SHARDS)
+    assert resolve_model(NAME, weights=False) == folder
+    assert not server.fetched()  # it lies in the cache
     assert resolve_model(NAME) == folder  # what is left
     assert_whole(folder, server)
     (folder.parents[1] / ".verified.json").unlink()
