@@ -102,4 +102,11 @@ def beyond_mask(length: int, room: int, place: paddle.base.core.Place) -> paddle
         room: of the buffer, in tokens.
         place: where; the one that new tensors are made at.
     """
-    return paddle.concat([paddle.zeros([length]), paddle.full([room - length], -1e30)])
+    size = 1 << (room - 1).bit_length()
+    return _edge(size, place)[size - length : size - length + room]
+
+
+@functools.lru_cache(maxsize=KEPT_BEYOND)
+def _edge(size: int, place: paddle.base.core.Place) -> paddle.Tensor:
+    """What the masks of buffers of up to that size are views of: zeros, then as many -1e30."""
+    return paddle.concat([paddle.zeros([size]), paddle.full([size], -1e30)])
