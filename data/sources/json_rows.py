@@ -66,13 +66,11 @@ def decode_row(content: bytes, *, source: str, number: int) -> Any:
     Raises:
         RecordError: no JSON, no UTF-8, or JSON that cannot be held.
     """
+    if not content:  # no line is: blank ones are no rows
+        raise RecordError(source, number, "row", "found nothing between two commas of the array; remove one of them")
     text = ""
     try:
         text = content.decode("utf-8")
-        if not text:  # no line is: blank ones are no rows
-            raise RecordError(
-                source, number, "row", "found nothing between two commas of the array; remove one of them"
-            )
         return json.loads(text)
     except UnicodeDecodeError as error:
         problem = f"expected UTF-8 text, found byte {error.start} is not"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import logging
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -48,7 +49,10 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def import_paddle_quietly() -> None:
-    """Imports Paddle without its warning about OMP_NUM_THREADS; whatever else it prints comes through."""
+    """Imports Paddle without its warning about OMP_NUM_THREADS; what else it prints, and what is logged, comes through.
+
+    Example: `logger.warning("a.jpg cannot be read")` anywhere is "warning: a.jpg cannot be read" on stderr.
+    """
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -57,6 +61,8 @@ def import_paddle_quietly() -> None:
         for line in said.getvalue().splitlines():
             if not line.startswith(NOISE):
                 print(line, file=sys.stderr)
+    # Paddle gives the root logger a handler, and that one holds `said`: what is logged later would go nowhere.
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING, force=True)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def test_a_comma_too_many_is_a_bad_row(tmp_path):
     (tmp_path / "a.json").write_text('[{"a": 1},\n]')
     rows = open_one(tmp_path / "a.json")
     assert rows[0] == {"a": 1}
-    with pytest.raises(RecordError, match=r"a\.json, row 2, row: found nothing between two commas .*; remove one"):
+    with pytest.raises(RecordError, match=r"^[^ ]*a\.json, row 2, row: found nothing between two commas .*; remove"):
         rows[1]
 
 

@@ -28,6 +28,21 @@ def test_mistake_of_the_user_and_no_noise(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
+def test_warnings_reach_the_terminal(tmp_path):
+    """A picture that broke during training was left out without a word: Paddle's log handler held a stream of ours."""
+    (tmp_path / "script.py").write_text(
+        "import logging\ndef main(argv):\n"
+        "    logging.getLogger('data.packs').warning('%s; nothing is learned from this sample', 'a.jpg')\n"
+        "    logging.getLogger('data.packs').info('nobody asked')\n"
+    )
+    environ = {**child_environment(os.environ, 1), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    command = [sys.executable, "-m", "train.door.cli", "script"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr == "warning: a.jpg; nothing is learned from this sample\n"
+
+
 def test_exit_code_of_main(monkeypatch):
     monkeypatch.setattr("train.door.cli.import_paddle_quietly", lambda: None)
     for returned, code in ((None, 0), (0, 0), (143, 143)):
