@@ -24,8 +24,14 @@ class Budget:
     context: int | None = None
     """Positions the model was made for, tokens. Training may go beyond them."""
 
-    def far_too_long(self, record: Record, tokenizer: Tokenizer) -> RecordError | None:
-        """Tell of a text that cannot fit whatever its tokens are: to encode 50 MB takes minutes and all memory."""
+    def far_too_long(self, record: Record, tokenizer: Tokenizer, field: str) -> RecordError | None:
+        """Tell of a text that cannot fit whatever its tokens are: to encode 50 MB takes minutes and all memory.
+
+        Args:
+            record: the conversation.
+            tokenizer: counts its text.
+            field: that holds the conversation, for the error.
+        """
         longest = min([limit for limit in (self.max_tokens, self.context) if limit is not None], default=None)
         if longest is None:
             return None
@@ -37,7 +43,7 @@ class Budget:
         if least <= longest:
             return None
         return record.error(
-            "messages",
+            field,
             f"conversation of {characters} characters, at least {least} tokens, expected at most {longest} tokens; "
             "shorten it",
         )
@@ -52,19 +58,24 @@ class Budget:
             over |= sizes.tiles > self.max_tiles_per_pack
         return over
 
-    def problem(self, size: Size) -> tuple[str, str]:
-        """Say what a conversation over the budget has too much of: (field, problem)."""
+    def problem(self, size: Size, field: str) -> tuple[str, str]:
+        """Say what a conversation over the budget has too much of: (field, problem).
+
+        Args:
+            size: of the conversation.
+            field: that holds it.
+        """
         of_images = sum(num_image_tokens(grid) for grid in size.grids)
         found = f"conversation of {size.tokens} tokens ({of_images} of them for {len(size.grids)} {IMAGE_PLACEHOLDER})"
         if self.max_tokens is not None and size.tokens > self.max_tokens:
             return (
-                "messages",
+                field,
                 f"{found}, expected at most data.max_tokens={self.max_tokens}; "
                 "shorten it, lower data.max_tiles or raise data.max_tokens",
             )
         if self.context is not None and size.tokens > self.context:
             return (
-                "messages",
+                field,
                 f"{found}, expected at most the {self.context} that the model was made for; shorten it",
             )
         return (

@@ -199,7 +199,7 @@ def _over_budget(table: pa.Table, indices: Sequence[int], measurer: Measurer) ->
     """What is wrong with measured rows; `indices` are theirs in the file."""
     sizes = sizes_of(table)
     for i in np.flatnonzero(measurer.budget.exceeded(sizes)).tolist():
-        yield indices[i], measurer.reader.error(indices[i], *measurer.budget.problem(sizes[i]))
+        yield indices[i], measurer.reader.error(indices[i], *measurer.budget.problem(sizes[i], measurer.reader.field))
 
 
 def _chunks(indices: np.ndarray, size: int) -> list[np.ndarray]:

@@ -90,7 +90,7 @@ class Measurer:
         for index in indices:
             try:
                 record = self.reader.read(index)
-                if too_long := self.budget.far_too_long(record, self.reader.tokenizer):
+                if too_long := self.budget.far_too_long(record, self.reader.tokenizer, self.reader.field):
                     raise too_long
             except RecordError as problem:
                 problems.append((index, problem))

@@ -11,7 +11,7 @@ from typing import overload
 import numpy as np
 
 from data.forms.fields import FieldError
-from data.forms.table import find_form
+from data.forms.table import FORMS, find_form
 from data.record import Record, RecordError, parse_record
 from data.settings import ReadSettings, SourceSettings
 from data.sources.rows import Rows
@@ -41,6 +41,12 @@ class RecordReader:
             with suppress(FieldError, RecordError):
                 return find_form(self.rows[index], self.of)
         return self.of.form
+
+    @property
+    def field(self) -> str:
+        """What errors call the place of a whole conversation: a field such as messages, or the row."""
+        keys = FORMS[self.form].keys if self.form in FORMS else ()
+        return keys[0] if len(keys) == 1 and self.form != "deepseek_vl2" else "row"  # whose rows may be bare lists
 
     def read(self, index: int) -> Record:
         """Read and parse a row.

@@ -127,6 +127,20 @@ def test_first_bad_row_of_the_file_is_said(tmp_path, sizes, monkeypatch, workers
             sizes(rows[first:] + rows[:first], workers=workers, budget=Budget(max_tokens=max_tokens))
 
 
+@pytest.mark.parametrize("count", [50, 5000])
+def test_the_field_of_a_long_conversation_is_one_that_the_row_has(sizes, count):
+    """Of a row of query and response the error named `messages`; also where the text is too long to be encoded."""
+    budget, answer = Budget(max_tokens=60), "long " * count
+    talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": answer}]
+    for one, field in (
+        ({"query": "Hi", "response": answer}, "row"),
+        ({"conversations": talk}, "conversations"),
+        ([{"role": "<|User|>", "content": "Hi"}, {"role": "<|Assistant|>", "content": answer}], "row"),
+    ):
+        with pytest.raises(RecordError, match=rf"a\.jsonl, row 1, {field}: conversation of \d+ "):
+            sizes([one], budget=budget)
+
+
 def test_rows_over_the_budget_are_in_their_place_among_the_others(tmp_path, sizes):
     """Also when they were measured under another budget before."""
     rows = [row("long " * 20), row("x", tmp_path / "late.png"), row("long " * 20), row(), "{"]
