@@ -96,8 +96,10 @@ def _several(value: str) -> list[str]:
     """The texts that one argument of a `one_or_more` key gives.
 
     a, b.jsonl -> [a, b.jsonl] as one text      [a.jsonl, b.jsonl] -> two      null -> none
+
+    No text at all stays one, which is refused: a shell's variable that is not set would train on other data.
     """
-    if value in ("", "null"):
+    if value == "null":
         return []
     if value.startswith("[") and value.endswith("]"):
         return [text.strip() for text in value[1:-1].split(",") if text.strip()]

@@ -180,7 +180,7 @@ def _check_value(spec: Key, table_name: str | None, value: Any) -> None:
             f"{spec.name}={text}: expected one of {', '.join(spec.choices)}{did_you_mean(text, spec.choices)}"
         )
     if spec.one_or_more and not (isinstance(value, str) and value):
-        raise UserError(f"{name}={value}: expected a text, or a list of texts, none of them empty")
+        raise UserError(f"{name}={value}: expected a text, or a list of texts, none of them empty (null for none)")
     unit = f" {spec.unit}" if spec.unit else ""
     if spec.low is not None and not value >= spec.low:
         raise UserError(f"{name}={value}: expected at least {spec.low}{unit}")

@@ -76,6 +76,12 @@ def test_a_path_that_is_no_text(written, tmp_path):
         load_config([f"conf={recipe}"], GPU)
 
 
+def test_an_empty_path_is_no_request_for_drawn_shapes():
+    """`data.path=$DATA` with a variable that is not set trained on shapes, exit code 0."""
+    with pytest.raises(UserError, match=r"^data\.path=: expected a text, or a list of texts, none of them empty"):
+        train("data.path=")
+
+
 def test_columns_arrive_as_typed():
     typed = train("data.columns.user=问题, (1)", "data.columns.assistant=answer", "data.columns.image=a b")
     assert typed.data.columns == {"user": "问题, (1)", "assistant": "answer", "image": "a b"}
