@@ -40,6 +40,8 @@ class Box:
     """Which of the conversation's pictures, from 0."""
     where: str = ""
     """Its place in the row, for errors: objects.bbox[0]."""
+    of: tuple[float, float] | None = None
+    """(width, height) of the picture that the row counts pixels of; None: of the picture itself."""
 
 
 class _Record(Protocol):
@@ -87,14 +89,14 @@ def _write(record: _Record, sizes: Sequence[tuple[int, int]]) -> Iterator[str]:
     for boxes in record.boxes:
         corners = []
         for box in boxes:
-            width, height = sizes[box.image]
+            width, height = box.of or sizes[box.image]
             if problem := _outside(box, width, height):
                 raise record.error(box.where, problem)
             corners.append(f"[{', '.join(str(number) for number in _in_model_units(box, width, height))}]")
         yield f"<|det|>[{', '.join(corners)}]<|/det|>"
 
 
-def _in_model_units(box: Box, width: int, height: int) -> list[int]:
+def _in_model_units(box: Box, width: float, height: float) -> list[int]:
     full = {"pixels": (width, height), "parts": (1, 1), "model": (COORDINATE_MAX, COORDINATE_MAX)}[box.unit]
     corners = zip((box.x1, box.y1, box.x2, box.y2), (*full, *full), strict=True)
     # Pixels and parts go through the same division, so that a half is rounded up whichever of them a row says.
@@ -102,7 +104,7 @@ def _in_model_units(box: Box, width: int, height: int) -> list[int]:
     return [min(max(number, 0), COORDINATE_MAX) for number in numbers]
 
 
-def _outside(box: Box, width: int, height: int) -> str:
+def _outside(box: Box, width: float, height: float) -> str:
     """What is wrong with a box on a picture of that size; empty if nothing is."""
     if box.unit != "pixels":  # seen when the row was read
         return ""
@@ -110,7 +112,7 @@ def _outside(box: Box, width: int, height: int) -> str:
         return ""
     found = ", ".join(f"{value:g}" for value in (box.x1, box.y1, box.x2, box.y2))
     return (
-        f"expected a box within the picture of {width} x {height} pixels (picture {box.image}, from 0), "
+        f"expected a box within the picture of {width:g} x {height:g} pixels (picture {box.image}, from 0), "
         f"found [{found}]; correct it, or leave the row out"
     )
 

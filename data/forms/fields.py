@@ -34,6 +34,10 @@ _REFUSED = tuple(
         (r"loss|loss_scale|train|weights?|sample_weight|loss_weight", _WEIGHT),
         (r"channel", "would report its loss apart; make it a source of its own in data.sources, and remove this field"),
         (r"objects", "holds boxes, which this form does not know at this place; put it beside the conversation"),
+        (
+            r"bbox(es)?|boxes|bounding_box(es)?",
+            "holds boxes, which are read as objects; give ref and bbox there",
+        ),
         (r"history", "holds earlier turns, which this form does not know; put them into the conversation"),
         (r"images?|image_(path|file|url)s?|imgs?|pictures?|photos?", _PICTURE),
         (r"reasoning_content|thinking|refusal", "would be part of the answer; put it into the content"),

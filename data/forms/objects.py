@@ -26,7 +26,8 @@ def place_objects(fields: Fields, turns: Sequence[Turn]) -> tuple[Sequence[Turn]
     follow one another with nothing between them belong to one label, and become one <bbox>.
 
     Args:
-        fields: the row; its `objects` hold `ref`, `bbox`, `bbox_type` (real: pixels; norm1: 0 to 1), `image_id`.
+        fields: the row; its `objects` hold `ref`, `bbox`, `bbox_type` (real: pixels; norm1: 0 to 1), `image_id`, and
+            `width` and `height` of each picture that the pixels are counted on, where it is not the picture's own.
         turns: the conversation.
 
     Returns:
@@ -50,9 +51,10 @@ def place_objects(fields: Fields, turns: Sequence[Turn]) -> tuple[Sequence[Turn]
     objects = Fields(value, "objects", "an object with ref and bbox")
     labels = [_label(label, f"objects.ref[{i}]") for i, label in enumerate(objects.take_list("ref", "labels"))]
     boxes = _read_boxes(objects)
-    objects.take_list("width", "widths"), objects.take_list("height", "heights")  # the pictures say it themselves
     if unknown := objects.unknown():
-        raise FieldError(unknown[0], "expected ref, bbox, bbox_type and image_id in objects; remove what is not read")
+        raise FieldError(
+            unknown[0], "expected ref, bbox, bbox_type, image_id, width and height in objects; remove others"
+        )
 
     num_labels = sum(turn.content.count(LABEL_PLACEHOLDER) for turn in turns)
     num_boxes = sum(turn.content.count(BOX_PLACEHOLDER) for turn in turns)
@@ -106,14 +108,32 @@ def _read_boxes(objects: Fields) -> list[Box]:
     if not isinstance(images, list) or len(images) > len(values):
         raise FieldError("objects.image_id", f"expected the number of a picture for each box, found {shown(images)}")
     images += [0] * (len(values) - len(images))  # as ms-swift does
+    sizes = _read_sizes(objects)
     boxes = []
     for i, (value, image) in enumerate(zip(values, images, strict=True)):
         if not isinstance(image, int) or isinstance(image, bool) or image < 0:
             raise FieldError(
                 f"objects.image_id[{i}]", f"expected the number of a picture, from 0, found {shown(image)}"
             )
-        boxes.append(_box(value, _UNITS[unit], image, f"objects.bbox[{i}]"))
+        if sizes and image >= len(sizes):
+            raise FieldError("objects.width", f"expected a width and a height for each picture, found {len(sizes)}")
+        box = _box(value, _UNITS[unit], image, f"objects.bbox[{i}]")
+        boxes.append(replace(box, of=sizes[image]) if sizes and unit != "norm1" else box)
     return boxes
+
+
+def _read_sizes(objects: Fields) -> list[tuple[float, float]]:
+    """(width, height) of each picture as the row says it; none where it says nothing."""
+    widths, heights = objects.take_list("width", "widths"), objects.take_list("height", "heights")
+    for key, values in (("width", widths), ("height", heights)):
+        for i, value in enumerate(values):
+            if not _is_number(value) or value <= 0:
+                raise FieldError(f"objects.{key}[{i}]", f"expected pixels, found {shown(value)}")
+    if len(widths) != len(heights):
+        raise FieldError(
+            "objects.width", f"expected as many widths as heights, found {len(widths)} for {len(heights)}; give both"
+        )
+    return list(zip(widths, heights, strict=True))
 
 
 def _box(value: Any, unit: Unit, image: int, where: str) -> Box:

@@ -92,6 +92,16 @@ def test_pixels_come_back_within_half_a_unit(size):
     assert answer_of(parse(row("<bbox>", {"bbox": parts, "bbox_type": "norm1"}))) == "<|det|>[[1, 1, 999, 998]]<|/det|>"
 
 
+def test_pixels_are_of_the_size_that_the_row_says():
+    """ms-swift's `width` and `height` were read and not looked at: boxes were taken as they were."""
+    said = {"bbox": [[160, 120, 320, 240]], "width": [320], "height": [240]}
+    assert answer_of(parse(row("<bbox>", said)), (640, 480)) == "<|det|>[[500, 500, 999, 999]]<|/det|>"
+    with pytest.raises(RecordError, match=r"objects\.bbox\[0\]: expected a box within the picture of 300 x 240 pixels"):
+        answer_of(parse(row("<bbox>", {**said, "width": [300]})), (640, 480))
+    with pytest.raises(RecordError, match=r"objects\.width: expected a width and a height for each picture, found 1"):
+        parse(row("<bbox>", {**said, "image_id": [1]}))
+
+
 def test_text_comes_back_exactly():
     for size in (SIZE, (3, 5)):
         for number in range(0, 1000, 37):
@@ -168,7 +178,10 @@ BAD_OBJECTS = [
     ("<bbox>", {"bbox": [BOX], "image_id": [1]}, r"objects\.bbox\[0\]: .*the row's 1 picture, found one on picture 1"),
     ("<bbox>", {"bbox": [BOX], "image_id": [-1]}, r"objects\.image_id\[0\]: expected the number of a picture"),
     ("<bbox>", {"bbox": [BOX], "image_id": [0, 0]}, r"objects\.image_id: expected the number of a picture for each"),
-    ("<bbox>", {"bbox": [BOX], "points": [1]}, r"objects\.points: expected ref, bbox, bbox_type and image_id"),
+    ("<bbox>", {"bbox": [BOX], "points": [1]}, r"objects\.points: expected ref, bbox, bbox_type, image_id, width"),
+    ("<bbox>", {"bbox": [BOX], "width": [9]}, r"objects\.width: expected as many widths as heights, found 1 for 0"),
+    ("<bbox>", {"bbox": [BOX], "width": [9], "height": [0]}, r"objects\.height\[0\]: expected pixels, found 0"),
+    ("<bbox>", {"bbox": [BOX], "width": 9, "height": 9}, r"objects\.width: expected a list of widths"),
     ("<bbox>", {"bbox": [BOX], "ref": "dog"}, r"objects\.ref: expected a list of labels, found a string"),
     ("<ref-object><bbox>", {"ref": [""], "bbox": [BOX]}, r"objects\.ref\[0\]: expected a label, found an empty string"),
     ("<ref-object><bbox>", {"ref": ["<image>"], "bbox": [BOX]}, r"objects\.ref\[0\]: expected a label, found <image>"),

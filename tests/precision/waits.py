@@ -17,7 +17,8 @@ import numpy as np
 import paddle
 from paddle import _C_ops
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
+
 READS = ("numpy", "tolist", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
 # Their kernels for GPUs copy a size to the host before they can make room for the result.
 SIZED = ("bincount", "histogram", "nonzero", "masked_select", "unique", "unique_consecutive", "memcpy_d2h")

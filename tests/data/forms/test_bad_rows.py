@@ -141,7 +141,7 @@ def test_bad_row_of_named_columns(row, match):
 MEANINGFUL = [
     *("chosen", "rejected", "rejected_response", "rejected_images", "rejected_messages", "kto_tag", "margin", "label"),
     *("tools", "functions", "tool_calls", "videos", "video", "audios", "audio", "channel", "history", "weight", "loss"),
-    *("image_path", "picture", "thinking", "loss_scale"),
+    *("image_path", "picture", "thinking", "loss_scale", "bbox", "boxes"),
 ]
 
 
