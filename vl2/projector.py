@@ -134,7 +134,7 @@ def arrange(
     """Rows of all images in stream order.
 
     A learned row is copied before it is rounded: the gradients of the copies, some 250 a pack, add up in the row's own
-    precision and in a fixed order. Gather's backward would add them into one bfloat16 row, which costs 2 % of the sum.
+    precision and in a fixed order. Gather's backward would add them into one bfloat16 row, 1 % off in emulation.
 
     Args:
         projected_NGD: projected distinct tiles.

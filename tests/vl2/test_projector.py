@@ -45,7 +45,7 @@ def test_wrong_number_of_tiles_is_refused():
 
 
 def test_a_learned_row_gets_the_sum_of_its_copies():
-    """The row's gradient was added up in bfloat16, copy by copy: 1.8 % off with a 3 x 3 image."""
+    """The row's gradient was added up in bfloat16, copy by copy: 0.6 % off for 56 copies, 1.1 % for 250."""
     grids, rng = [(3, 3)], np.random.default_rng(0)
     copies = 14 * 4  # of the newline
     gradient = rng.normal(1, 0.5, [211 + 196 * 9 + 14 * 3, 8]).astype("float32")

@@ -1,10 +1,13 @@
 """The vision tower's products, as a GPU would take them."""
 
+from types import SimpleNamespace
+
 import paddle
 import pytest
 
 from vl2 import linear
 from vl2.config import VisionConfig
+from vl2.model import frozen_tile_slice
 from vl2.vision import PatchProjection
 
 
@@ -26,3 +29,9 @@ def test_patches_are_multiplied_without_a_fused_bias(dtype, monkeypatch):
     weight, bias = projection.weight.astype("float32"), projection.bias.astype("float32")
     expected = paddle.nn.functional.conv2d(pixels, weight, bias, stride=14).flatten(2).transpose([0, 2, 1])
     assert (found - expected).abs().max().item() < 1e-4 * expected.abs().max().item()
+
+
+def test_a_gpu_takes_more_tiles_at_once():
+    """Eight tiles a launch leave a card waiting for the host; on a CPU more only take more memory."""
+    assert frozen_tile_slice(paddle.CPUPlace()) == 8
+    assert frozen_tile_slice(SimpleNamespace(is_gpu_place=lambda: True)) == 32
