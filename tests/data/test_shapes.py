@@ -127,6 +127,7 @@ def test_boxes_take_the_official_form():
     assert asked[ref] == f"{ref}<|det|>[[124, 124, 874, 874]]<|/det|>"
 
 
+@pytest.mark.slow
 def test_splits_share_no_picture():
     """Whatever the seeds: the content decides the split. Checked on content and by looking for equal pictures."""
     seen = {}
@@ -139,6 +140,7 @@ def test_splits_share_no_picture():
     assert not seen["train"] & seen["test"]
 
 
+@pytest.mark.slow
 def test_chinese_test_answers_cannot_be_guessed():
     """About one image or the newest of several; as a row's last answer each of the 30 comes as often."""
     found = list(rows(task="chinese", split="test", count=120, seed=5))

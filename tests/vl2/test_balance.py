@@ -64,6 +64,7 @@ def model(family, golden_folder) -> DeepseekVL2:
 
 
 @pytest.mark.parametrize("case", ["text", "crop2x1", "three", "multiturn"])
+@pytest.mark.slow
 def test_value_equals_official(model, family, case):
     """Of each layer. The official code refuses to train the sigmoid router, so there is no number for it."""
     expected = golden(family, case)

@@ -42,6 +42,7 @@ def test_blocks_for_loads(counts, expected):
     assert choose_blocks(counts) == expected
 
 
+@pytest.mark.slow
 def test_hardly_another_layout_is_cheaper():
     """The first block ends at an expert's count only; a search over all others finds no cheaper one by a tenth."""
     rng = np.random.default_rng(0)

@@ -33,6 +33,7 @@ def synth_image(w: int, h: int, k: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("golden", GOLDEN["images"], ids=lambda g: "x".join(map(str, g["size"])))
+@pytest.mark.slow
 def test_picture_equals_official(golden):
     w, h = golden["size"]
     assert list(select_best_resolution((w, h), CANDIDATES)) == golden["best_resolution"]

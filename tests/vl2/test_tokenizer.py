@@ -164,6 +164,7 @@ def test_file_that_is_no_tokenizer(content, tmp_path):
         Tokenizer.from_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_any_value_gives_a_tokenizer_or_a_users_error():
     """Each key with a few foreign values: a list of steps ended in a traceback, a prefix that the merges do not have in
     the library's panic, which is not even an Exception."""

@@ -62,6 +62,7 @@ def test_a_server_that_says_nothing(web):
 
 
 @pytest.mark.parametrize("part", ["headers", "body"])
+@pytest.mark.slow
 def test_a_server_that_sends_a_byte_now_and_then(web, part):
     """Each byte came before read_seconds were over: one such server held a run up for ever."""
 

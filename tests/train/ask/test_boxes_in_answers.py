@@ -154,6 +154,7 @@ def test_drawings_that_cannot_be_written_are_said_first(tmp_path, name, images, 
         check_drawing(tmp_path / name, images)
 
 
+@pytest.mark.slow
 def test_a_picture_from_an_address(loaded, says, pictures, tmp_path, monkeypatch, capsys):
     """Typed by the user, it may lie on a machine nearby; it is fetched once for size, answer and drawing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -202,6 +203,7 @@ def test_boxes_are_scored_against_the_expected_ones():
         box_score(expected, answer, absent, reader)
 
 
+@pytest.mark.slow
 def test_eval_scores_boxes_where_they_are_expected(model_folder, pictures, tmp_path, monkeypatch, capsys):
     """Rows in pixels, in VL2's own text, and without any; the answers are half of the box, all of it, and none."""
     objects = {"ref": ["a dog"], "bbox": [[0, 0, 999, 333]]}
@@ -250,6 +252,7 @@ def png(width: int, height: int) -> bytes:
     return stream.getvalue()
 
 
+@pytest.mark.slow
 def test_nano_finds_a_shape(tmp_path):
     """From the question to the pixels, with a model that has really learned it."""
     picture = Image.new("RGB", (384, 384), "white")

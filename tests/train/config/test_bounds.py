@@ -81,6 +81,7 @@ def test_what_is_no_sane_number_is_refused_by_name(schema, spec):
         *((schema, spec.name) for schema, spec in NUMBERS if is_of_entry(spec)),
     ],
 )
+@pytest.mark.slow
 def test_what_is_no_sane_number_is_refused_as_typed(schema, name, value):
     """A key of each type, through Hydra, which converts the text: also what it cannot convert is said by name."""
     place = re.escape(name)

@@ -84,6 +84,7 @@ def test_command_line_goes_before_overlay_before_recipe():
     assert typed.precision == "fp16"
 
 
+@pytest.mark.slow
 def test_typed_length_sets_the_other_length_aside():
     """A recipe's max_steps must not cut short the epochs that somebody asks for, nor its epochs a typed max_steps."""
     assert train(machine=CPU).max_steps is not None
@@ -147,6 +148,7 @@ def test_rehearsal_notice_names_the_real_command():
     assert "text tokens" not in plain
 
 
+@pytest.mark.slow
 def test_rehearsal_notice_says_how_long_it_takes():
     """It said "for a few steps", which were 150 and took minutes."""
 

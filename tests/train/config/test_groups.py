@@ -29,6 +29,7 @@ def train(*arguments, conf="sft_tiny", machine="gpu"):
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("recipe", conf_files.recipes())
+@pytest.mark.slow
 def test_recipes_made_of_groups_say_what_they_said(recipe, machine):
     """The golden was resolved when every recipe wrote all its values itself."""
     golden = json.loads(GOLDEN.read_text("utf-8"))
@@ -78,6 +79,7 @@ def test_a_key_goes_with_its_group():
     assert train("optim.lr=1e-4", "optim=deepseek_sft_small").optim == config.optim
 
 
+@pytest.mark.slow
 def test_typed_option_goes_before_the_overlay_of_a_rehearsal():
     """The overlay sets nano's learning rate; what is typed goes before every file."""
     assert train(machine="no accelerator").optim.lr == 4e-3

@@ -55,6 +55,7 @@ def test_recipe_from_anywhere_rehearses(recipe, tmp_path):
     assert load_config([f"conf={plain}", "lora=attention"], CPU).lora.groups == ["attention"]
 
 
+@pytest.mark.slow
 def test_a_runs_own_config_repeats_it(written):
     """Texts come back as they were typed, `${...}` too; what belongs to that one command does not."""
     path, first = written("conf=sft_tiny", f"data.path={AWKWARD}", "optim.lr=1e-8", "overwrite=true", "run_dir=there")
@@ -67,6 +68,7 @@ def test_a_runs_own_config_repeats_it(written):
     assert load_config([f"conf={path}", "resume=auto", "run_dir=here"], GPU).run_dir == "here"
 
 
+@pytest.mark.slow
 def test_a_rehearsals_config_stays_a_rehearsal(written):
     path, first = written("conf=sft_tiny", "max_steps=5", machine=CPU)
     for machine in (CPU, GPU):
@@ -80,6 +82,7 @@ def test_a_rehearsals_config_stays_a_rehearsal(written):
     assert not load_config([f"conf={path}", "model=nano"], CPU).rehearsal
 
 
+@pytest.mark.slow
 def test_a_real_runs_config_stays_real(written):
     path, _ = written("conf=sft_tiny")
     assert not load_config([f"conf={path}"], CPU).rehearsal

@@ -13,6 +13,7 @@ from train.door.cli import run_cli
 from train.door.launch import child_environment
 
 
+@pytest.mark.slow
 def test_mistake_of_the_user_and_no_noise(tmp_path):
     """Paddle prints two lines about OMP_NUM_THREADS at import; only ours is left."""
     (tmp_path / "script.py").write_text(

@@ -22,6 +22,7 @@ FOUND = Trial(losses=[2.0, 1.0], grad_norms=[1.0, None], answers=["red cross", "
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.slow
 def test_kernels_are_right_in_emulation_with_room_to_spare(kernel):
     """Each result and gradient once rounded is at most half a unit off; a card may sum in another order."""
     for dtype in ("float32", "bfloat16", "float16"):

@@ -41,6 +41,7 @@ def row(card: int, keys: str, processes: int) -> tuple[str, float]:
     return f"| {card} GB | `{keys}` | {processes} | {need:.1f} | {step:.1f} | {total:.1f} |", total
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_memory_model():
     """Printed here when they change: paste them into the page."""
     rows = [(card, *row(card, keys, processes)) for card, keys, processes in SETTINGS]

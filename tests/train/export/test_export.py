@@ -74,6 +74,7 @@ def test_the_adapter_matters(base, run):
     assert np.abs(logits_of(loaded.model, probe) - logits_of(load(run).model, probe)).max() > 0.01
 
 
+@pytest.mark.slow
 def test_export_report_and_files(run, exported, base):
     report = json.loads((exported / "export.json").read_text())
     assert report["rehearsal"] is True and report["recipe"] == "sft_tiny"

@@ -46,6 +46,7 @@ def test_tiles_at_once_are_those_of_the_model():
     assert frozen_tile_slice(SimpleNamespace(is_gpu_place=lambda: True)) == TILES_AT_ONCE
 
 
+@pytest.mark.slow
 def test_what_turns_it_down():
     """Each line of the advice in README.gpu.md takes less than the one before it; all weights take more."""
     tiny = VL2Config.from_folder(PUBLISHED["deepseek-vl2-tiny"].config.parent)

@@ -15,6 +15,7 @@ def test_running_mean():
 
 
 @pytest.mark.parametrize("steps", [1, 3, 200])
+@pytest.mark.slow
 def test_picture_shows_the_losses(tmp_path, steps):
     """More than a white page: blue where the losses are."""
     lines = [{"step": step, "loss": 5 / step, "lr": 1e-3 / step} for step in range(1, steps + 1)]

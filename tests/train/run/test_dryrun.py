@@ -63,6 +63,7 @@ def test_it_says_what_training_says(dry, run, tmp_path, capsys, monkeypatch):
         assert line.split() in trained
 
 
+@pytest.mark.slow
 def test_bytes_are_those_that_training_takes(dry, model_folder, arguments, tmp_path):
     from train.config.load import load_config
 

@@ -181,6 +181,7 @@ def mixed(run, files, tmp_path_factory) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 def test_losses_of_sources_add_up_to_the_loss(mixed):
     for line in metrics(mixed):
         assert set(line["loss_of"]) == set(line["supervised_of"]) == {"pictures", "texts"}
@@ -220,6 +221,7 @@ def test_losses_of_sources_are_summed_up(mixed):
     assert last < first
 
 
+@pytest.mark.slow
 def test_one_source_has_no_losses_of_sources(whole):
     assert not [key for line in metrics(whole) for key in line if key.endswith("_of")]
     assert json.loads((whole / "summary.json").read_text())["loss_of"] == {}

@@ -60,6 +60,7 @@ def test_a_branch_leaves_the_other_run_alone(run, whole, tmp_path):
     assert state.wandb_id == ours.wandb_id
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(run, whole, tmp_path):
     """Held here by this process as by another run's; nothing is looked at or changed."""
     run_dir = tmp_path / "run"

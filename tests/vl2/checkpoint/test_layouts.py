@@ -103,6 +103,7 @@ def test_missing_and_unknown_names_of_the_other_layout_are_listed(folder):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.slow
 def test_fingerprint_of_the_files_is_that_of_the_model(kind, golden_folder):
     """An adapter is bound to its base by it, in either layout and whatever precision it was trained in."""
     folder = golden_folder(kind)

@@ -151,6 +151,7 @@ def test_file_that_is_not_there_or_is_a_folder(tmp_path):
             read_header(path)
 
 
+@pytest.mark.slow
 def test_damaged_headers_give_tensors_or_a_users_error(path):
     """Whatever stands in a file that somebody downloaded: never another exception than the one that is printed."""
     draw, whole = random.Random(7), path.read_bytes()
