@@ -113,10 +113,12 @@ def cut_tiles(image: Image.Image, grid: Grid) -> np.ndarray:
     if image.mode != "RGB":
         image = image.convert("RGB")
     tiles = np.empty((1 + columns * rows, 3, TILE_SIZE, TILE_SIZE), dtype=np.uint8)
-    tiles[0] = _channels_first(_pad(image, (TILE_SIZE, TILE_SIZE)))
-    local = _channels_first(_pad(image, (columns * TILE_SIZE, rows * TILE_SIZE)))
-    by_tile = local.reshape(3, rows, TILE_SIZE, columns, TILE_SIZE).transpose(1, 3, 0, 2, 4)
-    tiles[1:] = by_tile.reshape(-1, 3, TILE_SIZE, TILE_SIZE)
+    views = (_pad(image, (TILE_SIZE, TILE_SIZE)), _pad(image, (columns * TILE_SIZE, rows * TILE_SIZE)))
+    # By channel: Pillow takes pixels apart faster than a copy with a stride of three bytes does.
+    for channel, (whole, local) in enumerate(zip(*(view.split() for view in views), strict=True)):
+        tiles[0, channel] = np.asarray(whole)
+        by_tile = np.asarray(local).reshape(rows, TILE_SIZE, columns, TILE_SIZE).swapaxes(1, 2)
+        tiles[1:, channel] = by_tile.reshape(-1, TILE_SIZE, TILE_SIZE)
     return tiles
 
 
@@ -127,7 +129,3 @@ def _pad(image: Image.Image, size: Resolution) -> Image.Image:
     if min(fitted_width, fitted_height) == 0:
         return Image.new("RGB", size, PAD_COLOUR)
     return ImageOps.pad(image, size, color=PAD_COLOUR)
-
-
-def _channels_first(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).transpose(2, 0, 1)

@@ -99,7 +99,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         seen = image.convert("RGBA")
         rgb, alpha = seen.convert("RGB"), seen.getchannel("A")
     else:
-        rgb = image.convert("RGB")
+        rgb = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     if alpha is None:
         return rgb
     white = Image.new("RGB", image.size, "white")

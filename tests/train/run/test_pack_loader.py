@@ -20,7 +20,7 @@ from vl2.errors import UserError
 
 
 class Packs(paddle.io.Dataset):
-    """Ten packs of 200 kB, more than a pipe holds, with and without tiles.
+    """Ten packs of 2 MB, more than a pipe holds, with and without tiles.
 
     Args:
         broken: index of a pack with a record that cannot be used.
@@ -42,7 +42,7 @@ class Packs(paddle.io.Dataset):
             raise ValueError("a fault of ours")
         if index == self.slow:
             time.sleep(60)
-        pack = {"pack": np.array(index), "input_ids": np.arange(25_000) + index}
+        pack = {"pack": np.array(index), "input_ids": np.arange(250_000) + index}
         return {**pack, "tiles": np.full((2, 3), index, dtype=np.uint8)} if index % 2 else pack
 
 
