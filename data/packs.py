@@ -25,7 +25,7 @@ from data.record import BadRecords, Record
 from data.settings import OnBadRecord
 from data.sizes import Size, Sizes
 from vl2.prompt import IGNORE, render
-from vl2.tiles import PAD_COLOUR, TILE_SIZE, Grid, Resolution, cut_tiles, num_tiles, tile_grid
+from vl2.tiles import PAD_COLOUR, TILE_SIZE, Resolution, cut_tiles, num_tiles, tile_grid
 from vl2.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,11 @@ class PackDataset(paddle.io.Dataset):
         """
         pack = int(self._order[index])
         spec = self.plan.packs[pack]
-        samples = [self._build(sample) for sample in spec.samples] or [_empty_sample(self.tokenizer)]
+        tiles = np.empty((spec.tiles, 3, TILE_SIZE, TILE_SIZE), dtype=np.uint8)
+        ends = np.cumsum([self.sizes[sample].tiles for sample in spec.samples], dtype=np.int64).tolist()
+        rooms = (tiles[start:end] for start, end in zip([0, *ends], ends))
+        samples = [self._build(sample, room) for sample, room in zip(spec.samples, rooms, strict=True)]
+        samples = samples or [_empty_sample(self.tokenizer)]
         lengths = [len(sample["input_ids"]) for sample in samples]
         batch: Batch = {
             "input_ids": np.concatenate([sample["input_ids"] for sample in samples]),
@@ -103,21 +107,20 @@ class PackDataset(paddle.io.Dataset):
             "position_ids": np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
             "seq_lens": np.array(lengths, dtype=np.int64),
         }
-        pictured = [sample for sample in samples if "tiles" in sample]
-        if pictured:
-            batch["tiles"] = _joined([sample["tiles"] for sample in pictured])
-            batch["grids"] = _joined([sample["grids"] for sample in pictured])
+        if spec.tiles:
+            batch["tiles"] = tiles
+            batch["grids"] = np.concatenate([sample["grids"] for sample in samples if "grids" in sample])
         batch["pack"] = np.array(pack, dtype=np.int64)
         batch["supervised_in_step"] = np.array(self.plan.supervised(pack // self.plan.packs_per_step), dtype=np.int64)
         return batch
 
-    def _build(self, index: int) -> Batch:
-        """Render a sample and cut its images; what comes out has the size that was planned."""
+    def _build(self, index: int, tiles: np.ndarray) -> Batch:
+        """Render a sample and cut its images into `tiles`; what comes out has the size that was planned."""
         record, size = self.records[index], self.sizes[index]
         shown: Batch = {}
         pixels: list[tuple[int, int]] | None = []
         if record.images:
-            shown["tiles"], pixels = self._tiles(index, record, size)
+            pixels = self._cut(index, record, size, tiles)
             shown["grids"] = np.array(size.grids, dtype=np.int64)
         if pixels is None:
             return {**_nothing_learned(record, size, self.tokenizer), **shown}
@@ -132,12 +135,11 @@ class PackDataset(paddle.io.Dataset):
             )
         return {"input_ids": rendered.input_ids, "labels": labels, **shown}
 
-    def _tiles(self, index: int, record: Record, size: Size) -> tuple[np.ndarray, list[tuple[int, int]] | None]:
-        """Decode and cut the images of a sample.
+    def _cut(self, index: int, record: Record, size: Size, tiles: np.ndarray) -> list[tuple[int, int]] | None:
+        """Decode the images of a sample and cut them into `tiles`, the sample's part of the pack's.
 
         Returns:
-            (tiles, (width, height) of each image in pixels); instead of these None when one of the images is broken
-            and may be skipped.
+            (width, height) of each image in pixels; None when one of the images is broken and may be skipped.
         """
         if len(record.images) != len(size.grids):
             raise record.error(
@@ -145,8 +147,9 @@ class PackDataset(paddle.io.Dataset):
                 f"planned with {len(size.grids)} pictures, found {len(record.images)}: "
                 "the file changed after it was measured; start again",
             )
-        tiles, pixels, whole = [], [], True
+        pixels, whole, end = [], True, 0
         for i, (picture, grid) in enumerate(zip(record.images, size.grids, strict=True)):
+            start, end = end, end + num_tiles(grid)
             try:
                 image = self.images.decode(picture)
             except ImageError as error:
@@ -155,7 +158,7 @@ class PackDataset(paddle.io.Dataset):
                     self._bad.add(problem)
                     self._lost.add(index)
                     logger.warning("%s; nothing is learned from this sample", problem)
-                tiles.append(_plain_tiles(grid))
+                tiles[start:end] = PAD_COLOUR[0]
                 whole = False
                 continue
             found = tile_grid(image.size, len(record.images), self.candidates)
@@ -165,18 +168,9 @@ class PackDataset(paddle.io.Dataset):
                     f"planned as {grid[0]}×{grid[1]} tiles, but {picture.name} now gives {found[0]}×{found[1]}: "
                     "the image changed after it was measured; start again",
                 )
-            tiles.append(cut_tiles(image, grid))
+            cut_tiles(image, grid, tiles[start:end])
             pixels.append(image.size)
-        return _joined(tiles), pixels if whole else None
-
-
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    """The arrays one after the other; a single one, which may be 9 MB of tiles, is not copied."""
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def _plain_tiles(grid: Grid) -> np.ndarray:
-    return np.full((num_tiles(grid), 3, TILE_SIZE, TILE_SIZE), PAD_COLOUR[0], dtype=np.uint8)
+        return pixels if whole else None
 
 
 def _nothing_learned(record: Record, size: Size, tokenizer: Tokenizer) -> Batch:

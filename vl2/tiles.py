@@ -93,15 +93,16 @@ def num_tiles(grid: Grid) -> int:
     return 1 + grid[0] * grid[1]
 
 
-def cut_tiles(image: Image.Image, grid: Grid) -> np.ndarray:
+def cut_tiles(image: Image.Image, grid: Grid, out: np.ndarray | None = None) -> np.ndarray:
     """Cut an image into its global view and its local tiles, row by row.
 
     Args:
         image: the picture; converted to RGB if it is not.
         grid: (columns, rows) of local tiles from `tile_grid`.
+        out: where the tiles go; None makes an array.
 
     Returns:
-        uint8 array [1 + columns·rows, 3, 384, 384]; the model normalises (u8 / 255 − 0.5) / 0.5.
+        `out`, or else a uint8 array [1 + columns·rows, 3, 384, 384]; the model normalises (u8 / 255 − 0.5) / 0.5.
 
     Source: `tokenize_with_images`, deepseek_vl2/models/processing_deepseek_vl_v2.py.
 
@@ -112,7 +113,7 @@ def cut_tiles(image: Image.Image, grid: Grid) -> np.ndarray:
     columns, rows = grid
     if image.mode != "RGB":
         image = image.convert("RGB")
-    tiles = np.empty((1 + columns * rows, 3, TILE_SIZE, TILE_SIZE), dtype=np.uint8)
+    tiles = np.empty((1 + columns * rows, 3, TILE_SIZE, TILE_SIZE), dtype=np.uint8) if out is None else out
     views = (_pad(image, (TILE_SIZE, TILE_SIZE)), _pad(image, (columns * TILE_SIZE, rows * TILE_SIZE)))
     # By channel: Pillow takes pixels apart faster than a copy with a stride of three bytes does.
     for channel, (whole, local) in enumerate(zip(*(view.split() for view in views), strict=True)):
