@@ -200,7 +200,8 @@ def test_loss_of_a_source_is_that_of_its_rows_alone(arguments, files, mixed, tmp
     folder = open_base(config)
     data, model = build_data(config, folder), build_base(config, folder)
     samples = [sample for pack in data.plan.step(0) for sample in pack.samples]
-    alone = [replace(EMPTY_PACK, samples=(sample,)) for sample in samples]
+    tiles = data.dataset.sizes.tiles
+    alone = [replace(EMPTY_PACK, samples=(sample,), tiles=int(tiles[sample])) for sample in samples]
     plan = replace(data.plan, packs=tuple(alone), packs_per_step=len(alone), steps_per_epoch=(1,))
     packs = PackDataset(data.dataset.records, plan, data.dataset.sizes, data.tokenizer, data.candidates)
     totals = {name: [0.0, 0] for name in data.sources.names}
