@@ -179,16 +179,25 @@ def test_what_was_measured_before_a_process_was_killed_is_kept(tmp_path, monkeyp
     monkeypatch.setattr(data.measure, "_MIN_PARALLEL", 2)
     monkeypatch.setattr(data.measure, "_CHUNK", 1)
     original, parent = Measurer.measure, os.getpid()
-    measured = tmp_path / "measured"
+    measured, taken = tmp_path / "measured", tmp_path / "taken"
+    over_budget = data.measure._over_budget
+
+    def takes(table, indices, measurer):
+        if len(table) == 1:  # a chunk that came in, not what was known before
+            taken.touch()
+        return over_budget(table, indices, measurer)
 
     def dies(self, indices, **options):
         if int(indices[0]) == 5 and os.getpid() != parent:
-            time.sleep(0.3)  # until the parent has taken in what came before
+            deadline = time.monotonic() + 60
+            while not taken.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, indices, **options)
 
     reader = reader_of(tmp_path / "a.jsonl", [row(f"{i}") for i in range(8)])
     monkeypatch.setattr(Measurer, "measure", dies)
+    monkeypatch.setattr(data.measure, "_over_budget", takes)
     with pytest.raises(UserError, match=r"was killed \(out of memory\?\): 2 were at work.* What was measured is kept"):
         measure_one(reader, workers=2, cache=tmp_path / "cache")
 
