@@ -1,0 +1,96 @@
+"""The optimizer steps of a run, with all that goes on around them: log, checkpoints, signals."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import paddle.distributed as dist
+from paddle import nn
+from paddlenlp.trainer import TrainerCallback
+
+from data.packs import PackDataset
+from train.config.schema import TrainConfig
+from train.run.barrier import barrier
+from train.run.build_data import Data
+from train.run.gradients import gather_rows
+from train.run.metrics import MetricsLog
+from train.run.saving import Saver
+from train.run.say import say
+from train.run.stop import WORKER_KILLED, StopRequest
+from train.run.trainer import VL2Trainer
+from train.store.checkpoints import checkpoint_path
+from train.store.names import CHECKPOINTS
+from train.store.provenance import Provenance
+from train.store.run_dir import update_marker
+from train.store.run_state import History, Identity
+
+
+def fit(
+    config: TrainConfig,
+    data: Data,
+    model: nn.Layer,
+    who: Identity,
+    provenance: Provenance,
+    checkpoint: Path | None,
+    first_step: int,
+    history: History,
+    wandb_id: str,
+    callbacks: Sequence[TrainerCallback],
+) -> int:
+    """The optimizer steps. Returns the exit code of what stopped them, 0 when they came to their end."""
+    run_dir, first = Path(config.run_dir), dist.get_rank() == 0
+    root = run_dir / CHECKPOINTS
+
+    save = Saver(config, model=model, identity=who, history=history, provenance=provenance, wandb_id=wandb_id)
+    log: MetricsLog | None = None
+    if first:
+        log = MetricsLog(run_dir, config, num_steps=data.plan.num_steps, first_step=first_step, wandb_id=wandb_id)
+    packs = PackDataset(
+        data.dataset.records,
+        data.plan,
+        data.dataset.sizes,
+        data.tokenizer,
+        data.candidates,
+        images=data.images,
+        num_ranks=dist.get_world_size(),
+        on_bad_record=config.data.on_bad_record,  # type: ignore[arg-type]  # checked by the schema
+        max_bad=config.data.max_bad,
+    )
+    with StopRequest() as stop:
+        trainer = VL2Trainer(
+            model,
+            config=config,
+            plan=data.plan,
+            dataset=packs,
+            stop=stop,
+            on_step=log.write if log else lambda metrics: None,
+            save=save,
+            history=history,
+            sources=data.sources,
+            callbacks=callbacks,
+        )
+        try:
+            barrier()  # wandb may have kept rank 0
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            trainer.close()
+            if log is not None:
+                log.close()
+        # Once more, for a signal that came after the last step had agreed.
+        code = int(gather_rows(np.array([[stop.code]], dtype="float64")).max())
+    if code:
+        step = trainer.state.global_step
+        if first:
+            update_marker(run_dir, status="stopped", step=step)
+        saved = f"after step {step} of {data.plan.num_steps}; saved {checkpoint_path(root, step)}"
+        goes_on = "The same command with resume=auto goes on"
+        if code == WORKER_KILLED:
+            cause = f"a data worker was killed (out of memory?; data.workers={config.data.workers}, fewer take less)"
+            say(f"error: stopped {saved}: {cause}. {goes_on}", sys.stderr)
+        else:
+            say(f"\nstopped by {signal.Signals(code - 128).name} {saved}. {goes_on}")
+    return code
