@@ -43,33 +43,31 @@ def step_metrics(
     plan: Plan,
     step: int,
     *,
-    loss: float,
-    aux_loss: float,
+    losses: np.ndarray,
     lr: float,
     grad_norm: float | None,
     started: float,
-    loss_of: np.ndarray,
     sources: Sources | None,
 ) -> StepMetrics:
     """What was measured in a step, with what was planned for it.
 
     Args:
         step: optimizer steps made before this one.
-        loss, aux_loss, lr, grad_norm: see StepMetrics.
+        losses: of the step's packs, see `gather_losses`.
+        lr, grad_norm: see StepMetrics.
         started: when the step began, of time.perf_counter.
-        loss_of: float64, sum of the losses of each source.
         sources: of a mixture; None: there is only one.
     """
     seconds = time.perf_counter() - started
     packs = plan.step(step)
     learned = {} if sources is None else dict(zip(sources.names, sources.tokens(packs).tolist(), strict=True))
-    sums = {} if sources is None else dict(zip(sources.names, loss_of.tolist(), strict=True))
+    sums = {} if sources is None else dict(zip(sources.names, losses[:, 3:].sum(axis=0).tolist(), strict=True))
     tokens, used = sum(pack.tokens for pack in packs), sum(bool(pack.samples) for pack in packs)
     return StepMetrics(
         step=step + 1,
         epoch=plan.epoch(step),
-        loss=loss,
-        aux_loss=aux_loss,
+        loss=float(losses[:, 1].sum()) / plan.supervised(step),
+        aux_loss=float(losses[:, 2].sum()),
         lr=lr,
         grad_norm=grad_norm,
         tokens=tokens,

@@ -32,6 +32,7 @@ from data.plan import Plan
 from train.config.schema import TrainConfig
 from train.machine.disk import is_full
 from train.run.by_source import Sources
+from train.run.finite import FiniteCheck
 from train.run.gradients import (
     ReachCheck,
     any_rank,
@@ -41,15 +42,13 @@ from train.run.gradients import (
     has_overflow,
     sum_over_ranks,
 )
-from train.run.micro_batch import PackLoss, first_not_finite, gather_losses, train_pack
+from train.run.micro_batch import PackLoss, gather_losses, train_pack
 from train.run.optim import build_optimizer, loss_scale, lr_factor
 from train.run.pack_loader import Pack, PackLoader
 from train.run.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
 from train.run.step_metrics import StepMetrics, step_metrics
 from train.run.stop import StopRequest
 from vl2.errors import UserError
-
-MAX_SKIPPED_STEPS = 20  # fp16: so many overflows in a row are no longer the loss scale's
 
 
 class VL2Trainer(Trainer):
@@ -97,7 +96,7 @@ class VL2Trainer(Trainer):
         self.parameters = trainable_parameters(model)
         self.reach = ReachCheck(list(self.parameters))
         self.scaler: paddle.amp.GradScaler | None = self.scaler if self.do_grad_scaling else None
-        self._skipped = 0  # steps in a row that overflowed
+        self.finite = FiniteCheck(config, dataset)
         self.loader: PackLoader | None = None
 
     # ---- the loop
@@ -145,7 +144,7 @@ class VL2Trainer(Trainer):
                 done.append(self.training_step(self.model, inputs))  # forward and backward
                 if len(done) < num_packs:
                     fire("on_substep_end")
-            loss, aux_loss, loss_of = self._step_losses(done)
+            losses = gather_losses(done, len(self.sources.names) if self.sources else 0)
 
             reached = {name for name, p in parameters.items() if p.grad is not None}
             self.reach.update(reached, has_images=any(pack.has_images for pack in done))
@@ -157,8 +156,8 @@ class VL2Trainer(Trainer):
                 self.scaler.unscale_(self.optimizer)
             norm = gradient_norm(parameters)
             overflow = self.scaler is not None and not math.isfinite(norm) and has_overflow(parameters)
-            self._check_finite(norm, overflow)
-            if not overflow:
+            left_out = self.finite.leaves_out(step, losses, norm, overflow)
+            if not left_out:
                 clip_gradients(parameters, norm, self.config.optim.max_grad_norm)
             lr = self.optimizer.get_lr()
             if self.scaler is None:
@@ -171,9 +170,9 @@ class VL2Trainer(Trainer):
 
             self._count_step()
             self.lr_scheduler.step(state.global_step)  # by number, so that an overflow does not delay the schedule
-            measured = {"loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": None if overflow else norm}
-            metrics = step_metrics(plan, step, started=started, loss_of=loss_of, sources=self.sources, **measured)
-            self.history.add(loss, metrics.tokens, metrics.seconds)
+            measured = {"losses": losses, "lr": lr, "grad_norm": None if left_out else norm}
+            metrics = step_metrics(plan, step, started=started, sources=self.sources, **measured)
+            self.history.add(metrics.loss, metrics.tokens, metrics.seconds)
             fire("on_step_end")
             stop = self.stop.code != 0
             full_disk = self._log(metrics)
@@ -202,30 +201,6 @@ class VL2Trainer(Trainer):
             aux_weight=self.config.optim.aux_loss,
             loss_scale=loss_scale(self.scaler),
             sources=self.sources,
-        )
-
-    def _step_losses(self, done: Sequence[PackLoss]) -> tuple[float, float, np.ndarray]:
-        """Mean loss, load-balance loss and sums by source over all ranks; refuses what is not finite. Collective."""
-        rows = gather_losses(done, len(self.sources.names) if self.sources else 0)
-        if found := first_not_finite(rows):
-            pack, what = found
-            records = [self.train_dataset.records[i] for i in self.plan.packs[pack].samples]
-            raise self._diverged(f"{what} ({records[0].source}, row {', '.join(str(one.row) for one in records)})")
-        loss = float(rows[:, 1].sum()) / self.plan.supervised(self.state.global_step)
-        return loss, float(rows[:, 2].sum()), rows[:, 3:].sum(axis=0)
-
-    def _check_finite(self, norm: float, overflow: bool) -> None:
-        """Refuse a gradient norm that is not finite, except for a few overflows of fp16 in a row."""
-        self._skipped = self._skipped + 1 if overflow else 0
-        if self._skipped >= MAX_SKIPPED_STEPS:
-            raise self._diverged(f"gradients overflowed in {self._skipped} steps in a row")
-        if not (overflow or math.isfinite(norm)):
-            raise self._diverged(f"the gradient norm is {norm}")
-
-    def _diverged(self, what: str) -> FloatingPointError:
-        return FloatingPointError(
-            f"step {self.state.global_step + 1}: {what}. Lower optim.lr={self.config.optim.lr}, lengthen "
-            "optim.warmup_ratio, or with precision=fp16 take bf16; the checkpoints before this step are good"
         )
 
     def _count_step(self) -> None:

@@ -94,6 +94,6 @@ def test_overflow_is_left_out_and_the_scale_resumes(half_run, tmp_path):
 
 
 def test_too_many_overflows_end_the_run(half_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.run.trainer.MAX_SKIPPED_STEPS", 3)
+    monkeypatch.setattr("train.run.finite.MAX_LEFT_OUT", 3)
     with pytest.raises(FloatingPointError, match=r"step 3: gradients overflowed in 3 steps in a row\. Lower optim\.lr"):
         half_run(tmp_path / "run", "fp16", "max_steps=6", "packs_per_step=1", start=2.0**40)
