@@ -6,14 +6,16 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from train.config import compose
 from train.config.conf_files import OVERLAY, Recipe, groups, open_recipe, recipes
 from train.config.data_schema import SOURCE_DOC, DataConfig
-from train.config.schema import NANO, DoctorConfig, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
+from train.config.schema import METRICS, NANO, DoctorConfig, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from train.machine.devices import Machine, choose_device, find_machine
 from vl2.errors import UserError
 
+_T = TypeVar("_T")
 _SECONDS_PER_PACK = 1.05  # of nano on 2 cores: 157 s for the 150 packs of a rehearsal, with its questions
 
 
@@ -101,6 +103,7 @@ def _check_data(data: DataConfig) -> None:
 def _check_run(config: TrainConfig, machine: Machine, device: str) -> None:
     """What no single key tells."""
     _check_data(config.data)
+    _check_metrics(config.eval.metrics, "eval.metrics")
     if config.epochs is None and config.max_steps is None:
         raise UserError("epochs and max_steps are both null: one of them must say how long the run is")
     if config.lora.rank == 0 and not config.trainable:
@@ -229,7 +232,12 @@ def load_eval_config(argv: Sequence[str]) -> EvaluateConfig:
     config.base = config.base and model_folder(config.base)
     if not config.data.path:
         raise UserError("eval needs data.path=FILE, rows with questions and the answers expected")
+    _check_metrics(config.metrics, "metrics")
     return config
+
+
+def _check_metrics(metrics: list[str], key: str) -> None:
+    _require(metrics, f"{key}=[]: expected at least one of {', '.join(METRICS)}")
 
 
 def model_folder(model: str) -> str:
@@ -239,7 +247,7 @@ def model_folder(model: str) -> str:
     return model
 
 
-def _require(value: str, message: str) -> str:
+def _require(value: _T, message: str) -> _T:
     if not value:
         raise UserError(message)
     return value

@@ -23,6 +23,17 @@ MAX_NEW_TOKENS = 512
 TF32_DOC = "On a GPU from Ampere on: multiply float32 in TF32, which keeps 3 digits of 7; faster with precision=fp32."
 CHECK_DOC = "What is read of a model that has a manifest (an export) before it is used; adapters are read as a whole."
 NANO = ROOT / "vl2" / "nano"
+# Defined in train/ask/scores.
+METRICS = (
+    *("exact_match", "normalised_match", "contains", "anls", "relaxed_accuracy"),
+    *("box_iou", "box_accuracy"),
+)
+METRICS_DOC = (
+    "How answers are scored; higher is better. exact_match: word for word; normalised_match: but for case, width, "
+    "punctuation and white space; contains: the expected answer is in it; anls: 1 - edits / length, from 0.5 on; "
+    "relaxed_accuracy: numbers within 5 %, else equal; box_iou, and box_accuracy (IoU from 0.5 on): where boxes are "
+    "expected."
+)
 
 
 @dataclass(kw_only=True)
@@ -90,6 +101,7 @@ class EvalConfig:
     questions: int = key(200, "How many are asked; 0: none.", unit="questions", low=0, high=MANY)
     max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
     permuted: bool = key(True, "Ask again with the pictures exchanged: is it looking at them?")
+    metrics: list[str] = key(factory=lambda: ["exact_match"], doc=METRICS_DOC, choices=METRICS)
 
 
 @dataclass(kw_only=True)
@@ -241,13 +253,14 @@ class DoctorConfig:
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """Loss and exact match: `bash launch.sh eval model=FOLDER data.path=FILE key=value ...`."""
+    """Loss and scores: `bash launch.sh eval model=FOLDER data.path=FILE key=value ...`."""
 
     model: str = key("", MODEL_DOC, path=True)
     base: str = key("", BASE_DOC, path=True)
     check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     out: str = key("predictions.jsonl", "File to write the answers to.", path=True)
+    metrics: list[str] = key(factory=lambda: ["exact_match"], doc=METRICS_DOC, choices=METRICS)
     limit: int | None = key(None, "Take only the first rows.", unit="rows", low=1, high=MANY)
     max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
     precision: str = key("auto", "auto: as the weights are stored.", choices=("auto", *PRECISIONS))

@@ -36,7 +36,7 @@ Fine-tunes DeepSeek-VL2 on PaddlePaddle.
   bash launch.sh dryrun conf=RECIPE [key=value ...]  what a run would train on: checked, counted, drawn; no weights
   bash launch.sh export run=FOLDER                 the merged weights of a run, or its adapter, verified
   bash launch.sh infer model=FOLDER image=FILE prompt=TEXT
-  bash launch.sh eval model=FOLDER data.path=FILE  loss and exact match
+  bash launch.sh eval model=FOLDER data.path=FILE  loss and scores
   bash launch.sh doctor                            is this machine fit, and its GPU right? one file for a bug report
   bash launch.sh config [VERB] key=value ...       print the resolved configuration, run nothing
   bash launch.sh test [quick|lint] [pytest arguments]  linter, types and tests (without slow ones; without any)

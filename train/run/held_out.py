@@ -35,6 +35,7 @@ def ask_held_out(model: nn.Layer, data: Data, config: TrainConfig, when: str) ->
         limit=config.eval.questions,
         max_new_tokens=config.eval.max_new_tokens,
         permute=config.eval.permuted and when == "after",
+        metrics=config.eval.metrics,
     )
 
 

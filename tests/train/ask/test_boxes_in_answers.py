@@ -18,10 +18,12 @@ from data.images.ref import ImageRef
 from data.record import Record, RecordError
 from tests.data.images.web import Web
 from train.ask.answer import Answer
-from train.ask.box_scores import box_score, summary
 from train.ask.drawing import check_drawing
 from train.ask.infer import infer, notes
 from train.ask.load import Loaded, load
+from train.ask.predictions import check_predictions
+from train.ask.questions import questions_of
+from train.ask.scores.boxes import box_score, summary
 from train.config.schema import NANO, InferConfig
 from vl2.errors import UserError
 from vl2.prompt import Message
@@ -42,7 +44,7 @@ def test_a_picture_with_boxes_that_is_gone_is_named_by_its_field(tmp_path):
         row=3,
     )
     with pytest.raises(RecordError, match=r"^a\.jsonl, row 3, pictures\[1\]: expected an image file, found none at"):
-        list(evaluate.questions_of(record, ImageReader()))
+        list(questions_of(record, ImageReader()))
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +241,7 @@ def test_eval_scores_boxes_where_they_are_expected(model_folder, pictures, tmp_p
     assert (first["iou"], second["iou"]) == ([pytest.approx(half, abs=1e-4)], [1.0, 1.0])
     assert [box["image"] for box in second["boxes"]] == [2, 2]
     assert third["boxes"] == [] and "iou" not in third
-    evaluate.check_predictions(out)  # rows with boxes are known as predictions
+    check_predictions(out)  # rows with boxes are known as predictions
 
 
 def talk(question: str, answer: str) -> list[dict[str, str]]:

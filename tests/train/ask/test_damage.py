@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.places import GOLDENS
-from train.ask.evaluate import check_predictions
 from train.ask.load import load
+from train.ask.predictions import check_predictions
 from train.ask.source import find_source
 from train.config.load import load_config
 from train.config.schema import ExportConfig

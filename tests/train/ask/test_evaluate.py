@@ -16,16 +16,12 @@ from data.record import Record, RecordError
 from data.records import Records
 from data.settings import ReadSettings, SourceSettings
 from train.ask.answer import Answer, answer_all
-from train.ask.evaluate import (
-    Question,
-    ask_run,
-    check_predictions,
-    exact_match,
-    permuted,
-    questions_of,
-    write_predictions,
-)
+from train.ask.evaluate import ask_run
 from train.ask.load import Loaded, load
+from train.ask.predictions import check_predictions, write_predictions
+from train.ask.questions import Question, permuted, questions_of, score
+from train.ask.scores.boxes import BoxScore
+from train.ask.scores.metrics import score_answers
 from train.config.load import load_config
 from train.config.schema import EvaluateConfig, InferConfig
 from train.machine.devices import Machine
@@ -50,7 +46,7 @@ def records(loaded, data_file) -> Records:
 def test_predictions_replace_only_predictions(tmp_path):
     path = tmp_path / "predictions.jsonl"
     check_predictions(path)
-    write_predictions(path, [], [], [])
+    write_predictions(path, [], [], [], score_answers([], [], [], []))
     path.write_text('{"expected": "a", "answer": "b", "correct": false}\n')
     check_predictions(path)
     for other in ("mine\n", "[1]\n", '{"messages": []}\n'):
@@ -78,7 +74,8 @@ def test_questions_of_a_conversation_and_their_permutation():
     assert [q.images[0].name for q in shown] == ["y1", "y1", "z1", "z1", "x1", "x1"]
     assert [q.expected for q in shown] == [q.expected for q in asked]
     answers = [Answer(text=text, cut=False) for text in ("b", "x", " b\n", "d", "", "d")]
-    assert exact_match(asked, answers) == pytest.approx(4 / 6)
+    nothing = [BoxScore(expected=(), found=(), malformed=0, ious=())] * 6
+    assert score(["exact_match"], asked, answers, nothing).means == {"exact_match": pytest.approx(4 / 6)}
     assert isinstance(asked[0], Question)
 
 
