@@ -20,6 +20,7 @@ from train.run.gradients import gather_rows
 from train.run.metrics import MetricsLog
 from train.run.saving import Saver
 from train.run.say import say
+from train.run.step_metrics import StepMetrics
 from train.run.stop import WORKER_KILLED, StopRequest
 from train.run.trainer import VL2Trainer
 from train.store.checkpoints import checkpoint_path
@@ -27,6 +28,7 @@ from train.store.names import CHECKPOINTS
 from train.store.provenance import Provenance
 from train.store.run_dir import update_marker
 from train.store.run_state import History, Identity
+from vl2.errors import UserError
 
 
 def fit(
@@ -49,6 +51,12 @@ def fit(
     log: MetricsLog | None = None
     if first:
         log = MetricsLog(run_dir, config, num_steps=data.plan.num_steps, first_step=first_step, wandb_id=wandb_id)
+
+    def after_step(metrics: StepMetrics) -> None:
+        save.check()
+        if log is not None:
+            log.write(metrics)
+
     packs = PackDataset(
         data.dataset.records,
         data.plan,
@@ -67,7 +75,7 @@ def fit(
             plan=data.plan,
             dataset=packs,
             stop=stop,
-            on_step=log.write if log else lambda metrics: None,
+            on_step=after_step,
             save=save,
             history=history,
             sources=data.sources,
@@ -76,6 +84,10 @@ def fit(
         try:
             barrier()  # wandb may have kept rank 0
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            save.join()
+        except BaseException as problem:
+            _end_saving(save, problem)
+            raise
         finally:
             trainer.close()
             if log is not None:
@@ -94,3 +106,17 @@ def fit(
         else:
             say(f"\nstopped by {signal.Signals(code - 128).name} {saved}. {goes_on}")
     return code
+
+
+def _end_saving(save: Saver, problem: BaseException) -> None:
+    """Wait for the checkpoint that is being written when a run ends with an error.
+
+    Raises:
+        UserError: it could not be written, in place of an error of the user's that may say it was.
+    """
+    try:
+        save.join()
+    except UserError as unsaved:
+        if isinstance(problem, UserError):
+            raise unsaved from problem
+        say(f"error: {unsaved}", sys.stderr)

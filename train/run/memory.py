@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import paddle
+
 from train.ask.model_memory import MemoryNeed, weight_sizes
 from train.config.schema import TrainConfig
-from train.machine.memory import check_memory
+from train.machine.memory import check_memory, free_ram, gigabytes
 from train.run.build import PART_PREFIXES, PartCount, lora_settings, trained_names
 from train.run.gradients import reduction_slices
 from vl2.checkpoint.published import published
@@ -15,6 +17,8 @@ from vl2.parameters import build_model
 
 # Trainable weights, gradients and Adam's two moments, all float32.
 TRAINED_BYTES = 16
+# Of these, what a checkpoint holds and is copied for it: all but the gradients.
+SAVED_BYTES = 12
 _FLOAT32_BYTES = 4
 
 
@@ -100,5 +104,11 @@ def check_training(config: TrainConfig, model: VL2Config, num_processes: int) ->
         advice += ", or train adapters instead of all weights (lora.rank=8)"
     if config.precision == "fp32":
         advice += ", or precision=bf16"
+    copied = need.trained // TRAINED_BYTES * SAVED_BYTES  # by the first process, see train.run.saving
     what = f"training {config.model.path} takes {need}{each}"
-    check_memory(need.num_bytes * num_processes, what, advice)
+    if paddle.get_device() == "cpu":
+        what += f", and {gigabytes(copied)} of a checkpoint on its way to the disk"
+        check_memory(need.num_bytes * num_processes + copied, what, advice)
+    else:
+        check_memory(need.num_bytes * num_processes, what, advice)
+        check_memory(copied, f"a checkpoint of {config.model.path} is copied to the host first", advice, free_ram())

@@ -1,8 +1,7 @@
-"""A run's checkpoints while it trains: written, counted, pruned."""
+"""A run's checkpoints while it trains: copied, then written, counted and pruned while the next steps are made."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import paddle.distributed as dist
@@ -10,8 +9,8 @@ from paddle import nn
 
 from train.config.compose import to_yaml
 from train.config.schema import TrainConfig
-from train.run.barrier import barrier
-from train.run.state import save_state
+from train.run.background import Background
+from train.run.state import HostState, copy_state, save_state
 from train.run.trainer import VL2Trainer
 from train.store.checkpoints import checkpoint_path, prune
 from train.store.names import CHECKPOINTS
@@ -22,7 +21,10 @@ from train.store.whole_folder import write_folder
 
 
 class Saver:
-    """Writes a checkpoint of a trainer's state each time it is called, on every rank.
+    """Saves a trainer's state each time it is called, on every rank.
+
+    The state is copied to the host at once; a thread of rank 0 writes it, while all go on. A second checkpoint waits
+    until the first is written. What goes wrong in the thread is raised by the next `check`, `join` or call.
 
     Args:
         config: of the run.
@@ -46,28 +48,44 @@ class Saver:
         self.config, self.model, self.identity = config, model, identity
         self.history, self.provenance, self.wandb_id = history, provenance, wandb_id
         self.run_dir = Path(config.run_dir)
+        self._writing = Background("checkpoint")
 
     def __call__(self, trainer: VL2Trainer) -> None:
-        """Save the step that was just made; all ranks go on together afterwards."""
-        step, root = trainer.state.global_step, self.run_dir / CHECKPOINTS
-        if dist.get_rank() == 0:
-            write_folder(checkpoint_path(root, step), lambda folder: self._write(folder, trainer))
-            prune(root, self.config.keep_checkpoints)
-            update_marker(self.run_dir, step=step)
-        barrier()
-
-    def _write(self, folder: Path, trainer: VL2Trainer) -> None:
-        step = trainer.state.global_step
-        save_state(
-            folder,
-            model=self.model,
-            optimizer=trainer.optimizer,
-            step=step,
-            identity=self.identity,
+        """Copy the step that was just made, and begin to write it; whoever needs it on the disk calls `join`."""
+        self.join()  # before the copy: one at a time in memory
+        if dist.get_rank() != 0:
+            return
+        state = copy_state(
+            self.model,
+            trainer.optimizer,
             history=self.history,
-            provenance=replace(self.provenance, step=step),
-            config_yaml=to_yaml(self.config),
-            wandb_id=self.wandb_id,
+            trainer_state=trainer.state,
             scaler=trainer.scaler.state_dict() if trainer.scaler is not None else None,
         )
-        trainer.state.save_to_json(str(folder / "trainer_state.json"))
+        self._writing.start(lambda: self._write(state))
+
+    def check(self) -> None:
+        """Raise what went wrong in writing, as soon as it is known."""
+        self._writing.check()
+
+    def join(self) -> None:
+        """Wait until what was saved is on the disk, under its name."""
+        self._writing.join()
+
+    def _write(self, state: HostState) -> None:
+        """In this order: whatever ends the process, a whole checkpoint is there, and the marker knows of no other."""
+        root = self.run_dir / CHECKPOINTS
+        write_folder(checkpoint_path(root, state.step), lambda folder: self._fill(folder, state))
+        prune(root, self.config.keep_checkpoints)
+        update_marker(self.run_dir, step=state.step)
+
+    def _fill(self, folder: Path, state: HostState) -> None:
+        save_state(
+            folder,
+            state,
+            model=self.model,
+            identity=self.identity,
+            provenance=self.provenance,
+            config_yaml=to_yaml(self.config),
+            wandb_id=self.wandb_id,
+        )

@@ -11,12 +11,16 @@ There is no RNG state: randomness is a function of (seed, step, pack).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import nn
+from paddlenlp.trainer import TrainerState
 
 from train.run.optim import optimizer_state, set_optimizer_state
 from train.store.facts import read_fact, to_document, write_fact
@@ -25,6 +29,7 @@ from train.store.names import (
     CONFIG_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
+    TRAINER_STATE_FILE,
     WEIGHTS,
     WEIGHTS_FILE,
     WEIGHTS_METADATA,
@@ -49,17 +54,22 @@ def trained_folder(parent: Path, model: nn.Layer) -> Path:
     return parent / (ADAPTER if isinstance(model, VL2LoRAModel) else WEIGHTS)
 
 
-def save_trained(model: nn.Layer, folder: Path, provenance: Provenance) -> None:
+def trained_values(model: nn.Layer) -> dict[str, np.ndarray]:
+    """Copies of the trained weights on the host, float32, by the names of `trainable_parameters`."""
+    return {name: p.numpy() for name, p in trainable_parameters(model).items()}
+
+
+def save_trained(model: nn.Layer, folder: Path, provenance: Provenance, values: Mapping[str, np.ndarray]) -> None:
     """Write the trained weights into an existing folder.
 
     Args:
         model: a VL2LoRAModel, or a DeepseekVL2 with trainable parameters.
         provenance: lies beside the weights.
+        values: of `trained_values`.
     """
     if isinstance(model, VL2LoRAModel):
-        save_adapter(model, folder, to_document(provenance))
+        save_adapter(model, folder, to_document(provenance), values)
         return
-    values = {name: p.numpy() for name, p in trainable_parameters(model).items()}
     write_safetensors(folder / WEIGHTS_FILE, values, dict.fromkeys(values, "float32"))
     write_fact(folder / WEIGHTS_METADATA, provenance)
 
@@ -90,41 +100,76 @@ def load_trained(model: nn.Layer, folder: Path) -> None:
         parameter.set_value(stored[name].read())
 
 
-def save_state(
-    folder: Path,
-    *,
+@dataclass(frozen=True, kw_only=True)
+class HostState:
+    """What changes from step to step of what a checkpoint holds: a copy on the host, which no later step touches."""
+
+    step: int  # optimizer steps made
+    weights: dict[str, np.ndarray]  # of `trained_values`
+    optimizer: dict[str, np.ndarray]  # of `optimizer_state`
+    history: History
+    trainer_state: TrainerState
+    scaler: dict[str, Any] | None  # state of the fp16 loss scaler
+
+
+def copy_state(
     model: nn.Layer,
     optimizer: paddle.optimizer.AdamW,
-    step: int,
-    identity: Identity,
+    *,
     history: History,
+    trainer_state: TrainerState,
+    scaler: Mapping[str, Any] | None = None,
+) -> HostState:
+    """Copy what the next step will change.
+
+    Args:
+        history, trainer_state: of the steps made.
+        scaler: state of the fp16 loss scaler.
+    """
+    counts = copy.copy(trainer_state)
+    counts.log_history = list(trainer_state.log_history)
+    return HostState(
+        step=trainer_state.global_step,
+        weights=trained_values(model),
+        optimizer=optimizer_state(optimizer, trainable_parameters(model)),
+        history=replace(history, losses=list(history.losses)),
+        trainer_state=counts,
+        scaler={**scaler, "scale": scaler["scale"].tolist()} if scaler else None,
+    )
+
+
+def save_state(
+    folder: Path,
+    state: HostState,
+    *,
+    model: nn.Layer,
+    identity: Identity,
     provenance: Provenance,
     config_yaml: str,
     wandb_id: str,
-    scaler: Mapping[str, Any] | None = None,
 ) -> None:
-    """Fill a checkpoint folder (trainer_state.json is the Trainer's).
+    """Fill a checkpoint folder.
 
     Args:
-        step: optimizer steps made.
+        state: of the step; nothing is read of the model's weights, which may be further already.
+        model: that is trained.
         identity: see train.run.identity.
         provenance: of the weights.
         wandb_id: of the run on wandb.
-        scaler: state of the fp16 loss scaler.
     """
     trained_folder(folder, model).mkdir()
-    save_trained(model, trained_folder(folder, model), provenance)
-    tensors = optimizer_state(optimizer, trainable_parameters(model))
-    write_safetensors(folder / OPTIMIZER_FILE, tensors, dict.fromkeys(tensors, "float32"))
-    state = CheckpointState(
-        step=step,
+    save_trained(model, trained_folder(folder, model), replace(provenance, step=state.step), state.weights)
+    write_safetensors(folder / OPTIMIZER_FILE, state.optimizer, dict.fromkeys(state.optimizer, "float32"))
+    facts = CheckpointState(
+        step=state.step,
         identity=identity,
-        history=history,
-        scaler={**scaler, "scale": scaler["scale"].tolist()} if scaler else None,
+        history=state.history,
+        scaler=state.scaler,
         wandb_id=wandb_id,
         versions=versions(),
     )
-    write_fact(folder / STATE_FILE, state)
+    write_fact(folder / STATE_FILE, facts)
+    state.trainer_state.save_to_json(str(folder / TRAINER_STATE_FILE))
     (folder / CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
 
 

@@ -48,6 +48,7 @@ from train.run.pack_loader import Pack, PackLoader
 from train.run.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
 from train.run.step_metrics import StepMetrics, step_metrics
 from train.run.stop import StopRequest
+from train.store.names import TRAINER_STATE_FILE
 from vl2.errors import UserError
 
 
@@ -65,7 +66,8 @@ class VL2Trainer(Trainer):
         stop: asked at the end of each step.
         on_step: called after each optimizer step, on every rank. When it finds the disk full, the step is saved and
             the run ends.
-        save: writes a checkpoint; called on every rank, all of which go on together afterwards.
+        save: saves the step just made; called on every rank. What it has not written yet when it comes back, it holds
+            in a copy.
         history: losses and totals of the steps before, when resuming.
         sources: of a mixture, whose losses are logged one by one; None: there is only one source.
         callbacks: of the user.
@@ -250,7 +252,7 @@ class VL2Trainer(Trainer):
             load_trained(self.model, trained_folder(checkpoint, self.model))
         self._wrap_model(self.model)
         if checkpoint is not None:
-            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
             step, scaler = load_optimizer(checkpoint, self.optimizer, self.parameters)
             self.lr_scheduler.step(step)
             if self.scaler is not None and scaler:

@@ -35,7 +35,7 @@ from train.run.next_commands import next_commands
 from train.run.report import StartReport, memory_words, plan_words, run_words, start_report, start_text
 from train.run.resume import choose_wandb_id, find_resumed, leave_later_checkpoints
 from train.run.say import say
-from train.run.state import load_trained, save_trained, trained_folder
+from train.run.state import load_trained, save_trained, trained_folder, trained_values
 from train.run.summary import end_text, summarise
 from train.store.facts import write_fact
 from train.store.hub import resolve_model
@@ -180,7 +180,7 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str, callback
     # 4. Keep the result, ask again, sum up.
     final = trained_folder(run_dir, model)
     if first:
-        write_folder(final, lambda folder: save_trained(model, folder, provenance))
+        write_folder(final, lambda folder: save_trained(model, folder, provenance, trained_values(model)))
     model.eval()
     after = evaluate_once("after", evaluate, model, data, config)
     if first:

@@ -5,6 +5,7 @@ CONFIG_FILE = "config.yaml"
 ADAPTER, WEIGHTS = "adapter", "weights"  # folders of trained weights: LoRA, or a full fine-tune
 WEIGHTS_FILE, WEIGHTS_METADATA = "trained.safetensors", "metadata.json"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
+TRAINER_STATE_FILE = "trainer_state.json"
 EXPORT_REPORT = "export.json"
 REPORT, SUMMARY = "report.json", "summary.json"
 PAGE, DRYRUN_PAGE = "report.html", "dryrun.html"  # the second beside a run that lies there

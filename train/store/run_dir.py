@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 from train.store.facts import read_fact, write_fact
@@ -27,6 +28,8 @@ from vl2.errors import UserError
 LOCK = ".lock"
 # Deterministic and keyed by their settings, of a moment, or of a dry run: allowed before the marker is written.
 _KEPT = ("data", "log", LOCK, f".{MARKER}", PAGE, f".{PAGE}")
+
+_updating = Lock()  # checkpoints are counted by a thread of their own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +70,9 @@ def write_marker(run_dir: Path, marker: RunMarker) -> None:
 
 def update_marker(run_dir: Path, **changes: Any) -> RunMarker:
     """Change fields of the run.json that is there."""
-    marker = replace(read_fact(RunMarker, run_dir / MARKER), **changes)
-    write_marker(run_dir, marker)
+    with _updating:
+        marker = replace(read_fact(RunMarker, run_dir / MARKER), **changes)
+        write_marker(run_dir, marker)
     return marker
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from paddle import nn
 
 from vl2.adapter.foreign import Adapter, Piece, open_foreign, untuned_modules
@@ -39,16 +40,23 @@ from vl2.lora_settings import LoRASettings
 from vl2.parameters import set_parameter
 
 
-def save_adapter(lora_model: VL2LoRAModel, folder: str | Path, metadata: Mapping[str, Any]) -> None:
+def save_adapter(
+    lora_model: VL2LoRAModel,
+    folder: str | Path,
+    metadata: Mapping[str, Any],
+    factors: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Write the factors and lora_config.json into an existing folder.
 
     Args:
         lora_model: its factors are written in float32.
         folder: not made safe against interruption here, see train.store.whole_folder.
         metadata: JSON values to find again in `Adapter.metadata`.
+        factors: values they had at some time, by the names of `VL2LoRAModel.factors`; None: what they are now.
     """
     folder = Path(folder)
-    factors = {name: p.numpy() for name, p in lora_model.factors().items()}
+    if factors is None:
+        factors = {name: p.numpy() for name, p in lora_model.factors().items()}
     write_safetensors(folder / OWN_FILE, factors, dict.fromkeys(factors, "float32"))
     document = {
         **lora_model.lora_config.to_dict(),  # what PaddleNLP reads

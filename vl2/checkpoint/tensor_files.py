@@ -213,7 +213,7 @@ def write_safetensors(
         file.write(header)
         for array in tensors.values():
             # A transposed view would write its base's bytes in the wrong order.
-            file.write(np.ascontiguousarray(array).tobytes())
+            file.write(np.ascontiguousarray(array).data)
 
 
 def cast(bits: np.ndarray, dtype: str, target: str) -> np.ndarray:
