@@ -38,7 +38,11 @@ ALLOWED = {
         *MODEL,
     ),
     "train.export": ("train.machine", "train.config", "train.store", "train.ask", "data", *MODEL),
-    "train.door": ("train.machine", "train.config", "train.store", "train.ask", "train.run", "train.export", *MODEL),
+    "train.serve": ("train.machine", "train.config", "train.store", "train.ask", "data", *MODEL),
+    "train.door": (
+        *("train.machine", "train.config", "train.store", "train.ask", "train.run", "train.export", "train.serve"),
+        *MODEL,
+    ),
 }
 
 

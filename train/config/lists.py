@@ -26,7 +26,10 @@ def settle(config: Any) -> None:
         if spec.one_or_more and not isinstance(value, list):
             value = [] if value in (None, "") else [value]
         if spec.path:  # bash leaves the `~` of `key=~/x` alone, and so does YAML
-            value = [_as_path(text) for text in value] if isinstance(value, list) else _as_path(value)
+            if isinstance(value, dict):
+                value = {name: _as_path(text) for name, text in value.items()}
+            else:
+                value = [_as_path(text) for text in value] if isinstance(value, list) else _as_path(value)
         setattr(owner, leaf, value)
 
 

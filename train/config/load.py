@@ -12,6 +12,7 @@ from train.config import compose
 from train.config.conf_files import OVERLAY, Recipe, groups, open_recipe, recipes
 from train.config.data_schema import SOURCE_DOC, DataConfig
 from train.config.schema import METRICS, NANO, DoctorConfig, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
+from train.config.serve_schema import ServeConfig
 from train.machine.devices import Machine, choose_device, find_machine
 from vl2.errors import UserError
 
@@ -238,6 +239,16 @@ def load_eval_config(argv: Sequence[str]) -> EvaluateConfig:
 
 def _check_metrics(metrics: list[str], key: str) -> None:
     _require(metrics, f"{key}=[]: expected at least one of {', '.join(METRICS)}")
+
+
+def load_serve_config(argv: Sequence[str]) -> ServeConfig:
+    """The configuration of `serve`."""
+    config = compose.compose(compose.read_command_line(argv, ServeConfig), ServeConfig)
+    config.model = model_folder(_require(config.model, "serve needs model=FOLDER, a base model, a run or an export"))
+    config.base = config.base and model_folder(config.base)
+    if config.api_key and config.api_key_file:
+        raise UserError("serve takes api_key= or api_key_file=, not both")
+    return config
 
 
 def model_folder(model: str) -> str:

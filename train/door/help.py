@@ -9,6 +9,7 @@ from typing import Any
 from train.config.conf_files import groups, recipes
 from train.config.fields import Key, did_you_mean, list_entry_keys, list_keys
 from train.config.schema import DoctorConfig, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
+from train.config.serve_schema import ServeConfig
 from vl2.errors import UserError
 
 SCHEMAS = {
@@ -17,6 +18,7 @@ SCHEMAS = {
     "export": ExportConfig,
     "infer": InferConfig,
     "eval": EvaluateConfig,
+    "serve": ServeConfig,
     "doctor": DoctorConfig,
 }
 
@@ -37,11 +39,12 @@ Fine-tunes DeepSeek-VL2 on PaddlePaddle.
   bash launch.sh export run=FOLDER                 the merged weights of a run, or its adapter, verified
   bash launch.sh infer model=FOLDER image=FILE prompt=TEXT
   bash launch.sh eval model=FOLDER data.path=FILE  loss and scores
+  bash launch.sh serve model=FOLDER                answers over HTTP, as OpenAI's API, and a page to try it on
   bash launch.sh doctor                            is this machine fit, and its GPU right? one file for a bug report
   bash launch.sh config [VERB] key=value ...       print the resolved configuration, run nothing
   bash launch.sh test [quick|lint] [pytest arguments]  linter, types and tests (without slow ones; without any)
   bash launch.sh bench NAME [arguments]            a benchmark: step, launches, data, images, packing, random_checkpoint
-  bash launch.sh help VERB                         every key of train, dryrun, export, infer, eval or doctor
+  bash launch.sh help VERB                         every key of train, dryrun, export, infer, eval, serve or doctor
 
 Recipes (conf/*.yaml):
 {recipes}

@@ -26,6 +26,7 @@ LOADERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "export": load.load_export_config,
     "infer": load.load_infer_config,
     "eval": load.load_eval_config,
+    "serve": load.load_serve_config,
 }
 MODULES = {
     "train": "train.run.training",
@@ -33,6 +34,7 @@ MODULES = {
     "export": "train.export.merged",
     "infer": "train.ask.infer",
     "eval": "train.ask.evaluate",
+    "serve": "train.serve.service",
 }
 BENCHMARKS = ("data", "images", "launches", "packing", "random_checkpoint", "step")  # tests/bench/NAME.py
 VERBS = (*LOADERS, "doctor", "config", "test", "bench", "help")

@@ -7,11 +7,12 @@ import pytest
 from train.config import load
 from train.config.fields import check_values, list_entry_keys, list_keys, value_of
 from train.config.schema import EvaluateConfig, ExportConfig, InferConfig, TrainConfig
+from train.config.serve_schema import ServeConfig
 from train.machine.devices import Machine
 from vl2.errors import UserError
 
 GPU = Machine(gpus=1, driver="CUDA Version: 12.6", gpu_paddle=True)
-SCHEMAS = (TrainConfig, ExportConfig, InferConfig, EvaluateConfig)
+SCHEMAS = (TrainConfig, ExportConfig, InferConfig, EvaluateConfig, ServeConfig)
 NUMBERS = [
     (schema, spec)
     for schema in SCHEMAS
@@ -31,6 +32,8 @@ def read(schema, argument):
         return load.load_config(["conf=sft_tiny", argument], GPU)
     if schema is InferConfig:
         return load.load_infer_config(["model=m", "prompt=p", argument])
+    if schema is ServeConfig:
+        return load.load_serve_config(["model=m", argument])
     return load.load_eval_config(["model=m", "data.path=d", argument])
 
 

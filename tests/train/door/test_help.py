@@ -33,7 +33,8 @@ def test_overview_names_verbs_and_recipes():
 
 
 @pytest.mark.parametrize(
-    ("verb", "least"), [("train", 50), ("dryrun", 50), ("export", 5), ("infer", 10), ("eval", 5), ("doctor", 2)]
+    ("verb", "least"),
+    [("train", 50), ("dryrun", 50), ("export", 5), ("infer", 10), ("eval", 5), ("serve", 20), ("doctor", 2)],
 )
 def test_every_key_is_listed(verb, least):
     words = help.verb_help(verb).split()
