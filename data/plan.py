@@ -65,6 +65,8 @@ class Plan:
     """Packs of an optimizer step, over all ranks."""
     steps_per_epoch: tuple[int, ...]
     """Steps of each epoch in this plan; the last may be cut off."""
+    whole_epochs: tuple[int, ...]
+    """Steps that each of these epochs has where nothing cuts it off."""
     settings: dict[str, Any] = field(hash=False)
     """All that decides a plan besides its length; the same settings give the same packs."""
 
@@ -205,6 +207,7 @@ def make_plan(
     mixture = mixture or plain_mixture(len(tokens))
     packs: list[PackSpec] = []
     steps_per_epoch: list[int] = []
+    whole_epochs: list[int] = []
     for epoch in itertools.count():
         steps_left, passes_left = limit - sum(steps_per_epoch), passes - epoch
         if steps_left <= 0 or passes_left <= 0:
@@ -214,6 +217,7 @@ def make_plan(
             tokens[rows], tiles[rows], max_tokens, max_tiles_per_pack, seed=seed, epoch=epoch, order=order
         )
         num_steps = math.ceil(len(members) / packs_per_step)
+        whole_epochs.append(num_steps)
         num_steps = int(min(num_steps, steps_left, math.ceil(num_steps * min(passes_left, 1))))
         members = members[: num_steps * packs_per_step]
         for taken in members:
@@ -240,7 +244,11 @@ def make_plan(
         **({"data.sources": mixture.settings} if mixture.settings else {}),
     }
     return Plan(
-        packs=tuple(packs), packs_per_step=packs_per_step, steps_per_epoch=tuple(steps_per_epoch), settings=settings
+        packs=tuple(packs),
+        packs_per_step=packs_per_step,
+        steps_per_epoch=tuple(steps_per_epoch),
+        whole_epochs=tuple(whole_epochs),
+        settings=settings,
     )
 
 

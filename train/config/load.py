@@ -11,6 +11,7 @@ from typing import TypeVar
 from train.config import compose
 from train.config.conf_files import OVERLAY, Recipe, groups, open_recipe, recipes
 from train.config.data_schema import SOURCE_DOC, DataConfig
+from train.config.every import read_every
 from train.config.schema import METRICS, NANO, DoctorConfig, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from train.config.serve_schema import ServeConfig
 from train.machine.devices import Machine, choose_device, find_machine
@@ -101,10 +102,23 @@ def _check_data(data: DataConfig) -> None:
             )
 
 
+def _check_eval(config: TrainConfig) -> None:
+    """What no single key of the validation tells."""
+    data = config.data
+    held_out = data.eval_path or data.eval_fraction is not None or data.eval_rows is not None
+    drawn = not (data.path or data.sources)  # which have their own
+    if read_every(config.eval.every) and not (held_out or drawn):
+        raise UserError(
+            f"eval.every={config.eval.every}: no rows are held out to validate on; give data.eval_fraction=0.05, or "
+            "data.eval_path=FILE"
+        )
+
+
 def _check_run(config: TrainConfig, machine: Machine, device: str) -> None:
     """What no single key tells."""
     _check_data(config.data)
     _check_metrics(config.eval.metrics, "eval.metrics")
+    _check_eval(config)
     if config.epochs is None and config.max_steps is None:
         raise UserError("epochs and max_steps are both null: one of them must say how long the run is")
     if config.lora.rank == 0 and not config.trainable:

@@ -96,9 +96,14 @@ class OptimConfig:
 
 @dataclass(kw_only=True)
 class EvalConfig:
-    """Greedy answers to held-out questions before and after training."""
+    """Validation on the held-out rows: before training, after it, and every so often on the way."""
 
-    questions: int = key(200, "How many are asked; 0: none.", unit="questions", low=0, high=MANY)
+    every: str = key(
+        "0",
+        "On the way: 20 is every 20 optimizer steps, 0.25 after each quarter of an epoch, epoch after each epoch, and "
+        "with any of them after the last step; 0: not on the way.",
+    )
+    questions: int = key(200, "How many are answered each time; 0: none.", unit="questions", low=0, high=MANY)
     max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
     permuted: bool = key(True, "Ask again with the pictures exchanged: is it looking at them?")
     metrics: list[str] = key(factory=lambda: ["exact_match"], doc=METRICS_DOC, choices=METRICS)

@@ -73,7 +73,7 @@ def run_trial(folder: Path, device: str, precision: str) -> Trial:
 
     started, run_dir = time.perf_counter(), folder / "run"
     config = load_config([*_RUN, f"run_dir={run_dir}", f"device={device}", f"precision={precision}", "nproc=1"])
-    if code := train(config, evaluate=None):
+    if code := train(config, validate=False):
         raise RuntimeError(f"the run ended with exit code {code}")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
     loaded, answers = load(run_dir, precision), []

@@ -58,7 +58,8 @@ class Data:
     images: ImageReader
     candidates: tuple[Resolution, ...]  # resolutions that data.max_tiles leaves
     sources: Sources | None  # of a mixture; None: there is only one
-    questions: Sequence[Record]  # held out; empty when nothing is asked
+    validation: Dataset | None  # held-out rows whose loss is computed; None: nothing is held out
+    questions: Sequence[Record]  # of them, those that are answered; empty when nothing is asked
     held_out: HeldOutFacts | None  # None: nothing is
     skipped_questions: tuple[RecordError, ...]  # rows left out of their file
 
@@ -108,19 +109,22 @@ def build_data(
             bad=bad,
         )
 
-    dataset, asked = open_(of, trained=True, bad=bad), None
+    dataset, validation, questions = open_(of, trained=True, bad=bad), None, None
     skipped_questions: tuple[RecordError, ...] = ()
     facts = None
     if splits:
-        wanted = min(config.eval.questions, config.data.eval_rows or config.eval.questions)
-        split = hold_out(dataset.content_keys, fraction=config.data.eval_fraction, rows=wanted)
-        asked, dataset = dataset.take(split.asked), dataset.take(split.trained)
-        asked = asked.take(np.flatnonzero(asked.sizes.tokens <= context))  # training may go beyond it
-        facts = _facts(dataset, asked, len(split.asked) + split.unused, asked=len(asked.records))
-    elif held_of and config.eval.questions:
-        asked = open_(held_of, trained=False, bad=bad_questions)
-        rows, skipped_questions = len(asked.records), asked.skipped
-        facts = None if drawn else _facts(dataset, asked, rows, asked=min(rows, config.eval.questions))
+        fraction, rows = config.data.eval_fraction, config.data.eval_rows
+        split = hold_out(dataset.content_keys, fraction=fraction, rows=rows)
+        wanted = min(config.eval.questions, rows or config.eval.questions)
+        asked = hold_out(dataset.content_keys, fraction=fraction, rows=wanted).asked
+        fits = dataset.sizes.tokens <= context  # training may go beyond it
+        validation, questions = dataset.take(split.asked[fits[split.asked]]), dataset.take(asked[fits[asked]]).records
+        dataset = dataset.take(split.trained)
+        facts = _facts(dataset, validation, len(split.asked) + split.unused, asked=len(questions))
+    elif held_of:
+        validation = open_(held_of, trained=False, bad=bad_questions)
+        questions, skipped_questions = validation.records[: config.eval.questions], validation.skipped
+        facts = None if drawn else _facts(dataset, validation, len(validation.records), asked=len(questions))
     mixture = mixture_of(dataset)
     plan = make_plan(
         dataset.sizes,
@@ -145,7 +149,8 @@ def build_data(
         sources=Sources(names=mixture.names, of_sample=dataset.source_of, supervised=dataset.sizes.supervised)
         if several
         else None,
-        questions=tuple(asked.records[: config.eval.questions]) if asked else (),
+        validation=validation if validation and len(validation.records) else None,
+        questions=tuple(questions or ()),
         held_out=facts,
         skipped_questions=skipped_questions,
     )

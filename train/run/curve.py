@@ -15,8 +15,9 @@ _LONGEST_NAME = 32  # characters of a source's name where there is little room
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, one a logged step."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The lines of a metrics.jsonl, one a logged step; those of the validation are left out."""
+    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if "loss" in line]
 
 
 def running_mean(values: Sequence[float] | np.ndarray, length: int) -> np.ndarray:

@@ -23,6 +23,7 @@ from train.run.say import say
 from train.run.step_metrics import StepMetrics
 from train.run.stop import WORKER_KILLED, StopRequest
 from train.run.trainer import VL2Trainer
+from train.run.validation import Validation
 from train.store.checkpoints import checkpoint_path
 from train.store.names import CHECKPOINTS
 from train.store.provenance import Provenance
@@ -41,6 +42,8 @@ def fit(
     first_step: int,
     history: History,
     wandb_id: str,
+    log: MetricsLog | None,
+    validation: Validation | None,
     callbacks: Sequence[TrainerCallback],
 ) -> int:
     """The optimizer steps. Returns the exit code of what stopped them, 0 when they came to their end."""
@@ -48,9 +51,6 @@ def fit(
     root = run_dir / CHECKPOINTS
 
     save = Saver(config, model=model, identity=who, history=history, provenance=provenance, wandb_id=wandb_id)
-    log: MetricsLog | None = None
-    if first:
-        log = MetricsLog(run_dir, config, num_steps=data.plan.num_steps, first_step=first_step, wandb_id=wandb_id)
 
     def after_step(metrics: StepMetrics) -> None:
         save.check()
@@ -79,6 +79,7 @@ def fit(
             save=save,
             history=history,
             sources=data.sources,
+            validation=validation,
             callbacks=callbacks,
         )
         try:
@@ -90,8 +91,6 @@ def fit(
             raise
         finally:
             trainer.close()
-            if log is not None:
-                log.close()
         # Once more, for a signal that came after the last step had agreed.
         code = int(gather_rows(np.array([[stop.code]], dtype="float64")).max())
     if code:

@@ -1,67 +1,112 @@
-"""What a run asks of its held-out rows, on the way and at both ends."""
+"""What a model says of the held-out rows: the loss of all, greedy answers to some, shared over the ranks by cost."""
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import paddle.distributed as dist
 from paddle import nn
 
 from train.ask.evaluate import ask_run
 from train.ask.load import Loaded
+from train.ask.losses import RowLosses, pack_rows, row_losses
 from train.ask.source import Source
 from train.config.schema import TrainConfig
 from train.run.build_data import Data
-from train.run.say import say
-from train.store.run_dir import read_marker, update_marker
+from train.run.gather import gather_objects
+from train.run.gradients import gather_rows
 from vl2.lora import VL2LoRAModel
 
-# Asks a model the held-out questions, "before" or "after" training: numbers with at least `exact_match` in [0, 1].
-Evaluate = Callable[[nn.Layer, Data, TrainConfig, str], Mapping[str, float]]
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a validation found, the same on every rank."""
+
+    numbers: dict[str, float]  # `loss`, and where questions are asked `questions`, `cut`, `exact_match` ...
+    loss_of: dict[str, float] = field(default_factory=dict)  # of each source, where there are several
+
+    def to_json(self) -> dict[str, Any]:
+        """As fields of a line of metrics.jsonl."""
+        line: dict[str, Any] = {f"eval_{name}": value for name, value in self.numbers.items()}
+        return {**line, "eval_loss_of": self.loss_of} if self.loss_of else line
 
 
-def ask_held_out(model: nn.Layer, data: Data, config: TrainConfig, when: str) -> Mapping[str, float]:
-    """Greedy answers to the held-out questions; after training also with the pictures exchanged."""
-    lora = isinstance(model, VL2LoRAModel)
-    inner = model.model if lora else model
-    model.eval()
-    source = Source(kind="adapter" if lora else "weights", base=Path(config.model.path))
-    return ask_run(
-        Loaded(source=source, model=inner, tokenizer=data.tokenizer, images=data.images),
-        data.questions,
-        limit=config.eval.questions,
-        max_new_tokens=config.eval.max_new_tokens,
-        permute=config.eval.permuted and when == "after",
-        metrics=config.eval.metrics,
-    )
+class HeldOut:
+    """The held-out rows of a run, dealt to the ranks once.
 
+    Which rows are computed together does not depend on the ranks, and what comes of it is put together in the order of
+    the rows: so one process and several find the same numbers.
 
-def evaluate_once(
-    when: str, evaluate: Evaluate | None, model: nn.Layer, data: Data, config: TrainConfig
-) -> dict[str, float] | None:
-    """Ask the held-out questions on rank 0; what a run was asked before training is kept through its interruptions."""
-    if evaluate is None or not data.questions or dist.get_rank() != 0:
-        return None
-    run_dir = Path(config.run_dir)
-    marker = read_marker(run_dir)
-    assert marker is not None  # written when the run claimed its folder
-    kept = marker.evaluation
-    if when == "before" and when in kept:
-        return kept[when]
-    started = time.perf_counter()
-    found = dict(evaluate(model, data, config, when))
-    update_marker(run_dir, evaluation={**kept, when: found})
-    say(
-        f"{when} training: {found['exact_match']:.1%} of the held-out answers are right "
-        f"({time.perf_counter() - started:.0f} s)"
-    )
-    if found.get("cut"):
-        say(
-            f"note: {found['cut']:.0f} of {found['questions']:.0f} answers were cut at "
-            f"eval.max_new_tokens={config.eval.max_new_tokens}, before they had ended",
-            sys.stderr,
+    Args:
+        config, data: of the run; rows are held out.
+        model: under training.
+    """
+
+    def __init__(self, config: TrainConfig, data: Data, model: nn.Layer):
+        assert data.validation is not None
+        self.config, self.data, self.model, self.rows = config, data, model, data.validation
+        lora = isinstance(model, VL2LoRAModel)
+        inner = model.model if lora else model
+        source = Source(kind="adapter" if lora else "weights", base=Path(config.model.path))
+        self.loaded = Loaded(source=source, model=inner, tokenizer=data.tokenizer, images=data.images)
+        self.packs = pack_rows(
+            self.rows,
+            data.tokenizer,
+            data.candidates,
+            data.images,
+            on_bad_record=config.data.on_bad_record,  # type: ignore[arg-type]  # checked by the schema
+            max_bad=config.data.max_bad,
         )
-    return found
+        costs = [pack.cost for pack in self.packs.plan.packs]
+        self.own_packs = deal(costs, dist.get_world_size())[dist.get_rank()]
+
+    def losses(self, asked_to_stop: Callable[[], bool]) -> RowLosses | None:
+        """Losses of all rows, in their order; None where a rank was asked to stop meanwhile. Collective."""
+        own = _until(asked_to_stop, self.own_packs)
+        found = row_losses(self.loaded.model, self.packs, own)
+        table = gather_rows(np.array([[*found.sums, *found.supervised, asked_to_stop()]], dtype="float64"))
+        *both, stopped = table.sum(axis=0)  # of each row one rank has the numbers, the others 0
+        sums, supervised = np.array(both).reshape(2, -1)
+        return None if stopped else RowLosses(sums=sums, supervised=supervised)
+
+    def loss_of(self, losses: RowLosses) -> dict[str, float]:
+        """The mean of each source that has rows here; none where there is only one source."""
+        names = [source.settings.name or source.settings.path for source in self.rows.sources]
+        of = {name: self.rows.source_of == number for number, name in enumerate(names)}
+        return {name: losses.mean(rows) for name, rows in of.items() if rows.any()} if len(names) > 1 else {}
+
+    def answers(self, *, permute: bool) -> dict[str, float]:
+        """Greedy answers to the questions, scored; none where nothing is asked. Collective."""
+        found: dict[str, float] = {}
+        if self.data.questions and dist.get_rank() == 0:
+            found = ask_run(
+                self.loaded,
+                self.data.questions,
+                limit=self.config.eval.questions,
+                max_new_tokens=self.config.eval.max_new_tokens,
+                permute=permute,
+                metrics=self.config.eval.metrics,
+            )
+        return gather_objects(found)[0]
+
+
+def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Deal pieces of work to ranks, the largest first and to the one with least, each rank's in order.
+
+    costs 5 3 2 2, 2 ranks  ->  [0, 3], [1, 2]
+    """
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    load = [0] * num_ranks
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        rank = min(range(num_ranks), key=lambda r: (load[r], r))
+        dealt[rank].append(index)
+        load[rank] += costs[index]
+    return [sorted(own) for own in dealt]
+
+
+def _until(asked_to_stop: Callable[[], bool], pieces: Sequence[int]) -> Iterator[int]:
+    return (piece for piece in pieces if not asked_to_stop())

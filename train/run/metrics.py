@@ -7,6 +7,7 @@ import logging
 import netrc
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, config: TrainConfig, *, num_steps: int, first_step: int = 0, wandb_id: str = ""):
         self.path, self.config = run_dir / METRICS, config
-        _keep_steps(self.path, first_step)
+        kept = _keep_steps(self.path, first_step)
+        self._validated = {line["step"] for line in kept if "eval_loss" in line}
         self._file = self.path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(run_dir, config, wandb_id)
         self._bar = tqdm(
@@ -71,22 +73,40 @@ class MetricsLog:
         )
         self._bar.update()
 
+    def validation(self, step: int, found: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, once for a step: a run that was interrupted after it finds the same again.
 
-def _keep_steps(path: Path, last: int) -> None:
-    """Drop lines after step `last`: an earlier attempt may have gone on past its last checkpoint."""
+        Args:
+            step: optimizer steps made.
+            found: `eval_loss` and other numbers of the held-out rows.
+        """
+        if step in self._validated:
+            return
+        self._validated.add(step)
+        self._file.write(json.dumps({"step": step, **found}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(found), step=step)
+
+
+def _keep_steps(path: Path, last: int) -> list[dict[str, Any]]:
+    """Drop lines after step `last`, to which an earlier attempt may have gone on, unsaved; return the others."""
+    kept: list[dict[str, Any]] = []
     if not path.is_file():
-        return
+        return kept
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            step = json.loads(line)["step"]
+            line = json.loads(text)
+            if line["step"] <= last:
+                lines.append(text + "\n")
+                kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # cut off in the middle
-        if step <= last:
-            lines.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
     os.replace(temporary, path)
+    return kept
 
 
 def _start_wandb(run_dir: Path, config: TrainConfig, run_id: str) -> Any:

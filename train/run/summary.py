@@ -75,8 +75,8 @@ def summarise(
         loss_first=history.losses[0],
         loss_last=history.losses[-1],
         losses=history.losses,
-        accuracy_before=before["exact_match"] if before else None,
-        accuracy_after=after["exact_match"] if after else None,
+        accuracy_before=(before or {}).get("exact_match"),
+        accuracy_after=(after or {}).get("exact_match"),
         accuracy_with_pictures_exchanged=(after or {}).get("exact_match_permuted"),
         answers_cut_before=int((before or {}).get("cut", 0)),
         answers_cut_after=int((after or {}).get("cut", 0)),
@@ -100,6 +100,7 @@ def summarise(
 
 def end_text(summary: Summary) -> str:
     """The summary of a finished run as a table."""
+    losses = [f"{found['loss']:.4f}" for found in summary.evaluation.values() if found and "loss" in found]
     rows = {
         "recipe": summary.recipe + (" (REHEARSAL)" if summary.rehearsal else ""),
         "steps": str(summary.steps),
@@ -108,6 +109,7 @@ def end_text(summary: Summary) -> str:
             f"loss of {short_name(name)}": f"{first:.4f} -> {last:.4f}"
             for name, (first, last) in summary.loss_of.items()
         },
+        "held-out loss": " -> ".join(losses),
         "accuracy": f"{_share(summary.accuracy_before)} -> {_share(summary.accuracy_after)}",
         "answers cut": f"{summary.answers_cut_before} -> {summary.answers_cut_after}",
         "with pictures exchanged": _share(summary.accuracy_with_pictures_exchanged),
@@ -115,6 +117,8 @@ def end_text(summary: Summary) -> str:
         "peak memory": f"{summary.peak_memory_gb:.2f} GB",
         **{name: path for name, path in summary.paths.items() if path},
     }
+    if not losses:
+        del rows["held-out loss"]
     if summary.accuracy_before is None and summary.accuracy_after is None:
         del rows["accuracy"]
     if not (summary.answers_cut_before or summary.answers_cut_after):

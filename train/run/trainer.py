@@ -48,6 +48,7 @@ from train.run.pack_loader import Pack, PackLoader
 from train.run.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
 from train.run.step_metrics import StepMetrics, step_metrics
 from train.run.stop import StopRequest
+from train.run.validation import Validation
 from train.store.names import TRAINER_STATE_FILE
 from vl2.errors import UserError
 
@@ -56,7 +57,7 @@ class VL2Trainer(Trainer):
     """Trains the trainable parameters of a model on the packs of a plan.
 
     A TrainerCallback gets Trainer's events and may ask for a save or a stop, on any rank. on_epoch_begin and
-    on_epoch_end are those of the data. Nothing is evaluated on the way.
+    on_epoch_end are those of the data, on_evaluate those of the validation.
 
     Args:
         model: a DeepseekVL2 or a VL2LoRAModel with trainable parameters in float32.
@@ -70,6 +71,7 @@ class VL2Trainer(Trainer):
             in a copy.
         history: losses and totals of the steps before, when resuming.
         sources: of a mixture, whose losses are logged one by one; None: there is only one source.
+        validation: of the run, at the steps that are due; None: there is none on the way.
         callbacks: of the user.
     """
 
@@ -87,6 +89,7 @@ class VL2Trainer(Trainer):
         save: Callable[[VL2Trainer], None],
         history: History | None = None,
         sources: Sources | None = None,
+        validation: Validation | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         super().__init__(model=model, args=_arguments(config, plan), train_dataset=dataset, callbacks=list(callbacks))
@@ -94,7 +97,7 @@ class VL2Trainer(Trainer):
         self.config, self.plan, self.stop = config, plan, stop
         self.on_step, self.save = on_step, save
         self.history = history or History()
-        self.sources = sources
+        self.sources, self.validation = sources, validation
         self.parameters = trainable_parameters(model)
         self.reach = ReachCheck(list(self.parameters))
         self.scaler: paddle.amp.GradScaler | None = self.scaler if self.do_grad_scaling else None
@@ -178,6 +181,7 @@ class VL2Trainer(Trainer):
             fire("on_step_end")
             stop = self.stop.code != 0
             full_disk = self._log(metrics)
+            self._validate()
             if self._ends_epoch(step):
                 fire("on_epoch_end")
             save = self.control.should_save or self._save_is_due()
@@ -230,6 +234,12 @@ class VL2Trainer(Trainer):
                 raise
             return problem
         return None
+
+    def _validate(self) -> None:
+        """Ask the held-out rows, where the step is due for it. Collective."""
+        found = self.validation.during(self.state.global_step, self.stop) if self.validation else None
+        if found is not None:
+            self._fire("on_evaluate", metrics=found.to_json())
 
     def _full_disk_error(self, problem: OSError | None) -> UserError:
         where = f"{problem.filename}: " if problem and problem.filename else ""

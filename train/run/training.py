@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,15 +28,16 @@ from train.run.build import build_base, count_parts, make_trainable, open_base
 from train.run.build_data import Data, build_data
 from train.run.curve import draw_curve
 from train.run.fit import fit
-from train.run.held_out import Evaluate, ask_held_out, evaluate_once
 from train.run.identity import fingerprint_of_records, identity
 from train.run.memory import check_published, check_training
+from train.run.metrics import MetricsLog
 from train.run.next_commands import next_commands
 from train.run.report import StartReport, memory_words, plan_words, run_words, start_report, start_text
 from train.run.resume import choose_wandb_id, find_resumed, leave_later_checkpoints
 from train.run.say import say
 from train.run.state import load_trained, save_trained, trained_folder, trained_values
 from train.run.summary import end_text, summarise
+from train.run.validation import Validation
 from train.store.facts import write_fact
 from train.store.hub import resolve_model
 from train.store.names import CONFIG_FILE, CURVE, METRICS, PAGE, REPORT, SUMMARY
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> int:
 def train(
     config: TrainConfig,
     *,
-    evaluate: Evaluate | None = ask_held_out,
+    validate: bool = True,
     notice: str = "",
     callbacks: Sequence[TrainerCallback] = (),
 ) -> int:
@@ -74,7 +75,7 @@ def train(
 
     Args:
         config: of the run.
-        evaluate: asks the held-out questions; None asks nothing.
+        validate: on the held-out rows; False asks them nothing.
         notice: said first and last.
         callbacks: of PaddleNLP's Trainer; what they ask for (a save, a stop) is done after the step.
 
@@ -93,10 +94,10 @@ def train(
     check_divides(config.packs_per_step, dist.get_world_size())
     say(notice)
     with hold_run_dir(Path(config.run_dir)) if dist.get_rank() == 0 else nullcontext():
-        return _train(config, evaluate, notice, callbacks)
+        return _train(config, validate, notice, callbacks)
 
 
-def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str, callbacks: Sequence[TrainerCallback]) -> int:
+def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence[TrainerCallback]) -> int:
     """`train` in a run_dir that is ours alone."""
     run_dir, first = Path(config.run_dir), dist.get_rank() == 0
 
@@ -169,20 +170,28 @@ def _train(config: TrainConfig, evaluate: Evaluate | None, notice: str, callback
         step=None,
         versions=versions(),
     )
-    before = evaluate_once("before", evaluate, model, data, config)
-    barrier()
-    if first_step == data.plan.num_steps and checkpoint is not None:
-        say(f"already at step {first_step} of {first_step}; raise max_steps or epochs to train further")
-        load_trained(model, trained_folder(checkpoint, model))
-    elif code := fit(config, data, model, who, provenance, checkpoint, first_step, history, wandb_id, callbacks):
-        return code
+    log = (
+        MetricsLog(run_dir, config, num_steps=data.plan.num_steps, first_step=first_step, wandb_id=wandb_id)
+        if first
+        else None
+    )
+    with closing(log) if log else nullcontext():
+        validation = Validation(config, data, model, log) if validate and data.validation else None
+        before = validation.before() if validation else None
+        if first_step == data.plan.num_steps and checkpoint is not None:
+            say(f"already at step {first_step} of {first_step}; raise max_steps or epochs to train further")
+            load_trained(model, trained_folder(checkpoint, model))
+        elif code := fit(
+            config, data, model, who, provenance, checkpoint, first_step, history, wandb_id, log, validation, callbacks
+        ):
+            return code
 
-    # 4. Keep the result, ask again, sum up.
-    final = trained_folder(run_dir, model)
-    if first:
-        write_folder(final, lambda folder: save_trained(model, folder, provenance, trained_values(model)))
-    model.eval()
-    after = evaluate_once("after", evaluate, model, data, config)
+        # 4. Keep the result, ask again, sum up.
+        final = trained_folder(run_dir, model)
+        if first:
+            write_folder(final, lambda folder: save_trained(model, folder, provenance, trained_values(model)))
+        model.eval()
+        after = validation.after(len(history.losses)) if validation else None
     if first:
         draw_curve(run_dir / METRICS, run_dir / CURVE, title=f"{config.recipe}, {config.model.path}")
         summary = summarise(config, history, before=before, after=after, trained=final)

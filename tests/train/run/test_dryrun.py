@@ -53,7 +53,7 @@ def test_it_says_what_training_says(dry, run, tmp_path, capsys, monkeypatch):
     assert "fields that are not read: id (9 rows)" in (tmp_path / "dry" / "report.html").read_text()
     assert "\ntraining would start (all of it: " in said
     monkeypatch.undo()
-    assert run(tmp_path / "run", "max_steps=1", f"data.path={file}", evaluate=None) == 0
+    assert run(tmp_path / "run", "max_steps=1", f"data.path={file}", validate=False) == 0
     out, err = capsys.readouterr()
     assert note in err
     assert "fields that are not read: id (9 rows)" in (tmp_path / "run" / "report.html").read_text()
@@ -237,7 +237,7 @@ def test_training_takes_the_place_of_a_dry_run(dry, run, tmp_path, monkeypatch):
     assert [path.name for path in run_dir.iterdir()] == ["report.html"]
     assert "dry run" in (run_dir / "report.html").read_text("utf-8")
     monkeypatch.undo()
-    assert run(run_dir, "max_steps=1", evaluate=None) == 0
+    assert run(run_dir, "max_steps=1", validate=False) == 0
     assert "dry run" not in (run_dir / "report.html").read_text("utf-8")
 
 

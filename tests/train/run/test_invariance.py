@@ -51,7 +51,9 @@ def packs_of(data, groups: list[list[int]]) -> PackDataset:
         for group in groups
     ]
     settings = {"data.max_tokens": 8192}
-    plan = Plan(packs=tuple(specs), packs_per_step=len(specs), steps_per_epoch=(1,), settings=settings)
+    plan = Plan(
+        packs=tuple(specs), packs_per_step=len(specs), steps_per_epoch=(1,), whole_epochs=(1,), settings=settings
+    )
     return PackDataset(data.dataset.records, plan, sizes, data.tokenizer, data.candidates)
 
 

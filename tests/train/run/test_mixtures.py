@@ -249,7 +249,7 @@ def test_nano_learns_from_three_sources_in_three_forms(tmp_path):
     (tmp_path / "mine.yaml").write_text(f"defaults: [sft_tiny, _self_]\ndata:\n  sources: {sources}\n")
     small = ("max_steps=16", "data.max_tokens=1400", "data.workers=0", "wandb.mode=disabled", "data.eval_fraction=0.1")
     config = load_config([f"conf={tmp_path / 'mine.yaml'}", f"run_dir={tmp_path / 'run'}", *small], Machine(gpus=0))
-    assert train(config, evaluate=None) == 0
+    assert train(config, validate=False) == 0
     lines = metrics(tmp_path / "run")
     learned = {name: [line["loss_of"][name] for line in lines if name in line["loss_of"]] for name in NAMES}
     for name, losses in learned.items():

@@ -88,7 +88,11 @@ def test_ten_lora_steps_equal_the_official_code(family, golden_folder, arguments
     packs, done = GoldenPacks(family), []
     assert [spec.supervised for spec in packs.specs] == expected["supervised"]
     plan = Plan(
-        packs=tuple(packs.specs * 10), packs_per_step=2, steps_per_epoch=(10,), settings={"data.max_tokens": 662}
+        packs=tuple(packs.specs * 10),
+        packs_per_step=2,
+        steps_per_epoch=(10,),
+        whole_epochs=(10,),
+        settings={"data.max_tokens": 662},
     )
     with StopRequest() as stop:
         trainer = VL2Trainer(

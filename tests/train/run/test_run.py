@@ -21,6 +21,7 @@ from tests.train.conftest import write_data
 from train.config.load import load_config
 from train.run.build import open_base
 from train.run.build_data import build_data
+from train.run.held_out import HeldOut
 from train.run.metrics import MetricsLog
 from train.run.report import StartReport
 from train.run.summary import Summary
@@ -356,26 +357,25 @@ def test_load_balance_is_reported_beside_the_loss(run, whole, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_questions_are_asked_once_before_and_once_after(arguments, data_file, tmp_path, capsys):
-    import train.run.training as entry
-
+def test_questions_are_asked_once_before_and_once_after(run, data_file, tmp_path, capsys, monkeypatch):
     asked = []
 
-    def evaluate(model, data, config, when):
-        asked.append(len(data.questions))
+    def answers(self, *, permute):
+        asked.append((len(self.data.questions), permute))
         return {"exact_match": 0.25 * len(asked), "questions": 5.0, "cut": 7.0 - len(asked)}
 
-    run_dir = tmp_path / "run"
-    settings = arguments(run_dir, "max_steps=1", f"data.eval_path={data_file}", "eval.questions=5")
-    assert entry.train(load_config(settings), evaluate=evaluate) == 0
-    assert asked == [5, 5]
+    monkeypatch.setattr(HeldOut, "answers", answers)
+    run_dir, settings = tmp_path / "run", ("max_steps=1", f"data.eval_path={data_file}", "eval.questions=5")
+    assert run(run_dir, *settings) == 0
+    assert asked == [(5, False), (5, True)]
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["accuracy_before"], summary["accuracy_after"]) == (0.25, 0.5)
     out, err = capsys.readouterr()
     assert "note: 5 of 5 answers were cut at eval.max_new_tokens=512" in err
     assert re.search(r"^answers cut +6 -> 5$", out, re.MULTILINE)
-    assert entry.train(load_config([*settings, "resume=auto"]), evaluate=evaluate) == 0
-    assert asked == [5, 5, 5]  # before is what it was
+    assert run(run_dir, *settings, "resume=auto") == 0
+    assert len(asked) == 3  # before is what it was
+    assert [line["step"] for line in metrics(run_dir)] == [0, 1, 1]  # before, the step, after: none of them twice
 
 
 @pytest.mark.slow

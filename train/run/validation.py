@@ -1,0 +1,126 @@
+"""Validation of a run: before training, at the steps that are due, and after it. It changes nothing in training."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from paddle import nn
+
+from data.plan import Plan
+from train.config.every import Every, read_every
+from train.config.schema import TrainConfig
+from train.run.build_data import Data
+from train.run.gather import gather_objects
+from train.run.held_out import Found, HeldOut
+from train.run.metrics import MetricsLog
+from train.run.say import say
+from train.run.stop import StopRequest
+from train.store.run_dir import read_marker, update_marker
+
+
+class Validation:
+    """Validates a run; every rank calls the same methods at the same steps.
+
+    Args:
+        config, data: of the run; rows are held out.
+        model: under training.
+        log: of rank 0; None on the others.
+    """
+
+    def __init__(self, config: TrainConfig, data: Data, model: nn.Layer, log: MetricsLog | None):
+        self.config, self.model, self.log = config, model, log
+        self.held_out = HeldOut(config, data, model)
+        self.due = due_steps(read_every(config.eval.every), data.plan)
+
+    def before(self) -> dict[str, float]:
+        """Numbers of the model before training; kept through the run's interruptions. Collective."""
+        kept = gather_objects(self._evaluation().get("before") if self.log is not None else None)[0]
+        return kept or self._at_an_end("before", 0, permute=False)
+
+    def after(self, step: int) -> dict[str, float]:
+        """Numbers of the trained model, of its answers with the pictures exchanged too. Collective."""
+        return self._at_an_end("after", step, permute=self.config.eval.permuted)
+
+    def during(self, step: int, stop: StopRequest) -> Found | None:
+        """Validate after a step that is due; None where it is not, or a rank was asked to stop. Collective."""
+        if step not in self.due:
+            return None
+        started = time.perf_counter()
+        found = self._validate(step, stop, permute=False)
+        if found is not None:
+            say(f"step {step}: {in_words(found)} ({time.perf_counter() - started:.0f} s)")
+        return found
+
+    def _at_an_end(self, when: str, step: int, *, permute: bool) -> dict[str, float]:
+        started = time.perf_counter()
+        found = self._validate(step, None, permute=permute)
+        assert found is not None  # nobody can ask to stop here
+        if self.log is not None:
+            update_marker(Path(self.config.run_dir), evaluation={**self._evaluation(), when: found.numbers})
+        say(f"{when} training: {in_words(found)} ({time.perf_counter() - started:.0f} s)")
+        if found.numbers.get("cut"):
+            say(
+                f"note: {found.numbers['cut']:.0f} of {found.numbers['questions']:.0f} answers were cut at "
+                f"eval.max_new_tokens={self.config.eval.max_new_tokens}, before they had ended",
+                sys.stderr,
+            )
+        return found.numbers
+
+    def _validate(self, step: int, stop: StopRequest | None, *, permute: bool) -> Found | None:
+        with evaluating(self.model):
+            losses = self.held_out.losses(lambda: stop is not None and stop.code != 0)
+            if losses is None:
+                return None
+            numbers = {"loss": losses.mean(), **self.held_out.answers(permute=permute)}
+        found = Found(numbers=numbers, loss_of=self.held_out.loss_of(losses))
+        if self.log is not None:
+            self.log.validation(step, found.to_json())
+        return found
+
+    def _evaluation(self) -> dict[str, dict[str, float]]:
+        marker = read_marker(Path(self.config.run_dir))
+        return marker.evaluation if marker else {}
+
+
+def due_steps(every: Every, plan: Plan) -> frozenset[int]:
+    """Steps after which a run is validated: those of its interval, and the last.
+
+    A part of an epoch is counted within each epoch, of its whole length where the run cuts it off.
+
+    every 0.5, epochs of 5 and 5 steps, the second cut off after 4  ->  3, 5, 8, 9
+    """
+    if not every:
+        return frozenset()
+    if every.steps:
+        found = set(range(every.steps, plan.num_steps + 1, every.steps))
+    else:
+        found, start = set(), 0
+        for length in plan.whole_epochs:
+            parts = range(1, math.floor(1 / every.part + 1e-9) + 1)
+            found |= {start + math.ceil(part * every.part * length - 1e-9) for part in parts}
+            start += length
+    return frozenset({step for step in found if step <= plan.num_steps} | {plan.num_steps})
+
+
+def in_words(found: Found) -> str:
+    """What was found, in a line."""
+    words = f"loss {found.numbers['loss']:.4f} on the held-out rows"
+    right = found.numbers.get("exact_match")
+    return words if right is None else f"{words}, {right:.1%} of the held-out answers are right"
+
+
+@contextmanager
+def evaluating(model: nn.Layer) -> Iterator[None]:
+    """A model in evaluation mode, and afterwards in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
