@@ -20,7 +20,8 @@ from train.ask.note import note
 from train.ask.processor import PROCESSOR_CONFIG, exif_in_force, processor_document, resolutions_in_force
 from train.ask.source import Source, find_source
 from train.config.schema import ExportConfig
-from train.export.folder import TURNED, check_out
+from train.export.card import card, write_card
+from train.export.folder import check_out
 from train.store.facts import to_document, write_fact
 from train.store.names import EXPORT_REPORT
 from train.store.provenance import ExportReport
@@ -114,7 +115,7 @@ def export_adapter(config: ExportConfig) -> ExportReport:
         write_processor(folder, source, skeleton.config)
         report = replace(report, verified=verify(folder, skeleton, adapter, tensors))
         write_fact(folder / EXPORT_REPORT, report)
-        (folder / "README.md").write_text(card(report), encoding="utf-8")
+        write_card(folder, out, card(report, source, merge_first(report)))
 
     write_folder(out, write)
     return report
@@ -227,25 +228,3 @@ def merge_first(report: ExportReport) -> str:
         return ""
     code, call = ("the official code", "merge_and_unload()") if report.adapter == PEFT else ("PaddleMIX", "merge()")
     return f"call {call} after loading it: {code} reads kv_b_proj.weight past an adapter that is not merged"
-
-
-def card(report: ExportReport) -> str:
-    """README.md of an exported adapter."""
-    reader, model = "peft.PeftModel", "the official model"
-    if report.adapter != PEFT:  # which copies float32 into nothing else
-        reader, model = "paddlenlp.peft.LoRAModel", "PaddleMIX's model in float32"
-    advice = merge_first(report)
-    lines = [
-        "# An adapter of DeepSeek-VL2",
-        "",
-        "**From a rehearsal on nano: not for use.**\n" if report.rehearsal else "",
-        f"- recipe: {report.recipe}",
-        f"- base model: {report.base}",
-        f"- read by: {reader}.from_pretrained(model, FOLDER), with {model}",
-        *([f"- **{advice}**"] if advice else []),
-        "- images: at the resolutions of `processor_config.json` here, as in training",
-        *([TURNED] if report.exif == "rotate" else []),
-        "",
-        "    bash launch.sh infer model=FOLDER image=... prompt=...",
-    ]
-    return "\n".join(lines) + "\n"

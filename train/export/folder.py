@@ -1,4 +1,4 @@
-"""What lies in an export's folder: the weights' files as the base has them, the base's other files, a model card."""
+"""What lies in an export's folder: the weights' files as the base has them, the base's other files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from train.export.merge import Merge
 from train.store.checkpoints import is_checkpoint
 from train.store.names import EXPORT_REPORT
 from train.store.overwrite import is_export
-from train.store.provenance import ExportReport
 from train.store.run_dir import check_place
 from train.store.whole_folder import MANIFEST, strangers
 from vl2.checkpoint.folder import INDEX_FILE
@@ -27,8 +26,6 @@ from vl2.json_object import read_json_object
 
 # Weights of any kind: those of the base are not copied.
 _WEIGHTS = (".safetensors", ".index.json", ".pdparams", ".bin", ".pt", ".pth")
-# A line of a model card.
-TURNED = "- images: turn them as their EXIF orientation says before they are shown, as in training"
 # Written anew.
 _OWN_FILES = ("config.json", "processor_config.json", EXPORT_REPORT, MANIFEST)
 
@@ -101,29 +98,6 @@ def _write_json(target: Path, document: Mapping[str, Any], original: Path) -> No
         shutil.copyfile(original, target)
     else:
         target.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def model_card(report: ExportReport) -> str:
-    """README.md of an export: what it is and what was verified."""
-    layout = "PaddleMIX's layout" if report.layout == "paddle" else "official layout"
-    lines = [
-        "# A fine-tuned DeepSeek-VL2",
-        "",
-        "**From a rehearsal on nano: not for use.**\n" if report.rehearsal else "",
-        f"- recipe: {report.recipe}",
-        f"- base model: {report.base}",
-        f"- weights: {report.dtype}, {layout}; the licence is the base model's",
-        *([TURNED] if report.exif == "rotate" else []),
-        "",
-        "Verified when it was written:",
-        *(
-            f"- {key}: {value:.3g}" if isinstance(value, float) else f"- {key}: {value}"
-            for key, value in report.verified.items()
-        ),
-        "",
-        "    bash launch.sh infer model=FOLDER image=... prompt=...",
-    ]
-    return "\n".join(lines) + "\n"
 
 
 def check_out(out: Path, source: Source, *, overwrite: bool) -> None:

@@ -20,7 +20,8 @@ from train.ask.source import Source, find_source
 from train.config.load import load_export_config
 from train.config.schema import ExportConfig
 from train.export.adapter import export_adapter, merge_first
-from train.export.folder import check_out, model_card, plan_export, write_companions, write_weights
+from train.export.card import card, write_card
+from train.export.folder import check_out, plan_export, write_companions, write_weights
 from train.export.merge import Merge, open_merge
 from train.export.verify import make_probe, verify_logits, verify_tensors
 from train.machine.devices import use_device
@@ -103,7 +104,7 @@ def export(config: ExportConfig) -> ExportReport:
         report = replace(report, verified=verified, cost=cost)
         write_fact(folder / EXPORT_REPORT, report)
         if source.trained is not None:
-            (folder / "README.md").write_text(model_card(report), encoding="utf-8")
+            write_card(folder, out, card(report, source))
 
     write_folder(out, write)
     return report

@@ -11,7 +11,7 @@ from train.config.load import default_export
 from train.config.schema import ExportConfig
 from train.export.folder import check_out
 from train.export.merged import export
-from train.store.whole_folder import damage
+from train.store.whole_folder import damage, read_manifest
 
 
 @pytest.fixture
@@ -32,7 +32,10 @@ def test_an_export_replaces_an_export_and_nothing_foreign(place):
     write()
     with pytest.raises(ValueError, match="there is an export already; give overwrite=true"):
         write()
+    (place / "out" / "README.md").write_text("Ours, of November.")
     write(overwrite=True)
+    assert (place / "out" / "README.md").read_text() == "Ours, of November."
+    assert "README.md" in read_manifest(place / "out").files
     (place / "out" / "deeper").mkdir()
     (place / "out" / "deeper" / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match=r"out=out: deeper/thesis\.tex: not written by the export"):
