@@ -20,7 +20,7 @@ from paddlenlp.peft import LoRAConfig, LoRAModel
 from vl2.errors import UserError
 from vl2.linear import Linear
 from vl2.lora_layers import MERGE, ExpertsLoRA, LoRALinear, refused
-from vl2.lora_settings import GROUPS, LoRASettings
+from vl2.lora_settings import GROUPS, LoRASettings, is_factor
 from vl2.moe import Experts
 
 
@@ -57,6 +57,7 @@ class VL2LoRAModel(LoRAModel):
             lora_alpha=settings.alpha,  # type: ignore[arg-type]  # annotated int, used as a number
             lora_dropout=settings.dropout,
             target_modules=[GROUPS[name] for name in settings.groups],
+            rslora=settings.rslora,
             dtype="float32",
         )
         self.reports = tuple(_add_factors(model, settings, group) for group in settings.groups)
@@ -70,12 +71,12 @@ class VL2LoRAModel(LoRAModel):
 
     def factors(self) -> dict[str, paddle.Tensor]:
         """Every A and B by its path in the wrapped model: `language.model.layers.0.self_attn.q_proj.lora_A`."""
-        return {name: p for name, p in self.model.named_parameters() if _is_factor(name)}
+        return {name: p for name, p in self.model.named_parameters() if is_factor(name)}
 
     def mark_only_lora_as_trainable(self) -> None:
         """Freeze all but the factors (PaddleNLP's own knows only its own layer types)."""
         for name, parameter in self.model.named_parameters():
-            parameter.stop_gradient = not _is_factor(name)
+            parameter.stop_gradient = not is_factor(name)
 
     def train(self) -> None:
         """Training mode. PaddleNLP's visits every layer once for each of its ancestors."""
@@ -182,7 +183,7 @@ def deltas(lora_model: VL2LoRAModel) -> dict[str, Delta]:
 
 def _add_factors(model: nn.Layer, settings: LoRASettings, group: str) -> GroupReport:
     pattern, rank = re.compile(GROUPS[group]), settings.rank_of(group)
-    options = {"rank": rank, "alpha": settings.alpha_of(group), "dropout": settings.dropout}
+    options = {"rank": rank, "scaling": settings.scaling_of(group), "dropout": settings.dropout}
     matched = [(path, layer) for path, layer in model.named_sublayers() if pattern.fullmatch(path)]
     if not matched:
         raise UserError(f"lora.groups: {group!r} matches nothing in this model; take it out of lora.groups")
@@ -200,7 +201,7 @@ def _add_factors(model: nn.Layer, settings: LoRASettings, group: str) -> GroupRe
 def _initialise(model: nn.Layer, seed: int) -> None:
     """A uniform in +-1/sqrt(in), which is PaddleNLP's and PEFT's Kaiming initialisation with slope sqrt(5); B zero."""
     for name, parameter in model.named_parameters():
-        if not _is_factor(name):
+        if not is_factor(name):
             continue
         values = np.zeros(parameter.shape, "float32")
         if name.endswith("_A"):
@@ -220,12 +221,8 @@ def _lora_layers(model: nn.Layer) -> Iterator[tuple[str, LoRALinear | ExpertsLoR
             yield path.rpartition(".")[0], layer
 
 
-def _is_factor(name: str) -> bool:
-    return re.search(r"\.(lora_[AB]|lora\.(gate|up|down)_[AB])$", name) is not None
-
-
 def _count_factors(model: nn.Layer) -> int:
-    return sum(int(np.prod(p.shape)) for name, p in model.named_parameters() if _is_factor(name))
+    return sum(int(np.prod(p.shape)) for name, p in model.named_parameters() if is_factor(name))
 
 
 def _module(model: nn.Layer, path: str) -> nn.Layer:

@@ -41,11 +41,11 @@ class LoRALinear(PaddleNLPLoRALinear):
     and fill a second base weight: this one takes over the Linear it replaces.
     """
 
-    def __init__(self, base: Linear, *, rank: int, alpha: float, dropout: float):
+    def __init__(self, base: Linear, *, rank: int, scaling: float, dropout: float):
         nn.Layer.__init__(self)
         self.weight, self.bias, self.name = base.weight, base.bias, None
         self.in_features, self.out_features = base.weight.shape
-        self.r, self.scaling = rank, alpha / rank
+        self.r, self.scaling = rank, scaling
         self.lora_dropout = nn.Dropout(dropout)
         self.lora_A = self.create_parameter([self.in_features, rank], dtype="float32")
         self.lora_B = self.create_parameter([rank, self.out_features], dtype="float32")
@@ -78,10 +78,10 @@ class LoRALinear(PaddleNLPLoRALinear):
 class ExpertsLoRA(nn.Layer):
     """Low-rank additions to all experts of a layer; gate and up have their own A and B, as in PEFT adapters."""
 
-    def __init__(self, base: Experts, *, rank: int, alpha: float, dropout: float):
+    def __init__(self, base: Experts, *, rank: int, scaling: float, dropout: float):
         super().__init__()
         num_experts, size, inner = base.gate_up.shape[0], base.gate_up.shape[1], base.down.shape[1]
-        self.scaling = alpha / rank
+        self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
         self.gate_A = self.create_parameter([num_experts, size, rank], dtype="float32")
         self.gate_B = self.create_parameter([num_experts, rank, inner], dtype="float32")

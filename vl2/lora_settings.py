@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -25,10 +27,11 @@ class LoRASettings:
 
     groups: tuple[str, ...]  # names of GROUPS
     rank: int = 8  # inner width of the low-rank product
-    alpha: float = 16.0  # the product is scaled by alpha / rank of its group
+    alpha: float = 16.0  # the product is scaled by alpha / rank of its group, see `scaling_of`
     dropout: float = 0.0  # probability, on the input of A, in training
     ranks: Mapping[str, int] = field(default_factory=dict)  # rank of single groups, instead of `rank`
     alphas: Mapping[str, float] = field(default_factory=dict)  # alpha of single groups, instead of `alpha`
+    rslora: bool = False  # the product is scaled by alpha / sqrt(rank), which does not fade as the rank grows
 
     def __post_init__(self) -> None:
         for name in (*self.groups, *self.ranks, *self.alphas):
@@ -54,3 +57,13 @@ class LoRASettings:
     def alpha_of(self, group: str) -> float:
         """Alpha of one group."""
         return self.alphas.get(group, self.alpha)
+
+    def scaling_of(self, group: str) -> float:
+        """What the low-rank product of one group is multiplied by."""
+        rank = self.rank_of(group)
+        return self.alpha_of(group) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def is_factor(path: str, letters: str = "AB") -> bool:
+    """Whether a parameter is an A or a B of an adapter, or with `letters` one of them."""
+    return re.search(rf"\.(lora_[{letters}]|lora\.(gate|up|down)_[{letters}])$", path) is not None

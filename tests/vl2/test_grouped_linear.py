@@ -40,7 +40,7 @@ def outcome(monkeypatch, load: str, way: Blocks | str, *, lora: bool, train: boo
     rng = np.random.default_rng(0)
     experts = Experts(num_experts, D, I)
     if lora:
-        experts.lora = ExpertsLoRA(experts, rank=4, alpha=8.0, dropout=dropout)
+        experts.lora = ExpertsLoRA(experts, rank=4, scaling=2.0, dropout=dropout)
     for name, parameter in experts.named_parameters():
         parameter.set_value(rng.normal(0, 0.3, parameter.shape).astype("float32"))
         parameter.stop_gradient = not (train or "lora" in name)

@@ -33,6 +33,10 @@ class CommandLine:
         """Whether the user gave this key or group."""
         return name in {*self.texts, *self.options, *(_key_of(override) for override in self.overrides)}
 
+    def names_under(self, place: str) -> bool:
+        """Whether the user gave this entry of a table, or one of its keys."""
+        return any(f"{_key_of(override)}.".startswith(f"{place}.") for override in self.overrides)
+
 
 def _key_of(argument: str) -> str:
     return argument.partition("=")[0].strip().lstrip("+~")
@@ -109,9 +113,12 @@ def _several(value: str) -> list[str]:
 def _spec_of(name: str, specs: dict[str, Key]) -> Key | None:
     """The leaf that a typed name means; None for `conf` and for a group of keys."""
     inner = {leaf.rpartition(".")[0] for leaf in specs} - {""}
-    table = specs.get(name.rpartition(".")[0])
+    above = name.rpartition(".")[0]
+    table, of_entries = specs.get(above), specs.get(above.rpartition(".")[0])  # lora.ranks, optim.groups
     if name in specs or (table and table.is_table):
         return specs.get(name) or table
+    if of_entries and of_entries.is_table and of_entries.entry_class:
+        return of_entries
     if name == "conf" or name in inner:
         return None
     raise UserError(f"unknown key {name!r}{did_you_mean(name, [*specs, *inner, 'conf'])}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.config.earlier import in_todays_words
 from train.config.fields import did_you_mean
 from vl2.errors import UserError
 
@@ -44,6 +45,13 @@ class Recipe:
     file: Path | None = None  # None: conf/<name>.yaml
     content: Any = field(default=None, repr=False)  # of the file
     rehearsal: bool | None = None  # of a run's own config.yaml: whether that run was a rehearsal
+
+    def names_group(self, group: str) -> bool:
+        """Whether a recipe of the user's sets optim.groups.GROUP; a run's own repeats what it took from an option."""
+        if self.rehearsal is not None:
+            return False
+        optim = (self.content or {}).get("optim") or {}
+        return group in (optim.get("groups") or {})
 
 
 def open_recipe(conf: str, *, resume: bool = False) -> Recipe:
@@ -85,7 +93,7 @@ def open_recipe(conf: str, *, resume: bool = False) -> Recipe:
     return Recipe(
         name=str(content.get("recipe") or file.stem),
         file=file,
-        content={name: _literal(value) for name, value in content.items() if name not in one_command},
+        content={name: _literal(value) for name, value in in_todays_words(content).items() if name not in one_command},
         rehearsal=content["rehearsal"] is True,
     )
 

@@ -45,8 +45,8 @@ def key(
         high: Greatest value allowed.
         path: The value names a file or folder (a leading `~` is the home folder).
         one_or_more: The value is a list of texts, and may be written as one text, `[A,B]` or null.
-        entry_class: Configuration class of a list's entries, where they are no texts. OmegaConf must not know it (the
-            type is list[Any]): its errors do not say which entry is wrong.
+        entry_class: Configuration class of a list's or table's entries. OmegaConf must not know it (the type is
+            list[Any] or dict[str, Any]): its errors do not say which entry is wrong.
         factory: Makes the default where that is a list or a table.
     """
     metadata = {
@@ -113,6 +113,7 @@ class Key:
             dict[str, str]: "a table {name:text}",
             dict[str, int]: "a table {name:number}",
             dict[str, float]: "a table {name:number}",
+            dict[str, Any]: "a table {name:{key:value}}",
         }.get(self.type, "a list [{key:value},...]")
         words += f" ({self.unit})" if self.unit else ""
         return f"{words} or null" if self.optional else words
@@ -136,9 +137,17 @@ def list_keys(schema: type, prefix: str = "") -> list[Key]:
     return found
 
 
-def list_entry_keys(spec: Key, index: str = "") -> list[Key]:
-    """The leaves of one entry of a list, `data.sources[2].path`; none where entries are texts, or for no list."""
-    return list_keys(spec.entry_class, f"{spec.name}[{index}].") if spec.entry_class else []
+def list_entry_keys(spec: Key, entry: str = "") -> list[Key]:
+    """The leaves of an entry, `data.sources[2].path` or `optim.groups.NAME.lr_scale`; none where it has no class."""
+    place = f"{spec.name}.{entry or 'NAME'}." if spec.is_table else f"{spec.name}[{entry}]."
+    return list_keys(spec.entry_class, place) if spec.entry_class else []
+
+
+def entries(spec: Key, value: Any) -> list[tuple[str, Any]]:
+    """(place, entry) of each entry of a list or table whose entries are configurations."""
+    if isinstance(value, dict):
+        return [(f"{spec.name}.{name}", entry) for name, entry in value.items()]
+    return [(f"{spec.name}[{i}]", entry) for i, entry in enumerate(value)]
 
 
 def value_of(config: Any, name: str) -> Any:
@@ -163,8 +172,10 @@ def check_values(config: Any, prefix: str = "") -> None:
             continue
         spec = replace(spec, name=prefix + spec.name)
         if spec.entry_class:
-            for i, entry in enumerate(value):
-                check_values(entry, f"{spec.name}[{i}].")
+            for name in value if spec.is_table else ():
+                _check_choice(spec, name)
+            for place, entry in entries(spec, value):
+                check_values(entry, f"{place}.")
             continue
         for name, entry in (
             value.items() if spec.is_table else [(None, v) for v in value] if spec.is_list else [(None, value)]
@@ -174,11 +185,7 @@ def check_values(config: Any, prefix: str = "") -> None:
 
 def _check_value(spec: Key, table_name: str | None, value: Any) -> None:
     name = f"{spec.name}.{table_name}" if table_name else spec.name
-    text = table_name or value
-    if spec.choices and text not in spec.choices:
-        raise UserError(
-            f"{spec.name}={text}: expected one of {', '.join(spec.choices)}{did_you_mean(text, spec.choices)}"
-        )
+    _check_choice(spec, table_name or value)
     if spec.one_or_more and not (isinstance(value, str) and value):
         raise UserError(f"{name}={value}: expected a text, or a list of texts, none of them empty (null for none)")
     unit = f" {spec.unit}" if spec.unit else ""
@@ -186,6 +193,13 @@ def _check_value(spec: Key, table_name: str | None, value: Any) -> None:
         raise UserError(f"{name}={value}: expected at least {spec.low}{unit}")
     if spec.high is not None and not value <= spec.high:
         raise UserError(f"{name}={value}: expected at most {spec.high}{unit}")
+
+
+def _check_choice(spec: Key, text: Any) -> None:
+    if spec.choices and text not in spec.choices:
+        raise UserError(
+            f"{spec.name}={text}: expected one of {', '.join(spec.choices)}{did_you_mean(text, spec.choices)}"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,18 +1,18 @@
-"""What OmegaConf has no type for: one text or several, and lists whose entries are configurations themselves."""
+"""What OmegaConf has no type for: one text or several, and lists and tables whose entries are configurations."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from train.config.fields import Key, did_you_mean, list_keys, value_of
+from train.config.fields import Key, did_you_mean, entries, list_keys, value_of
 from vl2.errors import UserError
 
 _MAX_SHOWN = 100  # characters of a value in an error
 
 
 def settle(config: Any) -> None:
-    """Make one-or-more keys lists, list entries dataclasses, and the `~` of paths the home folder, in place.
+    """Make one-or-more keys lists, entries dataclasses, and the `~` of paths the home folder, in place.
 
     Raises:
         UserError: an entry with an unknown key or a wrong type, by its place: data.sources[1].repeat.
@@ -22,7 +22,8 @@ def settle(config: Any) -> None:
         owner = value_of(config, group) if group else config
         value = getattr(owner, leaf)
         if spec.entry_class:
-            value = [_read_entry(spec.entry_class, entry, f"{spec.name}[{i}]") for i, entry in enumerate(value)]
+            read = [_read_entry(spec.entry_class, entry, place) for place, entry in entries(spec, value)]
+            value = dict(zip(value, read)) if spec.is_table else read
         if spec.one_or_more and not isinstance(value, list):
             value = [] if value in (None, "") else [value]
         if spec.path:  # bash leaves the `~` of `key=~/x` alone, and so does YAML
@@ -55,7 +56,9 @@ def _read_entry(schema: type, entry: Any, place: str) -> Any:
             raise UserError(
                 f"{place}.{name}={_shown(value)}: expected {specs[name].expected}, found {type(value).__name__}"
             )
-    config = schema(**{name: float(value) if specs[name].type is float else value for name, value in entry.items()})
+    config = schema(
+        **{name: float(v) if type(v) is int and specs[name].type is float else v for name, v in entry.items()}
+    )
     settle(config)
     return config
 

@@ -14,6 +14,7 @@ from train.config.data_schema import SOURCE_DOC, DataConfig
 from train.config.every import read_every
 from train.config.schema import METRICS, NANO, DoctorConfig, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from train.config.serve_schema import ServeConfig
+from train.config.trains import check_groups, check_trains
 from train.machine.devices import Machine, choose_device, find_machine
 from vl2.errors import UserError
 
@@ -57,6 +58,7 @@ def load_config(argv: Sequence[str], machine: Machine | None = None) -> TrainCon
     config.nproc = config.nproc or (machine.usable_gpus if device == "gpu" else 1)
     config.run_dir = config.run_dir or str(Path("outputs", "rehearsal" if rehearsal else "", recipe.name))
     _check_run(config, machine, device)
+    check_groups(config, lambda group: line.names_under(f"optim.groups.{group}") or recipe.names_group(group))
     return config
 
 
@@ -121,16 +123,7 @@ def _check_run(config: TrainConfig, machine: Machine, device: str) -> None:
     _check_eval(config)
     if config.epochs is None and config.max_steps is None:
         raise UserError("epochs and max_steps are both null: one of them must say how long the run is")
-    if config.lora.rank == 0 and not config.trainable:
-        raise UserError("lora.rank=0 and trainable=[]: nothing would train; name parts in trainable or give a rank")
-    if config.lora.rank and not config.lora.groups:
-        raise UserError("lora.groups=[]: nothing would train; name groups or give lora.rank=0")
-    for name, table in (("ranks", config.lora.ranks), ("alphas", config.lora.alphas)):
-        stray = sorted(set(table) - set(config.lora.groups))
-        if stray:
-            raise UserError(f"lora.{name}.{stray[0]}: {stray[0]} is not in lora.groups={config.lora.groups}")
-    if config.lora.init and not config.lora.rank:
-        raise UserError(f"lora.init={config.lora.init} with lora.rank=0: no adapter would train; give lora.rank")
+    check_trains(config)
     if device == "gpu" and config.nproc > machine.usable_gpus:
         raise UserError(f"nproc={config.nproc}: this machine has {machine.usable_gpus} usable GPUs")
     if config.nnodes > 1 and not config.master:

@@ -22,6 +22,8 @@ OURS = {
     "interleave_probs": "data.sources",
     "learning_rate": "optim.lr",
     "logging_steps": "log_steps",
+    "lora_plus_scale": "lora.plus_scale",
+    "loraplus_lr_ratio": "lora.plus_scale",
     "lora_alpha": "lora.alpha",
     "lora_dropout": "lora.dropout",
     "lora_r": "lora.rank",
@@ -62,9 +64,11 @@ OURS = {
     "torch_dtype": "precision",
     "train_file": "data.path",
     "train_type": "lora.rank",
+    "use_rslora": "lora.rslora",
     "val_size": "data.eval_fraction",
     "val_dataset": "data.eval_path",
-    "vit_lr": "optim.vision_lr_scale",
+    "vision_lr_scale": "optim.groups",
+    "vit_lr": "optim.groups",
     "warmup_steps": "optim.warmup_ratio",
 }
 """A name there -> the nearest key of some verb here."""

@@ -7,6 +7,7 @@ OmegaConf refuses to compose into frozen ones; nobody changes one after `load_*`
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from train.config.conf_files import ROOT
 from train.config.data_schema import DataConfig, EvalDataConfig
@@ -14,6 +15,8 @@ from train.config.fields import LAST_SEED, LONGEST_TEXT, MANY, key
 
 LORA_GROUPS = ("attention", "experts", "shared_experts", "dense_mlp", "vision", "projector")
 PARTS = ("vision", "projector", "language")
+# Every weight is in one of them; an adapter's are in the group that it tunes.
+PARAMETER_GROUPS = (*LORA_GROUPS, "embeddings", "head", "norms", "routers")
 PRECISIONS = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "gpu")
 MODEL_DOC = "Folder of a base model, a run, an adapter (PEFT's too) or an export; or a name (nano, tiny, ...)."
@@ -49,7 +52,7 @@ class LoRAConfig:
     """Low-rank adapters; rank 0 trains the parts in `trainable` instead."""
 
     rank: int = key(8, "Rank of the adapters; 0: no adapters, `trainable` is trained.", low=0, high=4096)
-    alpha: float = key(16.0, "The update is scaled by alpha / rank.", low=0.001, high=65536)
+    alpha: float = key(16.0, "The update is scaled by alpha / rank; see lora.rslora.", low=0.001, high=65536)
     dropout: float = key(0.0, "Part of an adapter's inputs that is dropped.", low=0, high=0.95)
     groups: list[str] = key(
         factory=lambda: ["attention", "experts", "shared_experts", "dense_mlp"],
@@ -66,9 +69,21 @@ class LoRAConfig:
         low=0.001,
         high=65536,
     )
+    rslora: bool = key(False, "Scale by alpha / sqrt(rank) instead, which does not fade as the rank grows (rsLoRA).")
+    plus_scale: float = key(
+        1.0, "B learns at that many times A's rate (LoRA+, whose authors took 16).", low=0.001, high=1000
+    )
     init: str = key(
         "", "Adapter (PEFT's too) to start from; empty: B is zero, so training starts at the base.", path=True
     )
+
+
+@dataclass(kw_only=True)
+class GroupConfig:
+    """How one group of weights, or its adapters, learns otherwise than the rest."""
+
+    lr_scale: float = key(1.0, "It learns at optim.lr times this.", low=0, high=100)
+    weight_decay: float | None = key(None, "Of its matrices; null: optim.weight_decay.", low=0, high=10)
 
 
 @dataclass(kw_only=True)
@@ -79,7 +94,12 @@ class OptimConfig:
     schedule: str = key("cosine", "After the warm-up.", choices=("cosine", "constant"))
     warmup_ratio: float = key(0.03, "Linear warm-up.", unit="part of all optimizer steps", low=0, high=1)
     min_lr_ratio: float = key(0.1, "Where cosine ends.", unit="part of lr", low=0, high=1)
-    vision_lr_scale: float = key(1.0, "The vision tower (or its adapters) learns at lr times this.", low=0, high=100)
+    groups: dict[str, Any] = key(
+        factory=dict,
+        entry_class=GroupConfig,
+        doc="Groups that learn otherwise: optim.groups.vision.lr_scale=0.1.",
+        choices=PARAMETER_GROUPS,
+    )
     weight_decay: float = key(0.0, "Decoupled weight decay of matrices.", low=0, high=10)
     beta1: float = key(0.9, "Adam's first moment.", low=0, high=0.9999)
     beta2: float = key(0.95, "Adam's second moment.", low=0, high=0.9999)

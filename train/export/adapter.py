@@ -212,7 +212,7 @@ def _change(slot: Slot, ours: Adapter, theirs: Adapter) -> float:
     if not np.array_equal(a, new_a[..., :rank]) or new_a[..., rank:].any() or new_b[..., rank:, :].any():
         return np.inf
     before, after = (
-        x.astype(np.float64) * (s.alpha_of(group) / s.rank_of(group))
+        x.astype(np.float64) * s.scaling_of(group)
         for x, s in ((b, ours.settings), (new_b[..., :rank, :], theirs.settings))
     )
     return float((np.abs(after - before) / np.where(before == 0, 1.0, np.abs(before))).max())

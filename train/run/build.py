@@ -114,6 +114,7 @@ def lora_settings(config: TrainConfig) -> LoRASettings:
         dropout=config.lora.dropout,
         ranks=dict(config.lora.ranks),
         alphas=dict(config.lora.alphas),
+        rslora=config.lora.rslora,
     )
 
 
@@ -125,15 +126,16 @@ def check_settings(adapter: LoRASettings, run: LoRASettings, folder: str) -> Non
     """
 
     def meaning(settings: LoRASettings) -> dict[str, tuple[int, float]]:
-        return {group: (settings.rank_of(group), settings.alpha_of(group)) for group in settings.groups}
+        return {group: (settings.rank_of(group), settings.scaling_of(group)) for group in settings.groups}
 
     if meaning(adapter) == meaning(run):
         return
     keys = [f"lora.groups=[{','.join(adapter.groups)}] lora.rank={adapter.rank} lora.alpha={adapter.alpha:g}"]
+    keys += [f"lora.rslora={str(adapter.rslora).lower()}"] if adapter.rslora != run.rslora else []
     keys += [f"lora.ranks.{group}={rank}" for group, rank in adapter.ranks.items()]
     keys += [f"lora.alphas.{group}={alpha:g}" for group, alpha in adapter.alphas.items()]
     raise UserError(
-        f"lora.init={folder}: this adapter has other groups, ranks or alphas than the run and would be another one "
+        f"lora.init={folder}: this adapter has other groups, ranks or scalings than the run and would be another one "
         f"there; give {' '.join(keys)}"
     )
 

@@ -11,9 +11,13 @@ from typing import Any
 
 from data.dataset import Dataset
 from data.plan import Plan
-from train.config.schema import TrainConfig
+from train.config.earlier import in_todays_words
+from train.config.fields import list_keys
+from train.config.schema import OptimConfig, TrainConfig
 from train.store.run_state import Identity
 from vl2.tokenizer import Tokenizer
+
+_MAY_CHANGE = ("rank", "init", "plus_scale")  # keys of `lora` that are not compared, or by themselves
 
 
 def identity(config: TrainConfig, *, fingerprint: str, tokenizer: Tokenizer, plan: Plan) -> Identity:
@@ -30,7 +34,7 @@ def identity(config: TrainConfig, *, fingerprint: str, tokenizer: Tokenizer, pla
         settings={
             "precision": config.precision,
             "lora.rank": lora["rank"],
-            **({} if lora["rank"] == 0 else {f"lora.{key}": lora[key] for key in lora if key not in ("rank", "init")}),
+            **({} if lora["rank"] == 0 else {f"lora.{key}": lora[key] for key in lora if key not in _MAY_CHANGE}),
             **({"trainable": config.trainable} if lora["rank"] == 0 else {}),
             "data.max_tiles": config.data.max_tiles,
             **({} if config.data.exif == "ignore" else {"data.exif": config.data.exif}),
@@ -55,13 +59,17 @@ def fingerprint_of_records(dataset: Dataset, tokenizer: Tokenizer) -> str:
 
 
 def differences(saved: Identity, current: Identity) -> list[str]:
-    """What keeps `current` from going on where `saved` stopped, in words; empty when nothing does."""
+    """What keeps `current` from going on where `saved` stopped, in words; empty when nothing does.
+
+    A setting that came after `saved` was written had its default then.
+    """
     found = []
     if saved.model_fingerprint != current.model_fingerprint:
         found.append(f"the base model: it was {saved.model_path}, now it is {current.model_path}")
     if saved.tokenizer != current.tokenizer:
         found.append("the tokenizer")
-    for before, now in ((saved.settings, current.settings), (saved.plan, current.plan)):
+    defaults = {spec.name: spec.default for spec in list_keys(TrainConfig) if spec.name in current.settings}
+    for before, now in (({**defaults, **saved.settings}, current.settings), (saved.plan, current.plan)):
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) == now.get(key):
                 continue
@@ -81,9 +89,10 @@ def changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
     """
 
     def relevant(config: Mapping[str, Any]) -> dict[str, Any]:
-        optim = {f"optim.{key}": value for key, value in config["optim"].items()}
-        return {**optim, **{key: config[key] for key in ("epochs", "max_steps") if key in config}}
+        optim = {f"optim.{key}": value for key, value in {**asdict(OptimConfig()), **config["optim"]}.items()}
+        plus = {"lora.plus_scale": config.get("lora", {}).get("plus_scale", 1.0)}
+        return {**optim, **plus, **{key: config[key] for key in ("epochs", "max_steps") if key in config}}
 
-    before, now = relevant(saved), relevant(current)
-    changed = [key for key in now if key in before and before[key] != now[key]]  # settings come with later versions
+    before, now = relevant(in_todays_words(saved)), relevant(current)
+    changed = [key for key in now if key in before and before[key] != now[key]]
     return [f"{key} was {before[key]}, now it is {now[key]}" for key in changed]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import paddle
 from paddle.optimizer.lr import LRScheduler
 
+from train.config.schema import GroupConfig
 from vl2.errors import UserError
+from vl2.lora_settings import is_factor
+from vl2.parameter_groups import PARAMETER_GROUPS, group_of
 
 STATE_NAMES = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 
@@ -41,6 +45,45 @@ def decays(parameter: paddle.Tensor) -> bool:
     return len(parameter.shape) >= 2
 
 
+def by_group(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of parameters by the group of weights that they belong to; groups in their order, none of them empty."""
+    groups: dict[str, list[str]] = {group: [] for group in PARAMETER_GROUPS}
+    for name in names:
+        groups[group_of(name)].append(name)
+    return {group: found for group, found in groups.items() if found}
+
+
+def lr_scale(name: str, groups: Mapping[str, GroupConfig], plus_scale: float = 1.0) -> float:
+    """What the learning rate of a parameter is multiplied by, and so what it decays by.
+
+    Args:
+        name: structured.
+        groups: those that learn otherwise.
+        plus_scale: LoRA+: for B of every adapter, beside its group's.
+    """
+    group = groups.get(group_of(name))
+    return (group.lr_scale if group else 1.0) * (plus_scale if is_factor(name, "B") else 1.0)
+
+
+class GroupedAdamW(paddle.optimizer.AdamW):
+    """AdamW with a weight decay for each parameter, over one flat list of them.
+
+    Paddle's own takes a list of groups for that, which what partitions an optimizer over ranks does not.
+
+    Args:
+        weight_decays: coefficient by Paddle's name of the parameter.
+        options: of Paddle's AdamW.
+    """
+
+    def __init__(self, weight_decays: Mapping[str, float], **options: Any):
+        super().__init__(**options)
+        self.weight_decays = weight_decays
+
+    def _append_optimize_op(self, block: Any, param_and_grad: Any) -> Any:
+        self._weight_decay = self.weight_decays[param_and_grad[0].name]
+        return super()._append_optimize_op(block, param_and_grad)
+
+
 def build_optimizer(
     parameters: Mapping[str, paddle.Tensor],
     learning_rate: LRScheduler | float,
@@ -49,31 +92,35 @@ def build_optimizer(
     beta1: float = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
-    vision_lr_scale: float = 1.0,
-) -> paddle.optimizer.AdamW:
+    groups: Mapping[str, GroupConfig] | None = None,
+    plus_scale: float = 1.0,
+) -> GroupedAdamW:
     """AdamW with float32 state over float32 parameters. It does not clip: see train.run.gradients.
 
     Args:
         parameters: by structured name; all trainable.
         learning_rate: a number, or a scheduler.
-        weight_decay: decoupled, see `decays`.
-        vision_lr_scale: what the learning rate is multiplied by for the parameters below `vision.`; so is what they
-            decay by.
+        weight_decay: decoupled, see `decays`; of groups that have none of their own.
+        groups: those that learn otherwise.
+        plus_scale: see `lr_scale`.
     """
     half = [name for name, p in parameters.items() if p.dtype != paddle.float32]
     assert not half, f"trainable weights are float32, found {half[:3]}"
-    decaying = {p.name for p in parameters.values() if decays(p)}
     assert len({p.name for p in parameters.values()}) == len(parameters), "two parameters share a name"
-    for name, parameter in parameters.items():  # AdamW's own lr_ratio does not exist on CPU
-        parameter.optimize_attr["learning_rate"] = vision_lr_scale if name.startswith("vision.") else 1.0
-    optimizer = paddle.optimizer.AdamW(
+    groups, weight_decays = groups or {}, {}
+    for name, parameter in parameters.items():
+        own = groups.get(group_of(name), GroupConfig()).weight_decay
+        weight_decays[parameter.name] = (weight_decay if own is None else own) if decays(parameter) else 0.0
+        # AdamW's own lr_ratio does not exist on CPU.
+        parameter.optimize_attr["learning_rate"] = lr_scale(name, groups, plus_scale)
+    optimizer = GroupedAdamW(
+        weight_decays,
         learning_rate=learning_rate,
         parameters=list(parameters.values()),
         beta1=beta1,
         beta2=beta2,
         epsilon=eps,
         weight_decay=weight_decay,
-        apply_decay_param_fun=lambda name: name in decaying,
     )
     # Now rather than in the first step, so that a state can be set by structured name: Paddle's own state dict goes by
     # automatic names, which a second model in the process shifts.

@@ -308,7 +308,8 @@ class VL2Trainer(Trainer):
             beta1=optim.beta1,
             beta2=optim.beta2,
             eps=optim.eps,
-            vision_lr_scale=optim.vision_lr_scale,
+            groups=optim.groups,
+            plus_scale=self.config.lora.plus_scale,
         )
 
     def _wrap_model(self, model: paddle.nn.Layer, training: bool = True) -> paddle.nn.Layer:

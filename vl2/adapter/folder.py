@@ -31,13 +31,15 @@ from vl2.adapter.paddle_format import PADDLE_NAMES, read_paddle_config
 from vl2.adapter.peft_format import PEFT_NAMES, read_peft_config
 from vl2.adapter.rows import ROWS, changed_rows, in_type_of
 from vl2.adapter.slots import UNTUNED, difference, factor_shapes, slots
-from vl2.adapter.values import alpha, dropout, rank, table, text, texts
+from vl2.adapter.values import alpha, dropout, flag, rank, table, text, texts
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.errors import UserError
 from vl2.json_object import read_json_object
 from vl2.lora import VL2LoRAModel, apply_lora
 from vl2.lora_settings import LoRASettings
 from vl2.parameters import set_parameter
+
+_LATER = {"rslora": False}  # settings that adapters of an earlier version were made without
 
 
 def save_adapter(
@@ -102,6 +104,7 @@ def _own_settings(folder: Path) -> LoRASettings:
     path = folder / PADDLE_CONFIG
     where = f"{ENTRY}.settings"
     entry = table(path, where, read_json_object(path)[ENTRY].get("settings"), "the settings of an adapter made here")
+    entry = {**_LATER, **entry}
     if strange := entry.keys() ^ {field.name for field in fields(LoRASettings)}:
         raise UserError(
             f"{path}: not the configuration of an adapter made here ({where} has or lacks {', '.join(sorted(strange))})"
@@ -115,6 +118,7 @@ def _own_settings(folder: Path) -> LoRASettings:
             dropout=dropout(path, f"{where}.dropout", entry["dropout"]),
             ranks={group: rank(path, f"{where}.ranks.{group}", value) for group, value in ranks.items()},
             alphas={group: alpha(path, f"{where}.alphas.{group}", value) for group, value in alphas.items()},
+            rslora=flag(path, f"{where}.rslora", entry["rslora"]),
         )
     except UserError as error:
         if str(error).startswith(str(path)):

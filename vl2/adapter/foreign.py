@@ -5,6 +5,7 @@ What differs between the two (names, orientation, the configuration) is in peft_
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -90,6 +91,7 @@ class Declaration:
     rank: int
     alpha: float
     dropout: float
+    rslora: bool
 
     def rank_of(self, module: str) -> int:
         """Rank of one module."""
@@ -98,6 +100,11 @@ class Declaration:
     def alpha_of(self, module: str) -> float:
         """Alpha of one module."""
         return self.alphas.get(module, self.alpha)
+
+    def scaling_of(self, module: str) -> float:
+        """What the low-rank product of one module is multiplied by."""
+        rank = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(rank) if self.rslora else rank)
 
 
 class Names(NamedTuple):
@@ -161,10 +168,7 @@ def open_foreign(
     settings = _settings(declared, targeted)
     pieces: dict[str, list[Piece]] = {}
     for module, slot in targeted.items():
-        own, of_group = (
-            declared.alpha_of(module) / declared.rank_of(module),
-            settings.alpha_of(slot.group) / settings.rank_of(slot.group),
-        )
+        own, of_group = declared.scaling_of(module), settings.scaling_of(slot.group)
         for letter in "AB":
             gain = own / of_group if letter == "B" and own != of_group else 1.0
             piece = Piece(stored[names.name(module, letter)], slot.expert, names.transposed, gain)
@@ -199,6 +203,7 @@ def _settings(declared: Declaration, targeted: Mapping[str, Slot]) -> LoRASettin
         dropout=declared.dropout,
         ranks={group: rank for group, rank in ranks.items() if rank != declared.rank},
         alphas={group: alpha for group, alpha in alphas.items() if alpha != declared.alpha},
+        rslora=declared.rslora,
     )
 
 
@@ -220,7 +225,7 @@ def foreign_tensors(
         group = slot.group
         if group not in settings.groups:
             continue
-        scaling, new = (s.alpha_of(group) / s.rank_of(group) for s in (settings, written))
+        scaling, new = (s.scaling_of(group) for s in (settings, written))
         for letter in "AB":
             whole = factors[f"{slot.factor}_{letter}"]
             piece = whole if slot.expert is None else whole[slot.expert]

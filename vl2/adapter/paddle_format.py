@@ -18,7 +18,7 @@ from vl2.adapter.foreign import Declaration, Names
 from vl2.adapter.formats import PADDLE_CONFIG, PADDLE_SHARD
 from vl2.adapter.module_patterns import Expression, matched
 from vl2.adapter.peft_format import number, official_pattern
-from vl2.adapter.values import alpha, dropout, rank, refuse, texts
+from vl2.adapter.values import alpha, dropout, flag, rank, refuse, texts
 from vl2.json_object import read_json_object
 from vl2.lora_settings import LoRASettings
 
@@ -28,7 +28,7 @@ PADDLE_NAMES = Names(lambda module, letter: f"{module}.lora_{letter}", transpose
 _WITHOUT_EFFECT = {
     *("base_model_name_or_path", "dtype", "head_dim", "lora_plus_scale", "merge_weights", "scaling", "use_quick_lora"),
 }
-_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "tensor_parallel_degree"}
+_READ = {"r", "lora_alpha", "lora_dropout", "rslora", "target_modules", "tensor_parallel_degree"}
 
 
 def common_settings(settings: LoRASettings) -> LoRASettings:
@@ -39,6 +39,7 @@ def common_settings(settings: LoRASettings) -> LoRASettings:
         rank=settings.rank_of(largest),
         alpha=settings.alpha_of(largest),
         dropout=settings.dropout,
+        rslora=settings.rslora,
     )
 
 
@@ -54,6 +55,7 @@ def paddle_config(settings: LoRASettings, base: str) -> dict[str, Any]:
         lora_alpha=number(settings.alpha),  # type: ignore[arg-type]  # annotated int, used as a number
         lora_dropout=settings.dropout,
         target_modules=[official_pattern(group) for group in settings.groups],
+        rslora=settings.rslora,
         # PaddleMIX loads the base in this type to merge; in bfloat16 most of the addition would be lost.
         dtype="float32",
         base_model_name_or_path=base,
@@ -96,4 +98,5 @@ def read_paddle_config(folder: Path, modules: Sequence[str]) -> Declaration:
         rank=rank(path, "r", document.get("r")),
         alpha=alpha(path, "lora_alpha", document.get("lora_alpha")),
         dropout=dropout(path, "lora_dropout", document.get("lora_dropout")),
+        rslora=flag(path, "rslora", document.get("rslora")),
     )

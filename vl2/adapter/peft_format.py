@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from vl2.adapter.foreign import Declaration, Names
 from vl2.adapter.formats import PEFT_CONFIG
 from vl2.adapter.module_patterns import Expression, matched
-from vl2.adapter.values import alpha, dropout, rank, refuse, shown, table, texts
+from vl2.adapter.values import alpha, dropout, flag, rank, refuse, shown, table, texts
 from vl2.json_object import read_json_object
 from vl2.lora_settings import GROUPS, LoRASettings
 
@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = {
 }
 _READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern"),
-    *("alpha_pattern", "init_lora_weights", "bias"),
+    *("alpha_pattern", "init_lora_weights", "bias", "use_rslora"),
 }
 # Initialisations that leave the base as it is; the others (pissa, olora, loftq, corda ...) are deltas to another base.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -75,7 +75,7 @@ def peft_config(settings: LoRASettings, base: str) -> dict[str, Any]:
         "target_modules": "|".join(official_pattern(group) for group in settings.groups),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
-        "use_rslora": False,
+        "use_rslora": settings.rslora,
     }
 
 
@@ -136,6 +136,7 @@ def read_peft_config(folder: Path, modules: Sequence[str]) -> Declaration:
         rank=rank(path, "r", document.get("r")),
         alpha=alpha(path, "lora_alpha", document.get("lora_alpha")),
         dropout=dropout(path, "lora_dropout", document.get("lora_dropout")),
+        rslora=flag(path, "use_rslora", document.get("use_rslora")),
     )
 
 

@@ -55,6 +55,17 @@ def dropout(path: Path, key: str, value: Any) -> float:
     return float(value)
 
 
+def flag(path: Path, key: str, value: Any) -> bool:
+    """Take true or false; absent is false.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if value is not None and type(value) is not bool:
+        raise UserError(f"{path}: {key} is {shown(value)}; expected true or false")
+    return bool(value)
+
+
 def texts(path: Path, key: str, value: Any, expected: str) -> list[str]:
     """Take a list of texts.
 

@@ -17,14 +17,14 @@ NUMBERS = [
     (schema, spec)
     for schema in SCHEMAS
     for key in list_keys(schema)
-    for spec in (key, *list_entry_keys(key, "0"))
+    for spec in (key, *list_entry_keys(key, "vision" if key.is_table else "0"))
     if spec.type in (int, float, dict[str, int], dict[str, float])
 ]
 
 
 def is_of_entry(spec):
-    """Whether a key belongs to an entry of a list, as data.sources[0].repeat does."""
-    return "[0]." in spec.name
+    """Whether a key belongs to an entry of a list or table, as data.sources[0].repeat does."""
+    return "[0]." in spec.name or spec.name.startswith("optim.groups.")
 
 
 def read(schema, argument):

@@ -10,7 +10,7 @@ import pytest
 from tests.places import ROOT
 from train.config import conf_files
 from train.config.load import load_config
-from train.config.schema import NANO
+from train.config.schema import NANO, GroupConfig
 from train.machine.devices import Machine
 from train.run.memory import training_memory
 from train.run.training import train
@@ -33,7 +33,8 @@ def test_published_settings(name, lr):
     """arXiv 2412.10302: supervised fine-tuning."""
     config = load_config([f"conf=sft_{name}_full"], GPU)
     optim = config.optim
-    assert (optim.lr, optim.schedule, optim.warmup_ratio, optim.vision_lr_scale) == (lr, "constant", 0.0, 0.1)
+    assert (optim.lr, optim.schedule, optim.warmup_ratio) == (lr, "constant", 0.0)
+    assert optim.groups == {"vision": GroupConfig(lr_scale=0.1)}
     assert (optim.weight_decay, optim.beta1, optim.beta2, optim.max_grad_norm) == (0.1, 0.9, 0.95, 1.0)
     assert (config.data.max_tokens, config.packs_per_step, config.lora.rank) == (4096, 64, 0)
     assert config.trainable == ["vision", "projector", "language"]

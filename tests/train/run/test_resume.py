@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.places import GOLDENS
+from train.config.load import load_config
 from train.run.metrics import MetricsLog
 from train.run.resume import Resumed, choose_wandb_id
+from train.run.training import train
 from train.store.checkpoints import find_checkpoint
 from train.store.facts import read_fact
 from train.store.lock import hold
@@ -99,6 +101,23 @@ def test_a_run_of_format_1_goes_on(run, model_folder, tmp_path, monkeypatch):
     assert found == pytest.approx(expected, abs=1e-4)  # as the golden curve: another machine's float32 sums
     marker = read_marker(Path("run"))
     assert marker is not None and (marker.step, marker.wandb_id) == (2, json.loads(MARKER_V1.read_text())["wandb_id"])
+
+
+@pytest.mark.slow
+def test_a_run_that_lacks_todays_keys_goes_on(model_folder, tmp_path, monkeypatch, capsys):
+    """Its second and third step again, by its own configuration and to the same loss: what it lacks has its default."""
+    shutil.copytree(GOLDENS / "folders_v2", tmp_path / "here")
+    shutil.copytree(model_folder, tmp_path / "here" / "model")
+    shutil.copy(GOLDENS / "folders_v1" / "data.jsonl", tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    expected = [json.loads(line)["loss"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    before = Path("run/checkpoints/step-000001/config.yaml").read_text()
+    assert "vision_lr_scale: 0.5" in before and "groups: {}" not in before
+    assert train(load_config(["conf=run/config.yaml", "resume=auto"])) == 0
+    found = [json.loads(line)["loss"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert found[0] == expected[0] and len(found) == 3
+    assert found == pytest.approx(expected, abs=1e-4)  # as the golden curve: another machine's float32 sums
+    assert "steps from here on follow the new value" not in capsys.readouterr().err
 
 
 MARKER_V1 = GOLDENS / "folders_v1" / "run" / "run.json"

@@ -84,8 +84,8 @@ def test_an_untuned_module_of_a_group_can_learn(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_rslora": True}, r"adapter_config\.json: use_rslora is True; only plain LoRA can be read here"),
-        ({"use_dora": True}, r"use_dora is True; only plain LoRA"),
+        ({"use_rslora": "yes"}, r"adapter_config\.json: use_rslora is 'yes'; expected true or false"),
+        ({"use_dora": True}, r"adapter_config\.json: use_dora is True; only plain LoRA can be read here"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]; only plain LoRA"),
         ({"fan_in_fan_out": True}, r"fan_in_fan_out is True; only plain LoRA"),
         ({"bias": "lora_only"}, r"bias is 'lora_only'; expected none"),

@@ -23,7 +23,7 @@ def test_an_adapter_of_paddlemix(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rslora": True}, r"lora_config\.json: rslora is True; only plain LoRA"),
+        ({"rslora": 1}, r"lora_config\.json: rslora is 1; expected true or false"),
         ({"pissa": True}, r"pissa is True; only plain LoRA"),
         ({"loraga": True}, r"loraga is True; only plain LoRA"),
         ({"use_mora": True}, r"use_mora is True; only plain LoRA"),

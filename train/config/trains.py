@@ -1,0 +1,67 @@
+"""What trains in a run, and whether the settings of it go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from train.config.schema import PARAMETER_GROUPS, TrainConfig
+from vl2.errors import UserError
+
+# The groups of weights that a part of `trainable` is made of.
+_GROUPS_OF_PART = {
+    "vision": ("vision",),
+    "projector": ("projector",),
+    "language": tuple(group for group in PARAMETER_GROUPS if group not in ("vision", "projector")),
+}
+_OF_ADAPTERS = ("rslora", "plus_scale", "init")  # keys of `lora` that say nothing where there are no adapters
+_VECTORS = ("norms",)  # groups without a matrix
+
+
+def trained_groups(config: TrainConfig) -> tuple[str, ...]:
+    """The groups of weights that a run trains, themselves or by adapters."""
+    if config.lora.rank == 0:
+        return tuple(group for part in config.trainable for group in _GROUPS_OF_PART[part])
+    return tuple(config.lora.groups)
+
+
+def check_trains(config: TrainConfig) -> None:
+    """Refuse settings of what trains that do not go together.
+
+    Raises:
+        UserError: with the keys.
+    """
+    lora = config.lora
+    if lora.rank == 0 and not config.trainable:
+        raise UserError("lora.rank=0 and trainable=[]: nothing would train; name parts in trainable or give a rank")
+    if lora.rank and not lora.groups:
+        raise UserError("lora.groups=[]: nothing would train; name groups or give lora.rank=0")
+    for name, table in (("ranks", lora.ranks), ("alphas", lora.alphas)):
+        stray = sorted(set(table) - set(lora.groups))
+        if stray:
+            raise UserError(f"lora.{name}.{stray[0]}: {stray[0]} is not in lora.groups={lora.groups}")
+    default = type(lora)()
+    for name in _OF_ADAPTERS:
+        value = getattr(lora, name)
+        if lora.rank == 0 and value != getattr(default, name):
+            raise UserError(f"lora.{name}={value} with lora.rank=0: no adapter would train; give lora.rank")
+
+
+def check_groups(config: TrainConfig, is_named: Callable[[str], bool]) -> None:
+    """Refuse rates of groups that do not train; an option of conf/optim may have them, as it is for many runs.
+
+    Args:
+        config: of the run.
+        is_named: whether the user named a group, on the command line or in a recipe of their own.
+
+    Raises:
+        UserError: a group that the user named and that does not train, or a weight decay of vectors.
+    """
+    trained = trained_groups(config)
+    for group, rates in config.optim.groups.items():
+        if group not in trained and is_named(group):
+            raise UserError(
+                f"optim.groups.{group}: {group} does not train in this run, only {', '.join(trained)} do; take it out, "
+                f"or name it in {'lora.groups' if config.lora.rank else 'trainable'}"
+            )
+        if group in _VECTORS and rates.weight_decay is not None:
+            raise UserError(f"optim.groups.{group}.weight_decay: {group} are vectors, which never decay; leave it out")
