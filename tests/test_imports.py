@@ -27,8 +27,10 @@ ALLOWED = {
     "train.page": ("train.machine", "train.config", "train.store", "data", *MODEL),
     "train.ask.scores": ("data", *MODEL),
     "train.ask": ("train.ask.scores", "train.machine", "train.config", "train.store", "train.page", "data", *MODEL),
+    "train.run.watch": ("train.machine", "train.config", "train.store", "data"),
     "train.run": (
         "train.ask.scores",
+        "train.run.watch",
         "train.machine",
         "train.config",
         "train.store",

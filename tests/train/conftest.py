@@ -64,7 +64,7 @@ def arguments(model_folder, data_file):
             "lora.dropout": 0.2,
             "optim.lr": 1e-2,
             "recompute": 0,
-            "wandb.mode": "disabled",
+            "log": "[]",
             "keep_checkpoints": 2,
         }
         values.update(argument.split("=", 1) for argument in more)

@@ -54,7 +54,7 @@ OURS = {
     "preprocessing_num_workers": "data.measure_workers",
     "query": "prompt",
     "question": "prompt",
-    "report_to": "wandb.mode",
+    "report_to": "log",
     "resume_from_checkpoint": "resume",
     "router_aux_loss_coef": "optim.aux_loss",
     "run_name": "wandb.name",

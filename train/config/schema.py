@@ -131,11 +131,9 @@ class EvalConfig:
 
 @dataclass(kw_only=True)
 class WandbConfig:
-    """Weights & Biases; metrics.jsonl is written in any case."""
+    """Weights & Biases, where `log` names it."""
 
-    mode: str = key(
-        "auto", "auto: online when logged in, else offline.", choices=("auto", "online", "offline", "disabled")
-    )
+    mode: str = key("auto", "auto: online when logged in, else offline.", choices=("auto", "online", "offline"))
     project: str = key("deepseek-vl2", "Project on wandb.")
     name: str = key("", "Name of the run; empty: the recipe's.")
 
@@ -196,7 +194,12 @@ class TrainConfig:
         high=MANY,
     )
     keep_checkpoints: int = key(2, "Older ones are removed.", unit="checkpoints", low=1, high=MANY)
-    log_steps: int = key(1, "A line in metrics.jsonl every so often.", unit="optimizer steps", low=1, high=MANY)
+    log: list[str] = key(
+        factory=lambda: ["wandb"],
+        doc="Where the numbers go beside metrics.jsonl, which is always written; []: nowhere.",
+        choices=("wandb", "visualdl"),
+    )
+    log_steps: int = key(1, "The numbers are written every so often.", unit="optimizer steps", low=1, high=MANY)
     eval: EvalConfig = field(default_factory=EvalConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 

@@ -31,7 +31,7 @@ _RUN = (
     "recompute=1",
     "save_steps=0",
     "eval.questions=0",
-    "wandb.mode=disabled",
+    "log=[]",
 )
 _PICTURES, _QUESTION, _ANSWER_TOKENS = 4, "What is this?", 8
 # In emulation bfloat16 moves the losses of these steps by as much and the gradient norms by as much, and float16 by

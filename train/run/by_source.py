@@ -9,6 +9,7 @@ import numpy as np
 import paddle
 
 from data.plan import PackSpec
+from train.run.watch.step_metrics import BySource
 from vl2.prompt import IGNORE
 
 
@@ -41,6 +42,17 @@ class Sources:
         counts = np.zeros(len(self.names), dtype=np.int64)
         np.add.at(counts, self.of_sample[samples], self.supervised[samples])
         return counts
+
+    def means(self, packs: Iterable[PackSpec], sums: np.ndarray) -> BySource:
+        """Mean loss of each source that packs learned from, and its supervised tokens there.
+
+        Args:
+            packs: of a step.
+            sums: float64 [sources], of the losses.
+        """
+        counts = {name: count for name, count in zip(self.names, self.tokens(packs).tolist(), strict=True) if count}
+        sum_of = dict(zip(self.names, sums.tolist(), strict=True))
+        return BySource(loss={name: sum_of[name] / count for name, count in counts.items()}, supervised=counts)
 
 
 def sums_by_source(losses: Sequence[paddle.Tensor], of_token: np.ndarray, num_sources: int) -> np.ndarray:

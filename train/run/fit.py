@@ -17,13 +17,13 @@ from train.config.schema import TrainConfig
 from train.run.barrier import barrier
 from train.run.build_data import Data
 from train.run.gradients import gather_rows
-from train.run.metrics import MetricsLog
 from train.run.saving import Saver
 from train.run.say import say
-from train.run.step_metrics import StepMetrics
 from train.run.stop import WORKER_KILLED, StopRequest
 from train.run.trainer import VL2Trainer
 from train.run.validation import Validation
+from train.run.watch.log import MetricsLog
+from train.run.watch.step_metrics import StepMetrics
 from train.store.checkpoints import checkpoint_path
 from train.store.names import CHECKPOINTS
 from train.store.provenance import Provenance
@@ -57,6 +57,11 @@ def fit(
         if log is not None:
             log.write(metrics)
 
+    def save_and_tell(trainer: VL2Trainer) -> None:
+        save(trainer)
+        if log is not None:
+            log.saved()
+
     packs = PackDataset(
         data.dataset.records,
         data.plan,
@@ -76,7 +81,7 @@ def fit(
             dataset=packs,
             stop=stop,
             on_step=after_step,
-            save=save,
+            save=save_and_tell,
             history=history,
             sources=data.sources,
             validation=validation,
@@ -84,6 +89,8 @@ def fit(
         )
         try:
             barrier()  # wandb may have kept rank 0
+            if log is not None:
+                log.begin()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             save.join()
         except BaseException as problem:

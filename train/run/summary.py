@@ -9,8 +9,9 @@ from typing import Any
 
 from train.config.schema import TrainConfig
 from train.machine.memory import peak_memory_gb
-from train.run.curve import ends_by_source, read_metrics, short_name
 from train.run.report import pairs
+from train.run.watch.curve import ends_by_source, short_name
+from train.run.watch.lines import of_steps, read_metrics
 from train.store.checkpoints import checkpoint_path
 from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS
 from train.store.run_state import History
@@ -94,7 +95,7 @@ def summarise(
             "config": str(run_dir / CONFIG_FILE),
         },
         versions=versions(),
-        loss_of=ends_by_source(read_metrics(run_dir / METRICS)),
+        loss_of=ends_by_source(of_steps(read_metrics(run_dir / METRICS))),
     )
 
 

@@ -46,9 +46,9 @@ from train.run.micro_batch import PackLoss, gather_losses, train_pack
 from train.run.optim import build_optimizer, loss_scale, lr_factor
 from train.run.pack_loader import Pack, PackLoader
 from train.run.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
-from train.run.step_metrics import StepMetrics, step_metrics
 from train.run.stop import StopRequest
 from train.run.validation import Validation
+from train.run.watch.step_metrics import StepMetrics, step_metrics
 from train.store.names import TRAINER_STATE_FILE
 from vl2.errors import UserError
 
@@ -175,8 +175,9 @@ class VL2Trainer(Trainer):
 
             self._count_step()
             self.lr_scheduler.step(state.global_step)  # by number, so that an overflow does not delay the schedule
+            by_source = self.sources.means(plan.step(step), losses[:, 3:].sum(axis=0)) if self.sources else None
             measured = {"losses": losses, "lr": lr, "grad_norm": None if left_out else norm}
-            metrics = step_metrics(plan, step, started=started, sources=self.sources, **measured)
+            metrics = step_metrics(plan, step, started=started, by_source=by_source, **measured)
             self.history.add(metrics.loss, metrics.tokens, metrics.seconds)
             fire("on_step_end")
             stop = self.stop.code != 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,11 +26,9 @@ from train.page.sources import unread_notes
 from train.run.barrier import barrier
 from train.run.build import build_base, count_parts, make_trainable, open_base
 from train.run.build_data import Data, build_data
-from train.run.curve import draw_curve
 from train.run.fit import fit
 from train.run.identity import fingerprint_of_records, identity
 from train.run.memory import check_published, check_training
-from train.run.metrics import MetricsLog
 from train.run.next_commands import next_commands
 from train.run.report import StartReport, memory_words, plan_words, run_words, start_report, start_text
 from train.run.resume import choose_wandb_id, find_resumed, leave_later_checkpoints
@@ -38,9 +36,10 @@ from train.run.say import say
 from train.run.state import load_trained, save_trained, trained_folder, trained_values
 from train.run.summary import end_text, summarise
 from train.run.validation import Validation
+from train.run.watch.log import open_log
 from train.store.facts import write_fact
 from train.store.hub import resolve_model
-from train.store.names import CONFIG_FILE, CURVE, METRICS, PAGE, REPORT, SUMMARY
+from train.store.names import CONFIG_FILE, PAGE, REPORT, SUMMARY
 from train.store.overwrite import removable, remove
 from train.store.provenance import Provenance, absolute_folder
 from train.store.run_dir import RunMarker, check_run_dir, hold_run_dir, update_marker, write_marker
@@ -170,12 +169,10 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
         step=None,
         versions=versions(),
     )
-    log = (
-        MetricsLog(run_dir, config, num_steps=data.plan.num_steps, first_step=first_step, wandb_id=wandb_id)
-        if first
-        else None
-    )
-    with closing(log) if log else nullcontext():
+    log = None
+    if first:
+        log = open_log(run_dir, config, num_steps=data.plan.num_steps, first_step=first_step, wandb_id=wandb_id)
+    with log or nullcontext():
         validation = Validation(config, data, model, log) if validate and data.validation else None
         before = validation.before() if validation else None
         if first_step == data.plan.num_steps and checkpoint is not None:
@@ -193,7 +190,6 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
         model.eval()
         after = validation.after(len(history.losses)) if validation else None
     if first:
-        draw_curve(run_dir / METRICS, run_dir / CURVE, title=f"{config.recipe}, {config.model.path}")
         summary = summarise(config, history, before=before, after=after, trained=final)
         write_fact(run_dir / SUMMARY, summary)
         update_marker(run_dir, status="finished", step=len(history.losses))  # fewer when a callback stopped it

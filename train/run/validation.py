@@ -17,9 +17,9 @@ from train.config.schema import TrainConfig
 from train.run.build_data import Data
 from train.run.gather import gather_objects
 from train.run.held_out import Found, HeldOut
-from train.run.metrics import MetricsLog
 from train.run.say import say
 from train.run.stop import StopRequest
+from train.run.watch.log import MetricsLog
 from train.store.run_dir import read_marker, update_marker
 
 

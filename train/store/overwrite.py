@@ -21,6 +21,7 @@ from train.store.names import (
     PAGE,
     REPORT,
     SUMMARY,
+    VISUALDL_FILE,
     WEIGHTS,
 )
 from train.store.provenance import ExportReport
@@ -28,7 +29,7 @@ from train.store.whole_folder import strangers
 from vl2.errors import UserError
 
 # Single files of a run; its marker, which tells that they are its, goes last.
-_FILES = (CONFIG_FILE, REPORT, PAGE, DRYRUN_PAGE, METRICS, CURVE, SUMMARY, MARKER)
+_FILES = (CONFIG_FILE, REPORT, PAGE, DRYRUN_PAGE, METRICS, CURVE, VISUALDL_FILE, SUMMARY, MARKER)
 _CHECKPOINT = re.compile(r"(aside-(\d+-)?)?step-\d{6,}")
 _EXPORT = re.compile(r"(export|adapter_peft|adapter_paddle)(-step-\d{6,})?")
 
@@ -58,13 +59,13 @@ def removable(run_dir: Path, wandb_id: str | None) -> list[Path]:
 
 
 def remove(paths: Iterable[Path], run_dir: Path) -> None:
-    """Remove what `removable` named, and the folders of checkpoints and wandb where nothing is left in them."""
+    """Remove what `removable` named, and the folders around it where nothing is left in them."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for folder in (run_dir / CHECKPOINTS, run_dir / "wandb"):
+    for folder in (run_dir / CHECKPOINTS, run_dir / "wandb", (run_dir / VISUALDL_FILE).parent):
         if not folder.is_symlink():
             with suppress(OSError):  # not there, or something is left
                 folder.rmdir()

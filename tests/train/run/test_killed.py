@@ -13,7 +13,7 @@ import pytest
 
 from tests.places import ROOT
 from tests.processes import assert_end
-from train.run.metrics import MetricsLog
+from train.run.watch.log import MetricsLog
 from train.store.checkpoints import damage
 
 pytestmark = pytest.mark.slow

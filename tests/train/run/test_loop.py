@@ -7,7 +7,7 @@ import pytest
 from paddlenlp.trainer import TrainerCallback
 
 from train.run import gradients
-from train.run.metrics import MetricsLog
+from train.run.watch.log import MetricsLog
 from train.store.checkpoints import checkpoints
 from train.store.run_dir import read_marker
 from vl2.errors import UserError
@@ -99,7 +99,7 @@ def test_disk_full_in_the_log_saves_the_step(run, tmp_path, monkeypatch):
 
     def full_at_step_2(self, metrics):
         if metrics.step == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+            raise OSError(errno.ENOSPC, "No space left on device", str(run_dir / "metrics.jsonl"))
         write(self, metrics)
 
     monkeypatch.setattr(MetricsLog, "write", full_at_step_2)

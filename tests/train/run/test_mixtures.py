@@ -18,8 +18,8 @@ from train.config.load import load_config
 from train.machine.devices import Machine
 from train.run.build import build_base, open_base
 from train.run.build_data import build_data
-from train.run.curve import losses_by_source
 from train.run.training import train
+from train.run.watch.curve import losses_by_source
 from vl2.errors import UserError
 
 
@@ -247,7 +247,7 @@ def test_nano_learns_from_three_sources_in_three_forms(tmp_path):
     """Photographs in a Parquet table with columns of its own, drawn shapes as LLaVA tells them, text as alpaca does."""
     sources = write_three_sources(tmp_path, rows=24)
     (tmp_path / "mine.yaml").write_text(f"defaults: [sft_tiny, _self_]\ndata:\n  sources: {sources}\n")
-    small = ("max_steps=16", "data.max_tokens=1400", "data.workers=0", "wandb.mode=disabled", "data.eval_fraction=0.1")
+    small = ("max_steps=16", "data.max_tokens=1400", "data.workers=0", "log=[]", "data.eval_fraction=0.1")
     config = load_config([f"conf={tmp_path / 'mine.yaml'}", f"run_dir={tmp_path / 'run'}", *small], Machine(gpus=0))
     assert train(config, validate=False) == 0
     lines = metrics(tmp_path / "run")

@@ -66,7 +66,7 @@ def test_full_recipe_trains_everything_but_what_never_trains(tmp_path, data_file
     model = golden_folder("nano_base")
     arguments = [f"model.path={model}", f"data.path={data_file}", f"run_dir={tmp_path / 'run'}"]
     arguments += ["device=cpu", "max_steps=2", "packs_per_step=4", "data.max_tokens=640", "data.workers=0"]
-    assert train(load_config(["conf=sft_base_full", *arguments, "wandb.mode=disabled"])) == 0
+    assert train(load_config(["conf=sft_base_full", *arguments, "log=[]"])) == 0
     trained = read_header(tmp_path / "run" / "weights" / "trained.safetensors")[0]
     base = read_checkpoint(model).tensors
     frozen = [name for name in base if "experts." not in name and name not in trained]

@@ -8,9 +8,9 @@ import pytest
 
 from tests.places import GOLDENS
 from train.config.load import load_config
-from train.run.metrics import MetricsLog
 from train.run.resume import Resumed, choose_wandb_id
 from train.run.training import train
+from train.run.watch.log import MetricsLog
 from train.store.checkpoints import find_checkpoint
 from train.store.facts import read_fact
 from train.store.lock import hold

@@ -22,9 +22,9 @@ from train.config.load import load_config
 from train.run.build import open_base
 from train.run.build_data import build_data
 from train.run.held_out import HeldOut
-from train.run.metrics import MetricsLog
 from train.run.report import StartReport
 from train.run.summary import Summary
+from train.run.watch.log import MetricsLog
 from train.store.facts import read_fact
 from train.store.whole_folder import damage
 from vl2.checkpoint.load import load_model
@@ -376,9 +376,3 @@ def test_questions_are_asked_once_before_and_once_after(run, data_file, tmp_path
     assert run(run_dir, *settings, "resume=auto") == 0
     assert len(asked) == 3  # before is what it was
     assert [line["step"] for line in metrics(run_dir)] == [0, 1, 1]  # before, the step, after: none of them twice
-
-
-@pytest.mark.slow
-def test_wandb_offline_writes_into_the_run(run, tmp_path):
-    assert run(tmp_path / "run", "max_steps=1", "wandb.mode=offline") == 0
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))

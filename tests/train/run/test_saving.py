@@ -11,9 +11,9 @@ import pytest
 from paddlenlp.trainer import TrainerState
 
 import train.run.saving as saving
-from train.run.metrics import MetricsLog
 from train.run.optim import build_optimizer
 from train.run.state import copy_state
+from train.run.watch.log import MetricsLog
 from train.store.checkpoints import checkpoints
 from train.store.run_dir import read_marker
 from train.store.run_state import History

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.run.curve import draw_curve, ends_by_source, losses_by_source, running_mean
+from train.run.watch.curve import draw_curve, ends_by_source, losses_by_source, running_mean
 
 
 def test_running_mean():

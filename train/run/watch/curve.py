@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from train.run.watch.lines import of_steps, read_metrics
+from train.run.watch.sink import Sink
+from train.store.names import CURVE, METRICS
+
+logger = logging.getLogger(__name__)
+
 SMOOTHING_STEPS = 20  # of the running mean that is drawn over the losses
 _MOST_DRAWN = 12  # sources, those with most supervised tokens; more lines can nobody tell apart
 _LONGEST_NAME = 32  # characters of a source's name where there is little room
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, one a logged step; those of the validation are left out."""
-    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if "loss" in line]
+class CurvePicture(Sink):
+    """Draws curve.png.
+
+    Args:
+        run_dir: of the run.
+        title: of the picture.
+    """
+
+    def __init__(self, run_dir: Path, *, title: str):
+        self.run_dir, self.title = run_dir, title
+
+    def close(self, failed: bool) -> None:
+        """Draw what there is; a picture that cannot be written ends no run."""
+        try:
+            draw_curve(self.run_dir / METRICS, self.run_dir / CURVE, title=self.title)
+        except OSError as problem:
+            logger.warning("%s cannot be written: %s", self.run_dir / CURVE, problem.strerror)
 
 
 def running_mean(values: Sequence[float] | np.ndarray, length: int) -> np.ndarray:
@@ -82,7 +101,7 @@ def draw_curve(metrics: Path, picture: Path, *, title: str) -> None:
         picture: PNG to write.
         title: of the picture.
     """
-    lines = read_metrics(metrics)
+    lines = of_steps(read_metrics(metrics))
     if not lines:
         return
     from matplotlib import colormaps

@@ -2,7 +2,8 @@
 
 import json
 
-from train.run.metrics import _has_credentials, _keep_steps
+from train.run.watch.lines import keep_steps
+from train.run.watch.wandb_run import has_credentials
 
 HOST = "https://api.wandb.example"
 
@@ -12,19 +13,19 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in range(1, 6)]
     path.write_text("".join(lines) + '{"step": 6, "lo')
-    _keep_steps(path, 3)
+    keep_steps(path, 3)
     assert path.read_text() == "".join(lines[:3])
 
 
 def test_credentials_are_looked_for_without_the_network(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert not _has_credentials(HOST)
+    assert not has_credentials(HOST)
     (tmp_path / "netrc").write_text("machine api.other.example login user password secret\n")
     (tmp_path / "netrc").chmod(0o600)
-    assert not _has_credentials(HOST)
+    assert not has_credentials(HOST)
     (tmp_path / "netrc").write_text("machine api.wandb.example login user password secret\n")
-    assert _has_credentials(HOST)
+    assert has_credentials(HOST)
     (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert _has_credentials(HOST)
+    assert has_credentials(HOST)

@@ -10,7 +10,14 @@ import numpy as np
 
 from data.plan import Plan
 from train.machine.memory import peak_memory_gb
-from train.run.by_source import Sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class BySource:
+    """Of each source of a mixture that a step learned from."""
+
+    loss: dict[str, float]  # mean per supervised token
+    supervised: dict[str, int]  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,7 @@ def step_metrics(
     lr: float,
     grad_norm: float | None,
     started: float,
-    sources: Sources | None,
+    by_source: BySource | None,
 ) -> StepMetrics:
     """What was measured in a step, with what was planned for it.
 
@@ -56,12 +63,10 @@ def step_metrics(
         losses: of the step's packs, see `gather_losses`.
         lr, grad_norm: see StepMetrics.
         started: when the step began, of time.perf_counter.
-        sources: of a mixture; None: there is only one.
+        by_source: of a mixture; None: there is only one source.
     """
     seconds = time.perf_counter() - started
     packs = plan.step(step)
-    learned = {} if sources is None else dict(zip(sources.names, sources.tokens(packs).tolist(), strict=True))
-    sums = {} if sources is None else dict(zip(sources.names, losses[:, 3:].sum(axis=0).tolist(), strict=True))
     tokens, used = sum(pack.tokens for pack in packs), sum(bool(pack.samples) for pack in packs)
     return StepMetrics(
         step=step + 1,
@@ -77,6 +82,6 @@ def step_metrics(
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         memory_gb=peak_memory_gb(),
-        loss_of={name: sums[name] / count for name, count in learned.items() if count},
-        supervised_of={name: count for name, count in learned.items() if count},
+        loss_of=by_source.loss if by_source else {},
+        supervised_of=by_source.supervised if by_source else {},
     )

@@ -1,0 +1,1 @@
+"""What a run shows while it trains: its numbers, said once, and where they go."""
