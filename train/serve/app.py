@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from train.serve.chat import Chat
 from train.serve.errors import ApiError
 from train.serve.metrics import resident_bytes
+from train.serve.models import Served
+from train.serve.page_files import PageFiles
 
-PAGE = Path(__file__).with_name("page")
 _LEFT = 499  # as nginx counts clients that went away
 
 
@@ -65,14 +64,14 @@ def make_app(chat: Chat) -> FastAPI:
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         chat.check_key(request)
-        return {"object": "list", "data": [_model(name, started) for name in chat.models]}
+        return {"object": "list", "data": [_model(each, started) for each in chat.models.values()]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str, request: Request) -> dict[str, Any]:
         chat.check_key(request)
         if name not in chat.models:
             raise ApiError(404, f"no model {name[:100]!r} here", param="model", code="model_not_found")
-        return _model(name, started)
+        return _model(chat.models[name], started)
 
     @app.get("/health")
     async def health() -> Response:
@@ -103,9 +102,17 @@ def make_app(chat: Chat) -> FastAPI:
     async def failed(request: Request, error: Exception) -> Response:
         return JSONResponse(ApiError(500, "a fault of the service; its log says more").document, 500)
 
-    app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    app.mount("/", PageFiles(), name="page")
     return app
 
 
-def _model(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "deepseek-vl2-finetune"}
+def _model(served: Served, created: int) -> dict[str, Any]:
+    """A model as a client lists it; the last two are for a page that draws on pictures, and for its reader."""
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "deepseek-vl2-finetune",
+        "exif_orientation": served.loaded.images.exif,
+        "rehearsal": served.loaded.source.rehearsal,
+    }

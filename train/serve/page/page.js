@@ -57,7 +57,7 @@ function send() {
 }
 
 function newAnswer(model) {
-  const turned = served.find(({ id }) => id === model)?.exif === "rotate";
+  const turned = served.find(({ id }) => id === model)?.exif_orientation === "rotate";
   const unset = { text: "", error: "", boxes: [], malformed: 0, usage: null, finish: null, seconds: 0, turns: [] };
   return { model, turned, state: "running", ...unset };
 }
