@@ -23,6 +23,7 @@ from train.ask.questions import Question, ask, box_scores, num_cut, permuted, qu
 from train.ask.scores.boxes import summary
 from train.config.load import load_eval_config
 from train.machine.devices import use_device
+from train.store.checkpoints import chosen_checkpoint
 
 
 def ask_run(
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
     config = load_eval_config(arguments)
     use_device(config.device, tf32=config.tf32)
     check_predictions(Path(config.out))
-    loaded = load(config.model, config.precision, config.base, config.check)
+    loaded = load(chosen_checkpoint(config.model, config.checkpoint), config.precision, config.base, config.check)
     loaded = dataclasses.replace(loaded, images=image_reader(config.data, exif=loaded.images.exif))
     dataset = open_dataset(
         source_settings(config.data),

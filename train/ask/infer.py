@@ -23,6 +23,7 @@ from train.ask.load import Loaded, load
 from train.config.load import load_infer_config
 from train.config.schema import InferConfig
 from train.machine.devices import use_device
+from train.store.checkpoints import chosen_checkpoint
 from vl2.errors import UserError
 from vl2.generate import generate
 from vl2.prompt import IMAGE_PLACEHOLDER, Message
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
         check_drawing(Path(config.draw), len(config.image))
     check_images(config.image)
     started = time.perf_counter()
-    loaded = load(config.model, config.precision, config.base, config.check)
+    loaded = load(chosen_checkpoint(config.model, config.checkpoint), config.precision, config.base, config.check)
     loading = time.perf_counter() - started
     if loaded.source.rehearsal:
         print("note: this model comes from a rehearsal on nano", file=sys.stderr)

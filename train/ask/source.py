@@ -40,6 +40,11 @@ class Source:
         return made.recipe if made else ""
 
     @property
+    def step(self) -> int | None:
+        """Optimizer steps made, of a checkpoint; None: what a run ended with, or nothing was trained."""
+        return self.provenance.step if self.provenance else None
+
+    @property
     def max_tiles(self) -> int | None:
         """Most local tiles of an image in training; None: not known, or nothing was trained."""
         return self.provenance.max_tiles if self.provenance else None
@@ -132,7 +137,7 @@ def _find(folder: Path, base: str) -> Source:
         return Source(kind="base", base=folder, export=read_fact(ExportReport, report) if report.is_file() else None)
     hint = ""
     if (folder / "checkpoints").is_dir():
-        hint = "; the run is not finished: give one of its checkpoints, or finish it with resume=auto"
+        hint = "; the run is not finished: give checkpoint=last or best, or finish it with resume=auto"
     raise UserError(
         f"{folder}: neither a model (config.json) nor an adapter ({PADDLE_CONFIG}, {PEFT_CONFIG}) "
         f"nor a run (adapter/){hint}"

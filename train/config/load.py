@@ -11,10 +11,10 @@ from typing import TypeVar
 from train.config import compose
 from train.config.conf_files import OVERLAY, Recipe, groups, open_recipe, recipes
 from train.config.data_schema import SOURCE_DOC, DataConfig
-from train.config.every import read_every
 from train.config.schema import METRICS, NANO, DoctorConfig, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
 from train.config.serve_schema import ServeConfig
 from train.config.trains import check_groups, check_trains
+from train.config.validation import check_validation
 from train.machine.devices import Machine, choose_device, find_machine
 from vl2.errors import UserError
 
@@ -104,23 +104,11 @@ def _check_data(data: DataConfig) -> None:
             )
 
 
-def _check_eval(config: TrainConfig) -> None:
-    """What no single key of the validation tells."""
-    data = config.data
-    held_out = data.eval_path or data.eval_fraction is not None or data.eval_rows is not None
-    drawn = not (data.path or data.sources)  # which have their own
-    if read_every(config.eval.every) and not (held_out or drawn):
-        raise UserError(
-            f"eval.every={config.eval.every}: no rows are held out to validate on; give data.eval_fraction=0.05, or "
-            "data.eval_path=FILE"
-        )
-
-
 def _check_run(config: TrainConfig, machine: Machine, device: str) -> None:
     """What no single key tells."""
     _check_data(config.data)
     _check_metrics(config.eval.metrics, "eval.metrics")
-    _check_eval(config)
+    check_validation(config)
     if config.epochs is None and config.max_steps is None:
         raise UserError("epochs and max_steps are both null: one of them must say how long the run is")
     check_trains(config)
@@ -188,11 +176,13 @@ def load_export_config(argv: Sequence[str]) -> ExportConfig:
     if config.model:
         _require(config.out, f"export model={config.model} needs out=FOLDER, where to write it")
         config.model = model_folder(config.model)
-        if config.adapter or config.base:
+        if config.adapter or config.base or config.checkpoint:
             raise UserError(
-                f"export model={config.model}: adapter= and base= are for what was trained; give run= instead"
+                f"export model={config.model}: adapter=, base= and checkpoint= are for what was trained; give run= "
+                "instead"
             )
-    config.out = config.out or default_export(config.run, config.adapter)
+    if not config.checkpoint:  # else it is asked which that is, first
+        config.out = config.out or default_export(config.run, config.adapter)
     config.base = config.base and model_folder(config.base)
     return config
 

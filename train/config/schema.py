@@ -25,6 +25,7 @@ BASE_DOC = "Base model of a run or an adapter, where it does not name it or it l
 MAX_NEW_TOKENS = 512
 TF32_DOC = "On a GPU from Ampere on: multiply float32 in TF32, which keeps 3 digits of 7; faster with precision=fp32."
 CHECK_DOC = "What is read of a model that has a manifest (an export) before it is used; adapters are read as a whole."
+CHECKPOINT_DOC = "Of a run one of its checkpoints: best, last, or a number of steps; empty: what it ended with."
 NANO = ROOT / "vl2" / "nano"
 # Defined in train/ask/scores.
 METRICS = (
@@ -122,6 +123,15 @@ class EvalConfig:
         "0",
         "On the way: 20 is every 20 optimizer steps, 0.25 after each quarter of an epoch, epoch after each epoch, and "
         "with any of them after the last step; 0: not on the way.",
+    )
+    best: str = key(
+        "auto",
+        "Which checkpoint is kept as the best beside the newest ones: of the lowest loss, or of the highest metric; "
+        "auto: loss, with eval.every; none: no one.",
+        choices=("auto", "none", "loss", *METRICS),
+    )
+    patience: int | None = key(
+        None, "End the run after that many validations without a new best; null: never.", low=1, high=MANY
     )
     questions: int = key(200, "How many are answered each time; 0: none.", unit="questions", low=0, high=MANY)
     max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
@@ -226,6 +236,7 @@ class ExportConfig:
         choices=("", "peft", "paddle"),
     )
     base: str = key("", BASE_DOC, path=True)
+    checkpoint: str = key("", CHECKPOINT_DOC)
     check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
     dtype: str = key("base", "Stored type: the base model's, or another.", choices=("base", "bf16", "fp16", "fp32"))
     overwrite: bool = key(False, "Replace what lies in `out`.")
@@ -238,6 +249,7 @@ class InferConfig:
 
     model: str = key("", MODEL_DOC, path=True)
     base: str = key("", BASE_DOC, path=True)
+    checkpoint: str = key("", CHECKPOINT_DOC)
     check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
     image: list[str] = key(factory=list, doc="An image, a file or an address; image=A image=B for several.", path=True)
     prompt: str = key("", "The question; <image> marks where images stand, else they come first.")
@@ -285,6 +297,7 @@ class EvaluateConfig:
 
     model: str = key("", MODEL_DOC, path=True)
     base: str = key("", BASE_DOC, path=True)
+    checkpoint: str = key("", CHECKPOINT_DOC)
     check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
     out: str = key("predictions.jsonl", "File to write the answers to.", path=True)

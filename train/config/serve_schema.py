@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from train.config.fields import LONGEST_TEXT, MANY, key
-from train.config.schema import BASE_DOC, CHECK_DOC, DEVICES, MODEL_DOC, PRECISIONS, TF32_DOC
+from train.config.schema import BASE_DOC, CHECK_DOC, CHECKPOINT_DOC, DEVICES, MODEL_DOC, PRECISIONS, TF32_DOC
 
 
 @dataclass(kw_only=True)
@@ -18,6 +18,7 @@ class ServeConfig:
 
     model: str = key("", MODEL_DOC, path=True)
     base: str = key("", BASE_DOC, path=True)
+    checkpoint: str = key("", CHECKPOINT_DOC)
     check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
     name: str = key("", "What requests call the model; empty: its folder's name, of a run's export the run's.")
     adapters: dict[str, str] = key(

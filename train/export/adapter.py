@@ -101,6 +101,7 @@ def export_adapter(config: ExportConfig) -> ExportReport:
         dtype="float32",
         rehearsal=source.rehearsal,
         recipe=source.recipe,
+        step=source.step,
         versions=versions(),
         verified={},
         cost=None,

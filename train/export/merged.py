@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from train.ask.processor import exif_in_force
 from train.ask.source import Source, find_source
-from train.config.load import load_export_config
+from train.config.load import default_export, load_export_config
 from train.config.schema import ExportConfig
 from train.export.adapter import export_adapter, merge_first
 from train.export.card import card, write_card
@@ -26,6 +26,7 @@ from train.export.merge import Merge, open_merge
 from train.export.verify import make_probe, verify_logits, verify_tensors
 from train.machine.devices import use_device
 from train.machine.disk import check_disk
+from train.store.checkpoints import chosen_checkpoint
 from train.store.facts import write_fact
 from train.store.hub import resolve_model
 from train.store.names import EXPORT_REPORT
@@ -42,6 +43,8 @@ from vl2.errors import UserError
 def main(arguments: list[str]) -> int:
     """Entry script."""
     config = load_export_config(arguments)
+    config.run = chosen_checkpoint(config.run, config.checkpoint)
+    config.out = config.out or default_export(config.run, config.adapter)
     use_device(config.device)
     report = export(config)
     print(f"exported to {config.out}")
@@ -81,6 +84,7 @@ def export(config: ExportConfig) -> ExportReport:
         dtype=merge.dtype_name,
         rehearsal=source.rehearsal,
         recipe=source.recipe,
+        step=source.step,
         versions=versions(),
         verified={},
         cost=None,

@@ -50,7 +50,15 @@ def fit(
     run_dir, first = Path(config.run_dir), dist.get_rank() == 0
     root = run_dir / CHECKPOINTS
 
-    save = Saver(config, model=model, identity=who, history=history, provenance=provenance, wandb_id=wandb_id)
+    save = Saver(
+        config,
+        model=model,
+        identity=who,
+        history=history,
+        provenance=provenance,
+        wandb_id=wandb_id,
+        validation=validation,
+    )
 
     def after_step(metrics: StepMetrics) -> None:
         save.check()

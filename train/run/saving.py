@@ -12,6 +12,7 @@ from train.config.schema import TrainConfig
 from train.run.background import Background
 from train.run.state import HostState, copy_state, save_state
 from train.run.trainer import VL2Trainer
+from train.run.validation import Validation
 from train.store.checkpoints import checkpoint_path, prune
 from train.store.names import CHECKPOINTS
 from train.store.provenance import Provenance
@@ -33,6 +34,7 @@ class Saver:
         history: of the steps so far, which the trainer goes on writing.
         provenance: of the run's weights.
         wandb_id: of the run on wandb.
+        validation: of the run, whose best checkpoint stays; None: there is none.
     """
 
     def __init__(
@@ -44,9 +46,11 @@ class Saver:
         history: History,
         provenance: Provenance,
         wandb_id: str,
+        validation: Validation | None = None,
     ):
         self.config, self.model, self.identity = config, model, identity
         self.history, self.provenance, self.wandb_id = history, provenance, wandb_id
+        self.validation = validation
         self.run_dir = Path(config.run_dir)
         self._writing = Background("checkpoint")
 
@@ -61,6 +65,7 @@ class Saver:
             history=self.history,
             trainer_state=trainer.state,
             scaler=trainer.scaler.state_dict() if trainer.scaler is not None else None,
+            validation=self.validation.state if self.validation else None,
         )
         self._writing.start(lambda: self._write(state))
 
@@ -76,8 +81,9 @@ class Saver:
         """In this order: whatever ends the process, a whole checkpoint is there, and the marker knows of no other."""
         root = self.run_dir / CHECKPOINTS
         write_folder(checkpoint_path(root, state.step), lambda folder: self._fill(folder, state))
-        prune(root, self.config.keep_checkpoints)
-        update_marker(self.run_dir, step=state.step)
+        best = state.validation.best if state.validation else None
+        update_marker(self.run_dir, step=state.step, best=best)
+        prune(root, self.config.keep_checkpoints, best.step if best else None)
 
     def _fill(self, folder: Path, state: HostState) -> None:
         save_state(

@@ -35,7 +35,7 @@ from train.store.names import (
     WEIGHTS_METADATA,
 )
 from train.store.provenance import Provenance
-from train.store.run_state import CheckpointState, History, Identity
+from train.store.run_state import CheckpointState, History, Identity, ValidationState
 from train.store.versions import versions
 from vl2.adapter.folder import load_factors, open_adapter, save_adapter
 from vl2.checkpoint.tensor_files import read_header, write_safetensors
@@ -110,6 +110,7 @@ class HostState:
     history: History
     trainer_state: TrainerState
     scaler: dict[str, Any] | None  # state of the fp16 loss scaler
+    validation: ValidationState | None
 
 
 def copy_state(
@@ -119,12 +120,14 @@ def copy_state(
     history: History,
     trainer_state: TrainerState,
     scaler: Mapping[str, Any] | None = None,
+    validation: ValidationState | None = None,
 ) -> HostState:
     """Copy what the next step will change.
 
     Args:
         history, trainer_state: of the steps made.
         scaler: state of the fp16 loss scaler.
+        validation: how far it is.
     """
     counts = copy.copy(trainer_state)
     counts.log_history = list(trainer_state.log_history)
@@ -135,6 +138,7 @@ def copy_state(
         history=replace(history, losses=list(history.losses)),
         trainer_state=counts,
         scaler={**scaler, "scale": scaler["scale"].tolist()} if scaler else None,
+        validation=validation,
     )
 
 
@@ -167,6 +171,7 @@ def save_state(
         scaler=state.scaler,
         wandb_id=wandb_id,
         versions=versions(),
+        validation=state.validation,
     )
     write_fact(folder / STATE_FILE, facts)
     state.trainer_state.save_to_json(str(folder / TRAINER_STATE_FILE))

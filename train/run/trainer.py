@@ -127,6 +127,8 @@ class VL2Trainer(Trainer):
         events.model, events.train_dataloader = self.model, loader
         events.optimizer, events.lr_scheduler = self.optimizer, self.lr_scheduler
         self._fire("on_train_begin")
+        if first_step and self._validate():  # of a step that was saved when a signal had ended its validation
+            self.save(self)
         self._optimizer_steps(iter(loader))
         self.is_in_train = False
         self._fire("on_train_end")
@@ -180,12 +182,11 @@ class VL2Trainer(Trainer):
             metrics = step_metrics(plan, step, started=started, by_source=by_source, **measured)
             self.history.add(metrics.loss, metrics.tokens, metrics.seconds)
             fire("on_step_end")
-            stop = self.stop.code != 0
             full_disk = self._log(metrics)
-            self._validate()
+            new_best = self._validate()
             if self._ends_epoch(step):
                 fire("on_epoch_end")
-            save = self.control.should_save or self._save_is_due()
+            save, stop = self.control.should_save or self._save_is_due() or new_best, self.stop.code != 0
             save, stop, full = any_rank(save, stop or self.control.should_training_stop, full_disk is not None)
             if save or stop or full:
                 self.save(self)
@@ -236,11 +237,15 @@ class VL2Trainer(Trainer):
             return problem
         return None
 
-    def _validate(self) -> None:
-        """Ask the held-out rows, where the step is due for it. Collective."""
-        found = self.validation.during(self.state.global_step, self.stop) if self.validation else None
+    def _validate(self) -> bool:
+        """Ask the held-out rows, where the step is due for it; whether it is the best so far. Collective."""
+        if self.validation is None:
+            return False
+        found = self.validation.during(self.state.global_step, self.stop)
         if found is not None:
             self._fire("on_evaluate", metrics=found.to_json())
+        self.control.should_training_stop |= self.validation.is_over
+        return found is not None and self.validation.is_best(self.state.global_step)
 
     def _full_disk_error(self, problem: OSError | None) -> UserError:
         where = f"{problem.filename}: " if problem and problem.filename else ""

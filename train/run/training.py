@@ -24,6 +24,7 @@ from train.machine.devices import check_precision, use_device
 from train.page.page import make_page, write_page
 from train.page.sources import unread_notes
 from train.run.barrier import barrier
+from train.run.best import carried_over
 from train.run.build import build_base, count_parts, make_trainable, open_base
 from train.run.build_data import Data, build_data
 from train.run.fit import fit
@@ -122,6 +123,7 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     )
     checkpoint = resumed.checkpoint if resumed else None
     first_step, history = (resumed.state.step, resumed.state.history) if resumed else (0, History())
+    validated = carried_over(resumed, config)
     wandb_id = choose_wandb_id(resumed, previous)
 
     # 2. Claim the folder, say what will happen.
@@ -141,6 +143,7 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
             steps=data.plan.num_steps,
             wandb_id=wandb_id,
             evaluation={when: numbers for when, numbers in asked.items() if when == "before"},
+            best=validated.best if validated else None,
         )
         write_marker(run_dir, marker)
         (run_dir / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
@@ -173,7 +176,7 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     if first:
         log = open_log(run_dir, config, num_steps=data.plan.num_steps, first_step=first_step, wandb_id=wandb_id)
     with log or nullcontext():
-        validation = Validation(config, data, model, log) if validate and data.validation else None
+        validation = Validation(config, data, model, log, validated) if validate and data.validation else None
         before = validation.before() if validation else None
         if first_step == data.plan.num_steps and checkpoint is not None:
             say(f"already at step {first_step} of {first_step}; raise max_steps or epochs to train further")

@@ -12,8 +12,9 @@ from pathlib import Path
 from paddle import nn
 
 from data.plan import Plan
-from train.config.every import Every, read_every
 from train.config.schema import TrainConfig
+from train.config.validation import Every, best_metric, read_every
+from train.run.best import judge, patience_is_over
 from train.run.build_data import Data
 from train.run.gather import gather_objects
 from train.run.held_out import Found, HeldOut
@@ -21,6 +22,7 @@ from train.run.say import say
 from train.run.stop import StopRequest
 from train.run.watch.log import MetricsLog
 from train.store.run_dir import read_marker, update_marker
+from train.store.run_state import ValidationState
 
 
 class Validation:
@@ -30,12 +32,30 @@ class Validation:
         config, data: of the run; rows are held out.
         model: under training.
         log: of rank 0; None on the others.
+        state: how far it was at the checkpoint that the run goes on from.
+
+    Attributes:
+        state: how far it is now; a checkpoint keeps it.
     """
 
-    def __init__(self, config: TrainConfig, data: Data, model: nn.Layer, log: MetricsLog | None):
-        self.config, self.model, self.log = config, model, log
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Data,
+        model: nn.Layer,
+        log: MetricsLog | None,
+        state: ValidationState | None = None,
+    ):
+        self.config, self.model, self.log, self.state = config, model, log, state
         self.held_out = HeldOut(config, data, model)
         self.due = due_steps(read_every(config.eval.every), data.plan)
+        self.metric = best_metric(config)
+        self._last: tuple[int, Found] | None = None  # step of the newest validation, and what it found
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run ends early: its patience is at an end."""
+        return patience_is_over(self.state, self.config)
 
     def before(self) -> dict[str, float]:
         """Numbers of the model before training; kept through the run's interruptions. Collective."""
@@ -47,18 +67,30 @@ class Validation:
         return self._at_an_end("after", step, permute=self.config.eval.permuted)
 
     def during(self, step: int, stop: StopRequest) -> Found | None:
-        """Validate after a step that is due; None where it is not, or a rank was asked to stop. Collective."""
-        if step not in self.due:
+        """Validate after a step that is due, once; None where it is not, or a rank was asked to stop. Collective."""
+        if step not in self.due or (self.state and self.state.step == step):
             return None
         started = time.perf_counter()
         found = self._validate(step, stop, permute=False)
-        if found is not None:
-            say(f"step {step}: {in_words(found)} ({time.perf_counter() - started:.0f} s)")
+        if found is None:
+            return None
+        self.state = judge(self.state, step, found.numbers, self.metric)
+        best = self.state.best
+        mark = ", the best so far" if best and best.step == step else ""
+        say(f"step {step}: {in_words(found)}{mark} ({time.perf_counter() - started:.0f} s)")
+        if self.is_over:
+            say(f"no better {self.metric} in {self.state.without_best} validations (eval.patience): the run ends here")
         return found
+
+    def is_best(self, step: int) -> bool:
+        """Whether the newest validation was of this step, and found it to be the best so far."""
+        return self.state is not None and self.state.best is not None and self.state.best.step == step
 
     def _at_an_end(self, when: str, step: int, *, permute: bool) -> dict[str, float]:
         started = time.perf_counter()
-        found = self._validate(step, None, permute=permute)
+        permute = permute and bool(self.held_out.data.questions)
+        known = self._last is not None and self._last[0] == step and not permute
+        found = self._last[1] if self._last and known else self._validate(step, None, permute=permute)
         assert found is not None  # nobody can ask to stop here
         if self.log is not None:
             update_marker(Path(self.config.run_dir), evaluation={**self._evaluation(), when: found.numbers})
@@ -78,6 +110,7 @@ class Validation:
                 return None
             numbers = {"loss": losses.mean(), **self.held_out.answers(permute=permute)}
         found = Found(numbers=numbers, loss_of=self.held_out.loss_of(losses))
+        self._last = step, found
         if self.log is not None:
             self.log.validation(step, found.to_json())
         return found

@@ -9,6 +9,7 @@ from pathlib import Path
 from data.images.reader import ImageReader
 from train.ask.load import Loaded, load
 from train.config.serve_schema import ServeConfig
+from train.store.checkpoints import chosen_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Served:
 
 def load_models(config: ServeConfig) -> dict[str, Served]:
     """Load what is served."""
-    loaded = load(config.model, config.precision, config.base, config.check)
+    loaded = load(chosen_checkpoint(config.model, config.checkpoint), config.precision, config.base, config.check)
     images = ImageReader(exif=loaded.images.exif, max_pixels=config.max_pixels)
     loaded = dataclasses.replace(loaded, images=images)
     name = config.name or Path(config.model).resolve().name

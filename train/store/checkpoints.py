@@ -16,6 +16,7 @@ import yaml
 
 from train.store.facts import read_fact
 from train.store.names import CHECKPOINTS, CONFIG_FILE, STATE_FILE
+from train.store.run_dir import read_marker
 from train.store.run_state import CheckpointState
 from train.store.whole_folder import damage, is_whole
 from vl2.errors import UserError
@@ -129,14 +130,54 @@ def set_aside(folders: list[Path]) -> list[Path]:
     return places
 
 
-def prune(root: Path, keep: int) -> None:
+def prune(root: Path, keep: int, best: int | None = None) -> None:
     """Delete what is older than the newest `keep` whole checkpoints; 0 keeps all.
 
     Damaged ones do not count, so the newest whole one always stays.
+
+    Args:
+        best: step of a checkpoint that stays whatever its age.
     """
     whole = 0
     for folder in reversed(checkpoints(root)):
         if keep > 0 and whole >= keep:
-            shutil.rmtree(folder)
+            if step_of(folder) != best:
+                shutil.rmtree(folder)
         elif is_whole(folder):
             whole += 1
+
+
+def chosen_checkpoint(run: str, checkpoint: str) -> str:
+    """The folder that `checkpoint=` means of a run.
+
+    Args:
+        run: folder, as it was typed.
+        checkpoint: best, last, or a number of steps; empty: the run itself.
+
+    Raises:
+        UserError: there is no such checkpoint; says which there are.
+    """
+    if not checkpoint:
+        return run
+    said, there = f"checkpoint={checkpoint}", checkpoints(Path(run) / CHECKPOINTS)
+    if not there:
+        raise UserError(f"{said}: {run} holds no checkpoints; expected the folder of a run, or no checkpoint=")
+    steps = f"there are the steps {', '.join(str(step_of(folder)) for folder in there)}"
+    if checkpoint == "last":
+        whole = [folder for folder in there if damage(folder, checksums=False) is None]
+        if not whole:
+            raise UserError(f"{said}: no checkpoint of {run} is whole ({damage(there[-1], checksums=False)})")
+        return str(whole[-1])
+    if checkpoint == "best":
+        marker = read_marker(Path(run))
+        if marker is None or marker.best is None:
+            raise UserError(f"{said}: {run} kept no best checkpoint (eval.every and eval.best keep one); {steps}")
+        step = marker.best.step
+    elif checkpoint.isdecimal():
+        step = int(checkpoint)
+    else:
+        raise UserError(f"{said}: expected best, last or a number of optimizer steps; {steps}")
+    found = checkpoint_path(Path(run) / CHECKPOINTS, step)
+    if found not in there:
+        raise UserError(f"{said}: {found} is not there; {steps}")
+    return str(found)

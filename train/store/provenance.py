@@ -48,6 +48,7 @@ class ExportReport:
     dtype: str  # Paddle's names, several joined by "/"
     rehearsal: bool
     recipe: str  # empty where nothing is known of a run
+    step: int | None = None  # optimizer steps made, of a checkpoint; None: what the run ended with
     versions: dict[str, str]
     verified: dict[str, int | float]
     cost: dict[str, float] | None  # gigabytes and seconds

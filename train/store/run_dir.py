@@ -23,6 +23,7 @@ from train.store.facts import read_fact, write_fact
 from train.store.lock import hold
 from train.store.names import MARKER, PAGE
 from train.store.overwrite import check_replaceable, removable
+from train.store.run_state import Best
 from vl2.errors import UserError
 
 LOCK = ".lock"
@@ -43,6 +44,7 @@ class RunMarker:
     steps: int  # of the whole run
     wandb_id: str | None  # of the run on wandb
     evaluation: dict[str, dict[str, float]]  # "before" and "after" training -> its numbers
+    best: Best | None = None  # the checkpoint that pruning keeps beside the newest ones
 
     def __str__(self) -> str:
         return f"recipe {self.recipe}, {self.status}, step {self.step} of {self.steps}"

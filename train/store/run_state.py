@@ -34,6 +34,24 @@ class History:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best checkpoint of a run so far."""
+
+    metric: str  # that decides: `loss` (lower is better), or one that is higher for better answers
+    step: int
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationState:
+    """How far the validation of a run was at a checkpoint."""
+
+    step: int  # of the newest validation on the way
+    best: Best | None  # of all validations until then
+    without_best: int  # validations in a row that found no new best
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointState:
     """Everything of a checkpoint that is not tensors."""
 
@@ -43,6 +61,7 @@ class CheckpointState:
     scaler: dict[str, int | float | bool | list[float]] | None  # of fp16's loss, by the names of its state
     wandb_id: str | None  # of the run on wandb, which goes on there; None: not known
     versions: dict[str, str]  # of the packages
+    validation: ValidationState | None = None  # None: there was none on the way
 
     @staticmethod
     def from_format_1(document: Mapping[str, Any]) -> dict[str, Any]:

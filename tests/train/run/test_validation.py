@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.train.run.test_run import losses, metrics, same_state
-from train.config.every import Every, read_every
 from train.config.load import load_config
+from train.config.validation import Every, read_every
 from train.run.held_out import deal
 from train.run.validation import due_steps
 from vl2.errors import UserError
