@@ -203,6 +203,16 @@ class TrainConfig:
         low=0,
         high=MANY,
     )
+    save_minutes: float | None = key(
+        None, "A checkpoint every so often by the clock as well.", unit="minutes", low=0.01, high=MANY
+    )
+    max_minutes: float | None = key(
+        None,
+        "Save and stop in time to end before the process has run so long, as under a job's time limit; exit code 75.",
+        unit="minutes",
+        low=0.01,
+        high=MANY,
+    )
     keep_checkpoints: int = key(2, "Older ones are removed.", unit="checkpoints", low=1, high=MANY)
     log: list[str] = key(
         factory=lambda: ["wandb"],

@@ -16,10 +16,13 @@ from data.packs import PackDataset
 from train.config.schema import TrainConfig
 from train.run.barrier import barrier
 from train.run.build_data import Data
+from train.run.clock import Deadline
 from train.run.gradients import gather_rows
+from train.run.memory import SAVED_BYTES
 from train.run.saving import Saver
 from train.run.say import say
-from train.run.stop import WORKER_KILLED, StopRequest
+from train.run.state import trainable_parameters
+from train.run.stop import TIME_IS_UP, WORKER_KILLED, StopRequest
 from train.run.trainer import VL2Trainer
 from train.run.validation import Validation
 from train.run.watch.log import MetricsLog
@@ -50,6 +53,8 @@ def fit(
     run_dir, first = Path(config.run_dir), dist.get_rank() == 0
     root = run_dir / CHECKPOINTS
 
+    trained = sum(int(parameter.size) for parameter in trainable_parameters(model).values())
+    deadline = Deadline(config.max_minutes, saved_bytes=SAVED_BYTES * trained)
     save = Saver(
         config,
         model=model,
@@ -58,6 +63,7 @@ def fit(
         provenance=provenance,
         wandb_id=wandb_id,
         validation=validation,
+        took=deadline.saving_took,
     )
 
     def after_step(metrics: StepMetrics) -> None:
@@ -88,6 +94,7 @@ def fit(
             plan=data.plan,
             dataset=packs,
             stop=stop,
+            deadline=deadline,
             on_step=after_step,
             save=save_and_tell,
             history=history,
@@ -117,6 +124,8 @@ def fit(
         if code == WORKER_KILLED:
             cause = f"a data worker was killed (out of memory?; data.workers={config.data.workers}, fewer take less)"
             say(f"error: stopped {saved}: {cause}. {goes_on}", sys.stderr)
+        elif code == TIME_IS_UP:
+            say(f"\nstopped before max_minutes={config.max_minutes:g} were over, {saved}. {goes_on}")
         else:
             say(f"\nstopped by {signal.Signals(code - 128).name} {saved}. {goes_on}")
     return code

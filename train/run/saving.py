@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import paddle.distributed as dist
@@ -34,6 +36,7 @@ class Saver:
         history: of the steps so far, which the trainer goes on writing.
         provenance: of the run's weights.
         wandb_id: of the run on wandb.
+        took: told the seconds that each checkpoint took to be written.
         validation: of the run, whose best checkpoint stays; None: there is none.
     """
 
@@ -46,11 +49,12 @@ class Saver:
         history: History,
         provenance: Provenance,
         wandb_id: str,
+        took: Callable[[float], None],
         validation: Validation | None = None,
     ):
         self.config, self.model, self.identity = config, model, identity
         self.history, self.provenance, self.wandb_id = history, provenance, wandb_id
-        self.validation = validation
+        self.validation, self.took = validation, took
         self.run_dir = Path(config.run_dir)
         self._writing = Background("checkpoint")
 
@@ -79,11 +83,12 @@ class Saver:
 
     def _write(self, state: HostState) -> None:
         """In this order: whatever ends the process, a whole checkpoint is there, and the marker knows of no other."""
-        root = self.run_dir / CHECKPOINTS
+        root, started = self.run_dir / CHECKPOINTS, time.monotonic()
         write_folder(checkpoint_path(root, state.step), lambda folder: self._fill(folder, state))
         best = state.validation.best if state.validation else None
         update_marker(self.run_dir, step=state.step, best=best)
         prune(root, self.config.keep_checkpoints, best.step if best else None)
+        self.took(time.monotonic() - started)
 
     def _fill(self, folder: Path, state: HostState) -> None:
         save_state(

@@ -10,16 +10,16 @@ from types import FrameType
 from data.processes import end_with_parent
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-WORKER_KILLED = 1  # exit code
+WORKER_KILLED, TIME_IS_UP = 1, 75  # exit codes; 75 is EX_TEMPFAIL: the same again, later
 
 
 class StopRequest:
     """Context in which the signals are taken as a request.
 
     `code` is 0 while nobody asked, then the exit code the run ends with once it has saved: 128 + the signal's number,
-    the shell's convention (143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP), or WORKER_KILLED. So a caller tells
-    "stopped and saved" from "finished" (0) and from a mistake in the input (2). A second SIGTERM or SIGINT ends the
-    process at once.
+    the shell's convention (143 after SIGTERM, 130 after SIGINT, 129 after SIGHUP), WORKER_KILLED or TIME_IS_UP. So a
+    caller tells "stopped and saved" from "finished" (0) and from a mistake in the input (2). A second SIGTERM or SIGINT
+    ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -40,6 +40,10 @@ class StopRequest:
         """Ask because a process that builds packs is gone."""
         self.code = self.code or WORKER_KILLED
         print(f"\n{what}: finishing this step, then saving", file=sys.stderr, flush=True)
+
+    def time_is_up(self) -> None:
+        """Ask because the run may not take longer."""
+        self.code = self.code or TIME_IS_UP
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         again = "; once more ends it at once"

@@ -32,6 +32,7 @@ from data.plan import Plan
 from train.config.schema import TrainConfig
 from train.machine.disk import is_full
 from train.run.by_source import Sources
+from train.run.clock import Deadline, SaveSchedule
 from train.run.finite import FiniteCheck
 from train.run.gradients import (
     ReachCheck,
@@ -67,6 +68,7 @@ class VL2Trainer(Trainer):
         stop: asked at the end of each step.
         on_step: called after each optimizer step, on every rank. When it finds the disk full, the step is saved and
             the run ends.
+        deadline: asked at the end of each step as well.
         save: saves the step just made; called on every rank. What it has not written yet when it comes back, it holds
             in a copy.
         history: losses and totals of the steps before, when resuming.
@@ -85,6 +87,7 @@ class VL2Trainer(Trainer):
         plan: Plan,
         dataset: PackDataset,
         stop: StopRequest,
+        deadline: Deadline,
         on_step: Callable[[StepMetrics], None],
         save: Callable[[VL2Trainer], None],
         history: History | None = None,
@@ -94,7 +97,8 @@ class VL2Trainer(Trainer):
     ):
         super().__init__(model=model, args=_arguments(config, plan), train_dataset=dataset, callbacks=list(callbacks))
         self.pop_callback(PrinterCallback)
-        self.config, self.plan, self.stop = config, plan, stop
+        self.config, self.plan, self.stop, self.deadline = config, plan, stop, deadline
+        self.schedule = SaveSchedule(config, plan.num_steps)
         self.on_step, self.save = on_step, save
         self.history = history or History()
         self.sources, self.validation = sources, validation
@@ -186,10 +190,14 @@ class VL2Trainer(Trainer):
             new_best = self._validate()
             if self._ends_epoch(step):
                 fire("on_epoch_end")
-            save, stop = self.control.should_save or self._save_is_due() or new_best, self.stop.code != 0
-            save, stop, full = any_rank(save, stop or self.control.should_training_stop, full_disk is not None)
+            save = self.control.should_save or self.schedule.is_due(state.global_step) or new_best
+            if state.global_step < plan.num_steps and self.deadline.ends_turn():
+                self.stop.time_is_up()
+            stop = self.stop.code != 0 or self.control.should_training_stop
+            save, stop, full = any_rank(save, stop, full_disk is not None)
             if save or stop or full:
                 self.save(self)
+                self.schedule.saved()
                 fire("on_save")
             if full:
                 raise self._full_disk_error(full_disk)
@@ -220,10 +228,6 @@ class VL2Trainer(Trainer):
 
     def _ends_epoch(self, step: int) -> bool:
         return step + 1 == self.plan.num_steps or self.plan.epoch(step) != self.plan.epoch(step + 1)
-
-    def _save_is_due(self) -> bool:
-        step, every = self.state.global_step, self.config.save_steps
-        return step == self.plan.num_steps or (every > 0 and step % every == 0)
 
     def _log(self, metrics: StepMetrics) -> OSError | None:
         """Report a step. A full disk is returned, not raised, so that all ranks come together to save the step."""

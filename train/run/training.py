@@ -54,7 +54,7 @@ Built = TypeVar("Built")
 
 
 def main(arguments: list[str]) -> int:
-    """Entry script: 0 finished, 1 diverged or a data worker killed, 2 a mistake in the input, 128 + signal stopped."""
+    """Entry script: 0 finished, 1 diverged, 2 a mistake in the input, else the code of `StopRequest`."""
     config = load_config(arguments)
     notice = rehearsal_notice(config, arguments) if config.rehearsal else ""
     try:

@@ -2,11 +2,13 @@
 
 import errno
 import json
+import time
 
 import pytest
 from paddlenlp.trainer import TrainerCallback
 
 from train.run import gradients
+from train.run.stop import TIME_IS_UP
 from train.run.watch.log import MetricsLog
 from train.store.checkpoints import checkpoints
 from train.store.run_dir import read_marker
@@ -90,6 +92,27 @@ def test_one_rank_that_asks_is_enough(monkeypatch):
     other = np.array([[0.0, 1.0, 0.0]])
     monkeypatch.setattr(gradients, "gather_rows", lambda rows: np.concatenate([rows, other]))
     assert gradients.any_rank(True, False, False) == [True, True, False]
+
+
+@pytest.mark.slow
+def test_a_run_ends_in_time_and_saves_by_the_clock(run, tmp_path, monkeypatch, capsys):
+    """Over before it begins, it makes a step all the same: a job that is sent again and again comes to its end."""
+    run_dir, write = tmp_path / "run", MetricsLog.write
+
+    def slow_step_2(self, metrics):
+        time.sleep(0.7 if metrics.step == 2 else 0)
+        write(self, metrics)
+
+    monkeypatch.setattr(MetricsLog, "write", slow_step_2)
+    options = (*SMALL, "max_steps=4", "keep_checkpoints=9")
+    assert run(run_dir, *options, "max_minutes=0.01") == TIME_IS_UP == 75
+    saved = run_dir / "checkpoints" / "step-000001"
+    expected = f"stopped before max_minutes=0.01 were over, after step 1 of 4; saved {saved}. The same command with"
+    assert expected in capsys.readouterr().out
+    assert read_marker(run_dir).status == "stopped"
+    assert run(run_dir, *options, "save_minutes=0.01", "resume=auto") == 0
+    steps = [folder.name for folder in checkpoints(run_dir / "checkpoints")]
+    assert steps[:2] == ["step-000001", "step-000002"] and steps[-1] == "step-000004"
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from tests.places import GOLDENS
 from train.config.load import load_config
 from train.config.schema import TrainConfig
 from train.run.build import make_trainable
+from train.run.clock import Deadline
 from train.run.stop import StopRequest
 from train.run.trainer import VL2Trainer
 from vl2.adapter.folder import open_adapter
@@ -101,6 +102,7 @@ def test_ten_lora_steps_equal_the_official_code(family, golden_folder, arguments
             plan=plan,
             dataset=packs,
             stop=stop,
+            deadline=Deadline(None, saved_bytes=0),
             on_step=done.append,
             save=lambda trainer: None,
         )

@@ -25,7 +25,8 @@ SMALL = ("lora.groups=[attention]", "lora.rank=2", "packs_per_step=2", "keep_che
 def test_the_next_steps_leave_the_copy_alone():
     """Paddle updates weights and moments in place, and the history is a list that grows."""
     layer, history, state = paddle.nn.Linear(3, 2), History(), TrainerState(global_step=1)
-    optimizer = build_optimizer(dict(layer.named_parameters()), 0.1)
+    parameters = {f"projector.{name}": parameter for name, parameter in layer.named_parameters()}
+    optimizer = build_optimizer(parameters, 0.1)
 
     def step() -> None:
         layer(paddle.ones([1, 3])).sum().backward()
