@@ -1,7 +1,7 @@
 """Attention over a flat stream of segments: one function for packs, chunked prefill, decoding and the vision tower.
 
 Shape suffixes: T tokens of the stream, H heads, K channels of a q/k head, V channels of a v head, D model, S segments;
-B sequences that go on by one token each, M room of a cache in tokens.
+B sequences that go on by one token each, M room of their buffers in tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer, PyLayerContext
 
-from vl2.cache import Kept, LayerCache, flat_streams
+from vl2.cache import LayerStep
 from vl2.config import LanguageConfig
-from vl2.constant_tensors import beyond_mask, causal_mask, segment_bounds
+from vl2.constant_tensors import causal_mask, segment_bounds
 from vl2.linear import Linear
 
 # A longer segment is computed in blocks of QUERY_BLOCK queries: with fewer the calls cost more than the work saved.
@@ -172,25 +172,26 @@ def _segment_grads(
     return paddle.concat(grad_q, axis=1), grad_k, grad_v
 
 
-def attend_last(q_BHK: paddle.Tensor, kept: Sequence[Kept], scale: float) -> paddle.Tensor:
+def attend_last(
+    q_BHK: paddle.Tensor, k_BHMK: paddle.Tensor, v_BHMV: paddle.Tensor, mask_BH1M: paddle.Tensor, scale: float
+) -> paddle.Tensor:
     """Attention of the last token of each sequence, which reads keys and values where they lie in the cache.
 
     The buffers are multiplied whole, what lies beyond the last token hidden by a mask: cutting them would copy them.
 
     Args:
-        q_BHK: one query a sequence, [B, H, K].
-        kept: keys [H, M, K] and values [H, M, V] of each.
+        q_BHK: one query a sequence.
+        k_BHMK: keys, and room.
+        v_BHMV: values, and room.
+        mask_BH1M: float32, see `Shelf.mask`.
         scale: factor of the scores.
 
     Returns:
         [B, H, V].
     """
-    outs = []
-    for q_H1K, ((k_HMK, v_HMV), length) in zip((q_BHK * scale).unsqueeze(2), kept, strict=True):
-        scores_H1M = paddle.matmul(q_H1K, k_HMK, transpose_y=True).astype("float32")
-        scores_H1M = scores_H1M + beyond_mask(length, k_HMK.shape[1], k_HMK.place)
-        outs.append(paddle.matmul(F.softmax(scores_H1M, axis=-1).astype(v_HMV.dtype), v_HMV))
-    return paddle.stack(outs).squeeze(2)
+    scores_BH1M = paddle.matmul((q_BHK * scale).unsqueeze(2), k_BHMK, transpose_y=True).astype("float32")
+    weights_BH1M = F.softmax(scores_BH1M + mask_BH1M, axis=-1)
+    return paddle.matmul(weights_BH1M.astype(v_BHMV.dtype), v_BHMV).squeeze(2)
 
 
 def _flash_fits(q_THK: paddle.Tensor, q_lens: Sequence[int], k_lens: Sequence[int]) -> bool:
@@ -296,21 +297,23 @@ class MultiHeadAttention(nn.Layer):
         return rope_tables(position_ids_T, config.head_dim, config.rope_theta, config.num_attention_heads)
 
     def forward(
-        self, x_TD: paddle.Tensor, rope: Rope, q_lens: list[int], cache: LayerCache | None = None
+        self, x_TD: paddle.Tensor, rope: Rope, q_lens: list[int], cache: LayerStep | None = None
     ) -> paddle.Tensor:
-        """[T, D] -> [T, D]; with a `LayerCache` the stream continues what it holds."""
+        """[T, D] -> [T, D]; with a `LayerStep` the stream continues what the cache holds."""
         heads = [-1, self.num_heads, self.head_dim]
         q_THK = rotate_half_split(self.q_proj(x_TD).reshape(heads), *rope)
         k_THK = rotate_half_split(self.k_proj(x_TD).reshape(heads), *rope)
         v_THK = self.v_proj(x_TD).reshape(heads)
-        k_lens, scale, kept = q_lens, self.head_dim**-0.5, []
-        if cache is not None:
-            kept = cache.append((k_THK, v_THK), q_lens)
-            k_lens = q_lens = [n for n in q_lens if n]
-        if kept and max(q_lens) == 1:
-            out_THK = attend_last(q_THK, kept, scale)
+        scale = self.head_dim**-0.5
+        if cache is None:
+            out_THK = attention(q_THK, k_THK, v_THK, q_lens, q_lens, scale=scale)
         else:
-            if any(one.length > n for one, n in zip(kept, q_lens, strict=False)):
-                (k_THK, v_THK), k_lens = flat_streams(kept)
-            out_THK = attention(q_THK, k_THK, v_THK, q_lens, k_lens, scale=scale)
+            outs = [
+                attend_last(q_THK[rows], k_BHMK, v_BHMV, shelf.mask(self.num_heads), scale)
+                for rows, (k_BHMK, v_BHMV), shelf in cache.last((k_THK, v_THK))
+            ]
+            if found := cache.pieces((k_THK, v_THK)):
+                rows, (k_THK, v_THK), q_lens, k_lens = found
+                outs.append(attention(q_THK[rows], k_THK, v_THK, q_lens, k_lens, scale=scale))
+            out_THK = outs[0] if len(outs) == 1 else paddle.concat(outs)
         return self.o_proj(out_THK.reshape([-1, self.num_heads * self.head_dim]))

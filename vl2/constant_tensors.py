@@ -16,8 +16,6 @@ import paddle
 KEPT_BOUNDS = 256
 # Masks that are kept, and the keys of the largest: eight of 8 MB at most.
 KEPT_MASKS, KEPT_MASK_KEYS = 8, 2048
-# Masks of buffers that are kept: of the sequences of a batch, which ask for them once a layer.
-KEPT_BEYOND = 256
 
 _longest: dict[paddle.base.core.Place, paddle.Tensor] = {}  # the longest range made so far at each place
 
@@ -89,24 +87,3 @@ def causal_mask(num_queries: int, num_keys: int, place: paddle.base.core.Place) 
 @functools.lru_cache(maxsize=KEPT_MASKS)
 def _causal_mask(num_queries: int, num_keys: int, place: paddle.base.core.Place) -> paddle.Tensor:
     return paddle.triu(paddle.full([num_queries, num_keys], -1e30, "float32"), diagonal=num_keys - num_queries + 1)
-
-
-@functools.lru_cache(maxsize=KEPT_BEYOND)
-def beyond_mask(length: int, room: int, place: paddle.base.core.Place) -> paddle.Tensor:
-    """What hides the room of a buffer beyond the tokens in it, float32 [room]; not to be written to.
-
-        length 2, room 4    0 0 -1e30 -1e30
-
-    Args:
-        length: tokens.
-        room: of the buffer, in tokens.
-        place: where; the one that new tensors are made at.
-    """
-    size = 1 << (room - 1).bit_length()
-    return _edge(size, place)[size - length : size - length + room]
-
-
-@functools.lru_cache(maxsize=KEPT_BEYOND)
-def _edge(size: int, place: paddle.base.core.Place) -> paddle.Tensor:
-    """What the masks of buffers of up to that size are views of: zeros, then as many -1e30."""
-    return paddle.concat([paddle.zeros([size]), paddle.full([size], -1e30)])

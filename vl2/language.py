@@ -11,7 +11,7 @@ from paddle import nn
 
 from vl2.attention import MultiHeadAttention
 from vl2.balance import LoadBalance
-from vl2.cache import KVCache, LayerCache
+from vl2.cache import LayerStep, Step
 from vl2.config import LanguageConfig
 from vl2.expert_rows import Dispatch
 from vl2.linear import Linear
@@ -40,7 +40,7 @@ class DecoderLayer(nn.Layer):
         cos: paddle.Tensor,
         sin: paddle.Tensor,
         q_lens: list[int],
-        cache: LayerCache | None = None,
+        cache: LayerStep | None = None,
         balance: LoadBalance | None = None,
         kept: list[Dispatch] | None = None,
     ) -> paddle.Tensor | tuple[paddle.Tensor, paddle.Tensor]:
@@ -50,7 +50,7 @@ class DecoderLayer(nn.Layer):
             x_TD: [T, D].
             cos, sin: of the rotation.
             q_lens: tokens of each segment.
-            cache: of this layer.
+            cache: of this layer, which the stream continues.
             balance: of the stream.
             kept: an empty list when the layer will be computed again in backward, see `MoE.forward`.
         """
@@ -91,7 +91,7 @@ class Decoder(nn.Layer):
         x_TD: paddle.Tensor,
         position_ids_T: paddle.Tensor,
         q_lens: list[int],
-        cache: KVCache | None = None,
+        cache: Step | None = None,
         trace: list | None = None,
         balance: LoadBalance | None = None,
     ) -> paddle.Tensor:
@@ -100,8 +100,8 @@ class Decoder(nn.Layer):
         Args:
             x_TD: input embeddings of the stream.
             position_ids_T: int64, restarting with each segment.
-            q_lens: tokens of each segment; with a cache one entry a sequence, 0 where it does not go on.
-            cache: continues these sequences; None for training.
+            q_lens: tokens of each segment.
+            cache: the stream continues what it holds, which the step ends with; None for training.
             trace: receives the input of every layer and the result, for parity checks.
             balance: receives the load-balance loss of every expert layer.
         """
@@ -110,7 +110,7 @@ class Decoder(nn.Layer):
             if trace is not None:
                 trace.append(x_TD)
             if cache is not None:
-                x_TD = layer(x_TD, cos, sin, q_lens, cache.layers[i])
+                x_TD = layer(x_TD, cos, sin, q_lens, cache.layer(i))
                 continue
             again = self.recompute_every and i % self.recompute_every == 0 and paddle.is_grad_enabled()
             args = (x_TD, cos, sin, q_lens, None, balance)
@@ -119,6 +119,8 @@ class Decoder(nn.Layer):
                 x_TD, loss = x_TD
                 if loss is not None:
                     balance.layers.append(loss)
+        if cache is not None:
+            cache.end()
         x_TD = self.norm(x_TD)
         if trace is not None:
             trace.append(x_TD)

@@ -13,7 +13,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from vl2.attention import Rope, attention, rope_tables, rotate_half_split
-from vl2.cache import Kept, LayerCache, flat_streams
+from vl2.cache import LayerStep, Shelf
 from vl2.config import LanguageConfig
 from vl2.linear import Linear
 from vl2.norm import RMSNorm
@@ -51,26 +51,28 @@ class LatentAttention(nn.Layer):
         return rope_tables(position_ids_T, config.qk_rope_head_dim, config.rope_theta, config.num_attention_heads)
 
     def forward(
-        self, x_TD: paddle.Tensor, rope: Rope, q_lens: list[int], cache: LayerCache | None = None
+        self, x_TD: paddle.Tensor, rope: Rope, q_lens: list[int], cache: LayerStep | None = None
     ) -> paddle.Tensor:
-        """[T, D] -> [T, D]; with a `LayerCache` the stream continues what it holds."""
+        """[T, D] -> [T, D]; with a `LayerStep` the stream continues what the cache holds."""
         cos, sin = rope
         q = self.q_proj(x_TD).reshape([-1, self.num_heads, self.nope + self.rope_dim])
         q_THN, q_THR = q[..., : self.nope], rotate_interleaved(q[..., self.nope :], cos, sin)
         compressed = self.kv_a_proj_with_mqa(x_TD)
         c_TC = self.kv_a_layernorm(compressed[:, : self.rank])
         k_T1R = rotate_interleaved(compressed[:, self.rank :].unsqueeze(1), cos[:, :1], sin[:, :1])
-        k_lens, kept = q_lens, []
-        if cache is not None:
-            kept = cache.append((paddle.concat([c_TC.unsqueeze(1), k_T1R], axis=-1),), q_lens)
-            k_lens = q_lens = [n for n in q_lens if n]
-        if kept and max(q_lens) == 1:
-            out_THV = self._folded(q_THN, q_THR, kept)
+        if cache is None:
+            out_THV = self._unfolded(q_THN, q_THR, c_TC, k_T1R, q_lens, q_lens)
         else:
-            if any(one.length > n for one, n in zip(kept, q_lens, strict=False)):
-                (rows_T1W,), k_lens = flat_streams(kept)
+            new_T1W = paddle.concat([c_TC.unsqueeze(1), k_T1R], axis=-1)
+            outs = [
+                self._folded(q_THN[rows], q_THR[rows], rows_B1MW, shelf)
+                for rows, (rows_B1MW,), shelf in cache.last((new_T1W,))
+            ]
+            if found := cache.pieces((new_T1W,)):
+                rows, (rows_T1W,), q_lens, k_lens = found
                 c_TC, k_T1R = rows_T1W[:, 0, : self.rank], rows_T1W[..., self.rank :]
-            out_THV = self._unfolded(q_THN, q_THR, c_TC, k_T1R, q_lens, k_lens)
+                outs.append(self._unfolded(q_THN[rows], q_THR[rows], c_TC, k_T1R, q_lens, k_lens))
+            out_THV = outs[0] if len(outs) == 1 else paddle.concat(outs)
         return self.o_proj(out_THV.reshape([-1, self.num_heads * self.v_dim]))
 
     def _unfolded(
@@ -89,7 +91,9 @@ class LatentAttention(nn.Layer):
         q = paddle.concat([q_THN, q_THR], axis=-1)
         return attention(q, k, kv[..., self.nope :], q_lens, k_lens, scale=self.scale)
 
-    def _folded(self, q_BHN: paddle.Tensor, q_BHR: paddle.Tensor, kept: Sequence[Kept]) -> paddle.Tensor:
+    def _folded(
+        self, q_BHN: paddle.Tensor, q_BHR: paddle.Tensor, rows_B1MW: paddle.Tensor, shelf: Shelf
+    ) -> paddle.Tensor:
         """Scores of the last token of each sequence against the compressed rows themselves, for decoding: [B, H, V].
 
         The heads are folded into the query, so all of them read one row a token, where it lies in the cache. The
@@ -102,9 +106,8 @@ class LatentAttention(nn.Layer):
         up_v_HCV = weight[..., self.nope :].transpose([1, 0, 2])
         q_BHC = paddle.matmul(q_BHN.transpose([1, 0, 2]), up_k_HNC).transpose([1, 0, 2])
         q_BHW = paddle.concat([q_BHC, q_BHR], axis=-1) * self.scale
-        outs = []
-        for q_HW, ((rows_1MW,), length) in zip(q_BHW, kept, strict=True):
-            rows_mW = rows_1MW[0, :length]
-            weights_Hm = F.softmax(paddle.matmul(q_HW, rows_mW, transpose_y=True).astype("float32"), axis=-1)
-            outs.append(paddle.matmul(weights_Hm.astype(rows_mW.dtype), rows_mW))
-        return paddle.matmul(paddle.stack(outs, axis=1)[..., : self.rank], up_v_HCV).transpose([1, 0, 2])
+        rows_BMW = rows_B1MW.squeeze(1)
+        scores_BHM = paddle.matmul(q_BHW, rows_BMW, transpose_y=True).astype("float32")
+        weights_BHM = F.softmax(scores_BHM + shelf.mask(self.num_heads).squeeze(2), axis=-1)
+        out_BHW = paddle.matmul(weights_BHM.astype(rows_BMW.dtype), rows_BMW)
+        return paddle.matmul(out_BHW[..., : self.rank].transpose([1, 0, 2]), up_v_HCV).transpose([1, 0, 2])

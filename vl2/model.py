@@ -13,7 +13,7 @@ import paddle
 from paddle import nn
 
 from vl2.balance import LoadBalance
-from vl2.cache import KVCache
+from vl2.cache import Step
 from vl2.config import VL2Config
 from vl2.constant_tensors import send
 from vl2.errors import UserError
@@ -127,7 +127,7 @@ class DeepseekVL2(nn.Layer):
         x_TD: paddle.Tensor,
         position_ids: Any,
         seq_lens: Any,
-        cache: KVCache | None = None,
+        cache: Step | None = None,
         trace: list | None = None,
         balance: LoadBalance | None = None,
     ) -> paddle.Tensor:

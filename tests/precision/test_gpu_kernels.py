@@ -20,8 +20,9 @@ from tests.precision.make_gpu_kernels import NEW, OLD, preprocessed, registratio
 from tests.precision.taken import Call, taken
 from tests.precision.test_step import step
 from vl2.balance import LoadBalance
-from vl2.generate import generate, sample
+from vl2.generate import generate
 from vl2.prompt import IGNORE
+from vl2.sampling import sample
 
 
 def call(operator: str, *arguments, result: str | None = None, gradient: bool = False) -> Call:

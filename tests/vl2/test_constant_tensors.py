@@ -5,7 +5,7 @@ import paddle
 import pytest
 
 from vl2.attention import attention
-from vl2.constant_tensors import beyond_mask, causal_mask, positions, segment_bounds
+from vl2.constant_tensors import causal_mask, positions, segment_bounds
 
 PLACE = paddle.ones([1]).place
 
@@ -68,9 +68,3 @@ def test_one_mask_for_all_layers(monkeypatch):
         2, 4000, PLACE
     )  # those of long segments are too large to keep
     assert causal_mask(2, 3, PLACE).tolist() == [[0, 0, np.float32(-1e30)], [0, 0, 0]]
-
-
-def test_beyond_the_tokens_of_a_buffer():
-    assert beyond_mask(2, 4, PLACE).tolist() == [0, 0, float(np.float32(-1e30)), float(np.float32(-1e30))]
-    assert beyond_mask(4, 4, PLACE).tolist() == [0] * 4
-    assert beyond_mask(2, 4, PLACE) is beyond_mask(2, 4, PLACE)

@@ -4,7 +4,8 @@ import numpy as np
 import paddle
 import pytest
 
-from vl2.generate import generate, sample
+from vl2.generate import generate
+from vl2.sampling import sample
 
 PROMPTS = [{"input_ids": np.arange(3, 3 + n, dtype=np.int64) * 7 % 900} for n in (30, 9, 17)]
 

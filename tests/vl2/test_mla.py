@@ -4,9 +4,9 @@ import numpy as np
 import paddle
 import pytest
 
-from vl2.cache import KVCache
+from vl2.cache import ROOM, SLOTS, KVCache
 from vl2.checkpoint.load import load_model
-from vl2.generate import generate, prefill
+from vl2.generate import generate
 from vl2.lora import apply_lora
 from vl2.lora_settings import LoRASettings
 
@@ -39,11 +39,16 @@ def test_folded_decode_with_an_adapter_equals_computing_from_the_start(lora):
 
 def test_cache_holds_the_compressed_rows_only(lora):
     language = lora.model.config.language
-    cache = KVCache(language.num_hidden_layers, [60])
+    cache = KVCache(language.num_hidden_layers)
+    number = cache.add()
     with paddle.no_grad():
-        prefill(lora.model, [lora.model.embed(PROMPTS[0])], cache)
-    values = sum(buffer.shape[0] * buffer.shape[2] for buffer in cache.layers[0]._buffers[0])
-    assert values == language.kv_lora_rank + language.qk_rope_head_dim
+        x = lora.model.embed(PROMPTS[0])
+        step = cache.step([(number, len(x))])
+        lora.model.decode_stream(x, step.position_ids(x.place), step.q_lens, step)
+    values = language.num_hidden_layers * (language.kv_lora_rank + language.qk_rope_head_dim)
+    assert cache.num_bytes == 4 * len(x) * values
+    cache.shelve(number)
+    assert cache.num_bytes == 4 * SLOTS * ROOM * values
 
 
 def test_every_adapter_weight_of_attention_gets_a_gradient(lora):

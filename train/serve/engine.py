@@ -155,7 +155,7 @@ class Engine:
                 self._running.append(job)
                 job.text = AnswerText(self._models[job.model].loaded.tokenizer, job.stops)
                 job.growing = Growing(
-                    job.prompt, limit=job.limit, temperature=job.temperature, top_p=job.top_p, seed=job.seed
+                    job.prompt, limit=job.limit, temperature=job.temperature, top_p=job.top_p, seed=(job.seed, 0)
                 )
                 job.prompt = {"input_ids": job.prompt["input_ids"]}  # the tiles are the sequence's alone
                 self._batches[job.model].add(job.growing)
