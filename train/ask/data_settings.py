@@ -49,9 +49,18 @@ def _of_mixture(source: SourceConfig, config: DataConfig) -> SourceSettings:
 
 
 def read_settings(config: RowsConfig) -> ReadSettings:
-    """How the rows of every source are read; where rows are not trained on, a bad one is an error."""
+    """How the rows of every source are read.
+
+    Where rows are not trained on, pictures are read as a whole if bad rows are to be left out: found broken later, a
+    picture would stop what is half done.
+    """
     if not isinstance(config, DataConfig):
-        return ReadSettings(unknown=config.unknown)  # type: ignore[arg-type]  # checked by the schema
+        return ReadSettings(
+            unknown=config.unknown,  # type: ignore[arg-type]  # these three are checked by the schema
+            on_bad_record=config.on_bad_record,  # type: ignore[arg-type]
+            max_bad=config.max_bad,
+            verify="decode" if config.on_bad_record == "skip" else "header",
+        )
     return ReadSettings(
         special_tokens=config.special_tokens,  # type: ignore[arg-type]
         supervise=config.supervise,  # type: ignore[arg-type]

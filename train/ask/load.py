@@ -11,6 +11,7 @@ import paddle
 import paddle.distributed as dist
 from tqdm import tqdm
 
+from data.images.pixels import Exif
 from data.images.reader import DEFAULT_READER, ImageReader
 from data.images.web_cache import default_folder
 from train.ask.model_memory import check_inference, inference_memory
@@ -52,8 +53,36 @@ class Loaded:
         return self.model.config.candidate_resolutions
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model that is found and fits, before its weights are read."""
+
+    source: Source
+    folder: ModelFolder  # of the base
+    dtype: str  # that its weights are stored in once loaded
+
+    @property
+    def candidates(self) -> tuple[Resolution, ...]:
+        """Resolutions an image may be shown at."""
+        return resolutions_in_force(self.source, self.folder.config)
+
+    @property
+    def exif(self) -> Exif:
+        """What is done with the EXIF orientation of pictures, as in training."""
+        return exif_in_force(self.source)
+
+
 def load(folder: str | Path, precision: str = "auto", base: str = "", check: str = "sizes") -> Loaded:
-    """Load whatever `find_source` finds.
+    """Load whatever `find_source` finds; see `open_model`.
+
+    Raises:
+        UserError: see `open_model` and `load_opened`.
+    """
+    return load_opened(open_model(folder, precision, base, check))
+
+
+def open_model(folder: str | Path, precision: str = "auto", base: str = "", check: str = "sizes") -> Opened:
+    """Find a model and see that it can be loaded here; no weights are read, but where it is to be fetched it is.
 
     Args:
         folder: base model (or its name on the hub), export, adapter, run or checkpoint.
@@ -62,8 +91,7 @@ def load(folder: str | Path, precision: str = "auto", base: str = "", check: str
         check: "full" reads the whole base before, where it has a manifest.
 
     Raises:
-        UserError: see `resolve_model`, `find_source` and `load_model`; an adapter of another base; a precision that
-            the GPU does not have.
+        UserError: see `resolve_model` and `find_source`; no memory for it; a precision that the GPU does not have.
     """
     if known := published(folder):  # before it is fetched
         wanted = DTYPE_OF_SETTING.get(precision, "bfloat16")
@@ -74,19 +102,28 @@ def load(folder: str | Path, precision: str = "auto", base: str = "", check: str
     dtype = DTYPE_OF_SETTING[precision] if precision != "auto" else stored_dtype(opened)
     check_precision(dtype)
     check_inference(source.base, opened.config, dtype)
-    model = load_base(source, opened, dtype)
+    return Opened(source=source, folder=opened, dtype=dtype)
+
+
+def load_opened(opened: Opened) -> Loaded:
+    """Read the weights of a model.
+
+    Raises:
+        UserError: see `load_model`; an adapter of another base.
+    """
+    source, folder, dtype = opened.source, opened.folder, opened.dtype
+    model = load_base(source, folder, dtype)
     if source.kind == "adapter":
         from vl2.adapter.folder import load_adapter  # here: it imports PaddleNLP, which takes seconds
 
         assert source.trained is not None
-        load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, opened, model), say=note)
-    candidates = resolutions_in_force(source, model.config)
-    model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
+        load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, folder, model), say=note)
+    model.config = dataclasses.replace(model.config, candidate_resolutions=opened.candidates)
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
     model.eval()
-    images = ImageReader(exif=exif_in_force(source), cache=default_folder())
-    return Loaded(source=source, model=model, tokenizer=opened.tokenizer, images=images)
+    images = ImageReader(exif=opened.exif, cache=default_folder())
+    return Loaded(source=source, model=model, tokenizer=folder.tokenizer, images=images)
 
 
 def stored_dtype(folder: ModelFolder) -> str:

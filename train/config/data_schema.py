@@ -70,6 +70,12 @@ class RowsConfig:
         100_000_000, "Pictures with more are refused before they are decoded.", unit="pixels", low=1, high=178_956_970
     )
     allow_private_urls: bool = key(False, "Fetch pictures from addresses of private and local networks too.")
+    on_bad_record: str = key(
+        "error", "A record that cannot be used stops everything, or is left out.", choices=("error", "skip")
+    )
+    max_bad: int = key(
+        100, "With on_bad_record=skip: more than that many stop everything.", unit="records", low=0, high=MANY
+    )
     measure_workers: int | None = key(
         None, "Processes that measure the rows; null: one a core.", unit="processes", low=1, high=256
     )
@@ -128,12 +134,6 @@ class DataConfig(RowsConfig):
     )
     special_tokens: str = key(
         "error", "A special token typed into a text is refused, or made plain text.", choices=("error", "neutralise")
-    )
-    on_bad_record: str = key(
-        "error", "A record that cannot be used stops the run, or is left out.", choices=("error", "skip")
-    )
-    max_bad: int = key(
-        100, "With on_bad_record=skip: more than that many stop the run.", unit="records", low=0, high=MANY
     )
     workers: int = key(
         2,
