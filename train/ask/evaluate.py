@@ -1,9 +1,9 @@
-"""`bash launch.sh eval model=FOLDER data.path=FILE`: loss and scores; also what a training run is asked."""
+"""`bash launch.sh eval model=FOLDER data.path=FILE`: loss and scores of one model, or of two side by side."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,58 +12,22 @@ from typing import Any
 import numpy as np
 
 from data.cache import default_cache
-from data.dataset import open_dataset
-from data.record import Record
+from data.dataset import Dataset, open_dataset
+from data.images.reader import ImageReader
+from train.ask.answers_report import answers_report
 from train.ask.data_settings import image_reader, read_settings, source_settings
-from train.ask.load import Loaded, load
-from train.ask.losses import mean_loss
+from train.ask.evaluation import Evaluation, difference, num_differing, right_counts
+from train.ask.load import Opened, load_opened, open_model
+from train.ask.losses import mean_losses
 from train.ask.note import note
-from train.ask.predictions import check_predictions, write_predictions
-from train.ask.questions import Question, ask, box_scores, num_cut, permuted, questions_of, score
-from train.ask.scores.boxes import summary
+from train.ask.predictions import check_predictions, check_report, write_predictions
+from train.ask.questions import ask, box_scores, num_cut, questions_of, score
 from train.config.load import load_eval_config
+from train.config.schema import EvaluateConfig
 from train.machine.devices import use_device
+from train.page.render import write_page
 from train.store.checkpoints import chosen_checkpoint
-
-
-def ask_run(
-    loaded: Loaded,
-    records: Sequence[Record],
-    *,
-    limit: int,
-    max_new_tokens: int,
-    permute: bool,
-    metrics: Sequence[str] = ("exact_match",),
-) -> dict[str, float]:
-    """What a training run asks before and after.
-
-    Args:
-        loaded: the model under training.
-        records: held-out conversations; each of their turns is a question.
-        limit: most questions.
-        max_new_tokens: longest answer.
-        permute: ask again with the pictures exchanged.
-        metrics: what is scored, beside exact_match.
-
-    Returns:
-        `questions` (their number), `cut` (answers that were cut at max_new_tokens), `exact_match` and each metric that
-        has something to score, and with `permute` `exact_match_permuted` and so on.
-    """
-    every = (question for record in records for question in questions_of(record, loaded.images))
-    questions = list(itertools.islice(every, limit))
-    wanted = ("exact_match", *metrics)
-
-    def scored(questions: Sequence[Question], title: str) -> tuple[dict[str, float], int]:
-        answers = ask(loaded, questions, max_new_tokens=max_new_tokens, title=title)
-        boxes = box_scores(questions, answers, loaded.images)
-        return score(wanted, questions, answers, boxes).means, num_cut(answers)
-
-    means, cut = scored(questions, "questions")
-    found = {"questions": float(len(questions)), **means, "cut": float(cut)}
-    if permute and any(question.images for question in questions):
-        means, _ = scored(permuted(questions), "pictures exchanged")
-        found.update({f"{name}_permuted": mean for name, mean in means.items()})
-    return found
+from vl2.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
@@ -71,42 +35,147 @@ def main(arguments: list[str]) -> int:
     config = load_eval_config(arguments)
     use_device(config.device, tf32=config.tf32)
     check_predictions(Path(config.out))
-    loaded = load(chosen_checkpoint(config.model, config.checkpoint), config.precision, config.base, config.check)
-    loaded = dataclasses.replace(loaded, images=image_reader(config.data, exif=loaded.images.exif))
-    dataset = open_dataset(
-        source_settings(config.data),
-        settings=read_settings(config.data),
-        tokenizer=loaded.tokenizer,
-        candidates=loaded.candidates,
-        images=loaded.images,
-        context=loaded.model.config.language.max_position_embeddings,
-        cache=default_cache(),
-        workers=config.data.measure_workers,
-    )
-    if config.limit is not None:
-        dataset = dataset.take(np.arange(len(dataset.records))[: config.limit])
-    questions = [question for record in dataset.records for question in questions_of(record, loaded.images)]
+    if config.report:
+        check_report(Path(config.report))
+    models = models_of(config)
+    opened = [open_model(name, config.precision, base, config.check) for name, base in models]
+    rows = open_rows(config, opened)
+    evaluations: list[Evaluation] = []
+    for (name, _), model, dataset in zip(models, opened, rows, strict=True):
+        evaluations.append(evaluate(name, model, dataset, config, add=bool(evaluations)))
+        gc.collect()  # a model's layers know each other; the next one needs the room
+    result = document(evaluations, rows[0], config)
+    for warning in notes(evaluations, rows[0], config, [reader_of(config, model) for model in opened]):
+        note(warning)
+    if config.report:
+        words = {"data": ", ".join(config.data.path), "conversations": f"{len(rows[0].records):,}"}
+        page = answers_report(evaluations, words, reader_of(config, opened[0]))
+        write_page(Path(config.report), page)
+    print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def models_of(config: EvaluateConfig) -> list[tuple[str, str]]:
+    """The folders that `model` and `against` mean, each with its base.
+
+    Raises:
+        UserError: no such checkpoint; both are one.
+    """
+    models = [(chosen_checkpoint(config.model, config.checkpoint), config.base)]
+    if config.against:
+        models.append((chosen_checkpoint(config.against, config.against_checkpoint), config.against_base))
+        (one, base), (other, other_base) = models
+        if Path(one).resolve() == Path(other).resolve() and base == other_base:
+            raise UserError(f"against={config.against}: expected another model, found the one of model=")
+    return models
+
+
+def open_rows(config: EvaluateConfig, models: Sequence[Opened]) -> list[Dataset]:
+    """The same rows as each model takes them, measured; no weights are needed for that.
+
+    Raises:
+        UserError: see `open_dataset`; no row that all models can be asked.
+    """
+    rows = [
+        open_dataset(
+            source_settings(config.data),
+            settings=read_settings(config.data),
+            tokenizer=model.folder.tokenizer,
+            candidates=model.candidates,
+            images=reader_of(config, model),
+            context=model.folder.config.language.max_position_embeddings,
+            cache=default_cache(),
+            workers=config.data.measure_workers,
+        )
+        for model in models
+    ]
+    # A row that is too long for one model is left out for both.
+    places = [list(zip(each.records.reader_of.tolist(), each.records.row_of.tolist(), strict=True)) for each in rows]
+    common = set(places[0]).intersection(*places[1:])
+    taken = []
+    for each, own in zip(rows, places, strict=True):
+        indices = np.array([i for i, place in enumerate(own) if place in common], dtype=np.int64)[: config.limit]
+        if not len(indices):
+            raise UserError(f"data.path={config.data.path[0]}: no row is left that both models can be asked")
+        taken.append(each if len(indices) == len(own) else each.take(indices))
+    return taken
+
+
+def reader_of(config: EvaluateConfig, model: Opened) -> ImageReader:
+    """What opens the pictures of the rows for a model."""
+    return image_reader(config.data, exif=model.exif)
+
+
+def evaluate(name: str, opened: Opened, dataset: Dataset, config: EvaluateConfig, *, add: bool) -> Evaluation:
+    """Load a model, ask it, write down what it answers; it is gone at the end.
+
+    Args:
+        name: of the model, as it was typed.
+        opened: the model.
+        dataset: the rows.
+        config: of the evaluation.
+        add: add the answers to those of another model.
+    """
+    loaded = dataclasses.replace(load_opened(opened), images=reader_of(config, opened))
+    questions, source_of = [], []
+    for record, source in zip(dataset.records, dataset.source_of.tolist(), strict=True):
+        for question in questions_of(record, loaded.images):
+            questions.append(question)
+            source_of.append(source)
     answers = ask(loaded, questions, max_new_tokens=config.max_new_tokens, title="questions")
     boxes = box_scores(questions, answers, loaded.images)
     scores = score(config.metrics, questions, answers, boxes)
-    write_predictions(Path(config.out), questions, answers, boxes, scores)
-    result: dict[str, Any] = {
-        "loss": mean_loss(loaded, dataset),
-        **scores.means,
-        **summary(boxes),
-        "conversations": len(dataset.records),
-        "questions": len(questions),
-        "cut": num_cut(answers),
-        "predictions": config.out,
-        "rehearsal": loaded.source.rehearsal,
-    }
-    if result["cut"]:
-        note(
-            f"{result['cut']} of {len(questions)} answers were cut at max_new_tokens={config.max_new_tokens}, "
-            "before they had ended; raise it"
-        )
-    for name in config.metrics:
-        if name not in scores.means:
-            note(f"{name} has no value: none of the {len(questions)} expected answers has a box")
-    print(json.dumps(result, ensure_ascii=False))
-    return 0
+    write_predictions(Path(config.out), name, questions, answers, boxes, scores, add=add)
+    loss, loss_of = mean_losses(loaded, dataset)
+    return Evaluation(
+        model=name,
+        rehearsal=loaded.source.rehearsal,
+        sources=tuple(source.settings.name or source.settings.path for source in dataset.sources),
+        source_of=tuple(source_of),
+        questions=tuple(questions),
+        answers=tuple(answers),
+        boxes=tuple(boxes),
+        scores=scores,
+        loss=loss,
+        loss_of=loss_of,
+    )
+
+
+def document(evaluations: Sequence[Evaluation], dataset: Dataset, config: EvaluateConfig) -> dict[str, Any]:
+    """What is printed: the numbers of the model, and with `against` those of the other and how they differ."""
+    first = evaluations[0]
+    found = {**first.as_document(), "conversations": len(dataset.records), "predictions": config.out}
+    if dataset.skipped:
+        found["skipped"] = len(dataset.skipped)
+    if config.report:
+        found["report"] = config.report
+    if len(evaluations) == 2:
+        other = evaluations[1]
+        found["against"] = other.as_document()
+        found["difference"] = difference(first, other)
+        found["answers_differ"] = num_differing(first.answers, other.answers)
+        found["right"] = {name: right_counts(name, first, other) for name in first.scores.marks}
+    return found
+
+
+def notes(
+    evaluations: Sequence[Evaluation], dataset: Dataset, config: EvaluateConfig, readers: Sequence[ImageReader]
+) -> list[str]:
+    """What somebody should know beside the numbers."""
+    found = []
+    if dataset.skipped:
+        found.append(f"{len(dataset.skipped)} rows cannot be used and were left out, the first: {dataset.skipped[0]}")
+    for each in evaluations:
+        if cut := num_cut(each.answers):
+            whose = f" of {each.model}" if len(evaluations) == 2 else ""
+            found.append(
+                f"{cut} of {len(each.questions)} answers{whose} were cut at max_new_tokens={config.max_new_tokens}, "
+                "before they had ended; raise it"
+            )
+    if len({reader.exif for reader in readers}) == 2:
+        found.append("the models see pictures turned differently (data.exif); the report draws them as the first does")
+    for name in evaluations[0].scores.marks:
+        if name not in evaluations[0].scores.means:
+            count = len(evaluations[0].questions)
+            found.append(f"{name} has no value: none of the {count} expected answers has a box")
+    return found

@@ -104,8 +104,10 @@ def row_losses(model: DeepseekVL2, packs: PackDataset, which: Iterable[int]) -> 
     return RowLosses(sums=sums, supervised=supervised)
 
 
-def mean_loss(loaded: Loaded, dataset: Dataset) -> float:
-    """Mean of -log p per supervised token over all conversations."""
+def mean_losses(loaded: Loaded, dataset: Dataset) -> tuple[float, dict[int, float]]:
+    """Mean of -log p per supervised token: over all conversations, and over those of each source that has some."""
     packs = pack_rows(dataset, loaded.tokenizer, loaded.candidates, loaded.images)
     which = tqdm(range(len(packs)), desc="loss", unit="pack", file=sys.stderr, mininterval=1.0)
-    return row_losses(loaded.model, packs, which).mean()
+    losses = row_losses(loaded.model, packs, which)
+    sources = np.unique(dataset.source_of).tolist()
+    return losses.mean(), {source: losses.mean(dataset.source_of == source) for source in sources}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,6 +31,11 @@ class Question:
     messages: tuple[Message, ...]  # up to the user's turn
     images: tuple[ImageRef, ...]  # those of these messages
     expected: str
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The answers that are right, the expected one first."""
+        return (self.expected,)
 
 
 def questions_of(record: Record, images: ImageReader) -> Iterator[Question]:
@@ -121,5 +127,45 @@ def score(
         metrics: names among METRICS.
         boxes: of `box_scores`.
     """
-    references = [[question.expected] for question in questions]
+    references = [question.references for question in questions]
     return score_answers(metrics, references, [answer.text for answer in answers], boxes)
+
+
+def ask_run(
+    loaded: Loaded,
+    records: Sequence[Record],
+    *,
+    limit: int,
+    max_new_tokens: int,
+    permute: bool,
+    metrics: Sequence[str] = ("exact_match",),
+) -> dict[str, float]:
+    """What a training run asks before and after.
+
+    Args:
+        loaded: the model under training.
+        records: held-out conversations; each of their turns is a question.
+        limit: most questions.
+        max_new_tokens: longest answer.
+        permute: ask again with the pictures exchanged.
+        metrics: what is scored, beside exact_match.
+
+    Returns:
+        `questions` (their number), `cut` (answers that were cut at max_new_tokens), `exact_match` and each metric that
+        has something to score, and with `permute` `exact_match_permuted` and so on.
+    """
+    every = (question for record in records for question in questions_of(record, loaded.images))
+    questions = list(itertools.islice(every, limit))
+    wanted = ("exact_match", *metrics)
+
+    def scored(questions: Sequence[Question], title: str) -> tuple[dict[str, float], int]:
+        answers = ask(loaded, questions, max_new_tokens=max_new_tokens, title=title)
+        boxes = box_scores(questions, answers, loaded.images)
+        return score(wanted, questions, answers, boxes).means, num_cut(answers)
+
+    means, cut = scored(questions, "questions")
+    found = {"questions": float(len(questions)), **means, "cut": float(cut)}
+    if permute and any(question.images for question in questions):
+        means, _ = scored(permuted(questions), "pictures exchanged")
+        found.update({f"{name}_permuted": mean for name, mean in means.items()})
+    return found

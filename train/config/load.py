@@ -231,6 +231,15 @@ def load_eval_config(argv: Sequence[str]) -> EvaluateConfig:
     if not config.data.path:
         raise UserError("eval needs data.path=FILE, rows with questions and the answers expected")
     _check_metrics(config.metrics, "metrics")
+    config.against = config.against and model_folder(config.against)
+    config.against_base = config.against_base and model_folder(config.against_base)
+    for name in ("against_base", "against_checkpoint"):
+        if (value := getattr(config, name)) and not config.against:
+            raise UserError(f"{name}={value}: expected against=FOLDER too, found none")
+    if config.report and not config.report.lower().endswith(".html"):
+        raise UserError(f"report={config.report}: expected the name of a .html file")
+    if config.report and Path(config.report).resolve() == Path(config.out).resolve():
+        raise UserError(f"report={config.report}: the same file as out=; give another")
     return config
 
 

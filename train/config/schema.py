@@ -310,7 +310,13 @@ class EvaluateConfig:
     checkpoint: str = key("", CHECKPOINT_DOC)
     check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
+    against: str = key("", "Another model, to answer the same questions after the first; both are compared.", path=True)
+    against_checkpoint: str = key("", "Of `against` as checkpoint is of `model`: best against last of one run, say.")
+    against_base: str = key("", "Base model of `against`, as base is of `model`.", path=True)
     out: str = key("predictions.jsonl", "File to write the answers to.", path=True)
+    report: str = key(
+        "", "FILE.html to write: pictures, questions, answers and scores to look through; empty: none.", path=True
+    )
     metrics: list[str] = key(factory=lambda: ["exact_match"], doc=METRICS_DOC, choices=METRICS)
     limit: int | None = key(None, "Take only the first rows.", unit="rows", low=1, high=MANY)
     max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)

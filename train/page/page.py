@@ -1,19 +1,10 @@
-"""report.html: one file that shows what a run learns from, without a network.
-
-Texts of the data are foreign: the templates escape whatever they are given, `visible` gives unseen characters a shape,
-and the page's own policy lets a browser run the one script that is ours, and fetch nothing.
-"""
+"""report.html: one file that shows what a run learns from, without a network."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from data.dataset import Dataset
@@ -22,11 +13,11 @@ from data.plan import Plan
 from data.record import RecordError
 from train.page.histogram import Histogram, count_shares, count_whole
 from train.page.packs import DrawnToken, PackPen
+from train.page.render import render_page
 from train.page.sources import source_facts
 from train.page.visible import visible
 from vl2.tokenizer import Tokenizer
 
-_FOLDER = Path(__file__).parent
 FIRST_BAD = 50  # bad rows that the page shows before somebody asks for more
 
 
@@ -58,50 +49,23 @@ def make_page(
     Returns:
         HTML that refers to nothing outside of it.
     """
-    script = (_FOLDER / "page.js").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            title=title,
-            words=words,
-            refused=refused,
-            notes=notes,
-            bad=bad,
-            bad_rows=_bad_rows(bad),
-            first_bad=FIRST_BAD,
-            histograms=_histograms(dataset, plan) if dataset and plan else (),
-            sources=source_facts(dataset) if dataset else (),
-            packs=PackPen(dataset, tokenizer, reader).draw(plan) if dataset and plan and tokenizer else (),
-            max_tokens=plan.settings["data.max_tokens"] if plan else 0,
-            style=(_FOLDER / "page.css").read_text("utf-8"),
-            script=script,
-            digest=digest,
-        )
+    return render_page(
+        "page.html.j2",
+        script="page.js",
+        styles=["page.css"],
+        tests={"token": lambda part: isinstance(part, DrawnToken)},
+        title=title,
+        words=words,
+        refused=refused,
+        notes=notes,
+        bad=bad,
+        bad_rows=_bad_rows(bad),
+        first_bad=FIRST_BAD,
+        histograms=_histograms(dataset, plan) if dataset and plan else (),
+        sources=source_facts(dataset) if dataset else (),
+        packs=PackPen(dataset, tokenizer, reader).draw(plan) if dataset and plan and tokenizer else (),
+        max_tokens=plan.settings["data.max_tokens"] if plan else 0,
     )
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write a page; a reader sees the old one or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.tests["token"] = lambda part: isinstance(part, DrawnToken)
-    environment.filters["thousands"] = lambda number: f"{number:,}"
-    return environment
 
 
 def _histograms(dataset: Dataset, plan: Plan) -> list[Histogram]:

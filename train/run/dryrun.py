@@ -22,7 +22,7 @@ from train.config.load import load_config
 from train.config.schema import TrainConfig
 from train.machine.devices import check_precision, use_device
 from train.machine.memory import gigabytes
-from train.page.page import write_page
+from train.page.render import write_page
 from train.page.sources import unread_notes
 from train.run.build import check_settings, lora_settings
 from train.run.build_data import build_data

@@ -11,9 +11,9 @@ import numpy as np
 import paddle.distributed as dist
 from paddle import nn
 
-from train.ask.evaluate import ask_run
 from train.ask.load import Loaded
 from train.ask.losses import RowLosses, pack_rows, row_losses
+from train.ask.questions import ask_run
 from train.ask.source import Source
 from train.config.schema import TrainConfig
 from train.run.build_data import Data

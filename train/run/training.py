@@ -21,7 +21,8 @@ from train.config.compose import to_yaml
 from train.config.load import check_divides, load_config, rehearsal_notice
 from train.config.schema import TrainConfig
 from train.machine.devices import check_precision, use_device
-from train.page.page import make_page, write_page
+from train.page.page import make_page
+from train.page.render import write_page
 from train.page.sources import unread_notes
 from train.run.barrier import barrier
 from train.run.best import carried_over

@@ -16,12 +16,10 @@ from data.record import Record, RecordError
 from data.records import Records
 from data.settings import ReadSettings, SourceSettings
 from train.ask.answer import Answer, answer_all
-from train.ask.evaluate import ask_run
 from train.ask.load import Loaded, load
-from train.ask.predictions import check_predictions, write_predictions
-from train.ask.questions import Question, permuted, questions_of, score
+from train.ask.predictions import check_predictions
+from train.ask.questions import Question, ask_run, permuted, questions_of, score
 from train.ask.scores.boxes import BoxScore
-from train.ask.scores.metrics import score_answers
 from train.config.load import load_config
 from train.config.schema import EvaluateConfig, InferConfig
 from train.machine.devices import Machine
@@ -46,7 +44,6 @@ def records(loaded, data_file) -> Records:
 def test_predictions_replace_only_predictions(tmp_path):
     path = tmp_path / "predictions.jsonl"
     check_predictions(path)
-    write_predictions(path, [], [], [], score_answers([], [], [], []))
     path.write_text('{"expected": "a", "answer": "b", "correct": false}\n')
     check_predictions(path)
     for other in ("mine\n", "[1]\n", '{"messages": []}\n'):

@@ -70,12 +70,12 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def open_in_browser(path: Path, profile: Path, *options: str) -> str:
-    """The page after its scripts ran, as HTML."""
+def open_in_browser(path: Path, profile: Path, *options: str, fragment: str = "") -> str:
+    """The page after its scripts ran, as HTML; opened at #fragment."""
     program = browser()
     assert program is not None
     command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
-    command += [f"--user-data-dir={profile}", "--virtual-time-budget=2000", *options, path.as_uri()]
+    command += [f"--user-data-dir={profile}", "--virtual-time-budget=2000", *options, f"{path.as_uri()}#{fragment}"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr[-2000:]
     return ended.stdout

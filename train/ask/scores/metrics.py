@@ -37,6 +37,12 @@ _OF_BOXES: Mapping[str, Callable[[BoxScore], tuple[float, ...]]] = {
     "box_accuracy": _box_accuracy,
 }
 METRICS = (*_OF_TEXT, *_OF_BOXES)
+_RIGHT_FROM = {"box_iou": GOOD}
+
+
+def right_from(metric: str) -> float:
+    """What an answer must be worth to count as right: all that it can be; by box_iou 0.5."""
+    return _RIGHT_FROM.get(metric, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,16 @@ class Scores:
     def of_answer(self, index: int) -> dict[str, float | None]:
         """What one answer is worth by each metric: the mean of its marks; None where a metric has nothing to score."""
         return {name: _mean(marks[index]) for name, marks in self.marks.items()}
+
+    def take(self, indices: Iterable[int]) -> Scores:
+        """The scores of some answers."""
+        wanted = list(indices)
+        return Scores(marks={name: tuple(marks[i] for i in wanted) for name, marks in self.marks.items()})
+
+    def right(self, metric: str) -> list[bool | None]:
+        """Whether each answer is right by a metric, see `right_from`; None where it has nothing to score."""
+        values = map(_mean, self.marks[metric])
+        return [None if value is None else value >= right_from(metric) for value in values]
 
     @property
     def sums(self) -> dict[str, tuple[float, int]]:
