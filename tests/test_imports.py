@@ -28,7 +28,9 @@ ALLOWED = {
     "train.ask.scores": ("data", *MODEL),
     "train.ask": ("train.ask.scores", "train.machine", "train.config", "train.store", "train.page", "data", *MODEL),
     "train.run.watch": ("train.machine", "train.config", "train.store", "data"),
+    "train.run.shard": ("train.config", "train.store", "vl2.checkpoint"),
     "train.run": (
+        "train.run.shard",
         "train.ask.scores",
         "train.run.watch",
         "train.machine",

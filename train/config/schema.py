@@ -140,6 +140,26 @@ class EvalConfig:
 
 
 @dataclass(kw_only=True)
+class ShardingConfig:
+    """What several processes keep once between them; Paddle's stages, which are those of ZeRO."""
+
+    stage: int = key(
+        0,
+        "0: every process keeps all; 1: each keeps the optimizer's moments of some weights only; 2: their gradients "
+        "too; 3: every weight lies in pieces. 2 and 3 are for full fine-tuning on GPUs.",
+        low=0,
+        high=3,
+    )
+    degree: int = key(
+        0,
+        "Processes that share, a divisor of all of them; 0: all. 8 on machines of 8 GPUs shares within each machine.",
+        unit="processes",
+        low=0,
+        high=65536,
+    )
+
+
+@dataclass(kw_only=True)
 class WandbConfig:
     """Weights & Biases, where `log` names it."""
 
@@ -174,6 +194,7 @@ class TrainConfig:
         factory=lambda: ["projector", "language"], doc="Parts that train when lora.rank is 0.", choices=PARTS
     )
     optim: OptimConfig = field(default_factory=OptimConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
 
     epochs: float | None = key(
         1.0, "Passes over the data; null: max_steps alone decides.", unit="epochs", low=0.001, high=1000

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import paddle
+from paddle.optimizer import AdamW, Optimizer
 from paddle.optimizer.lr import LRScheduler
 
 from train.config.schema import GroupConfig
+from train.run.shard.stage1 import owned
+from vl2.checkpoint.tensor_files import MemoryTensor, StoredTensor
 from vl2.errors import UserError
 from vl2.lora_settings import is_factor
 from vl2.parameter_groups import PARAMETER_GROUPS, group_of
@@ -65,7 +68,7 @@ def lr_scale(name: str, groups: Mapping[str, GroupConfig], plus_scale: float = 1
     return (group.lr_scale if group else 1.0) * (plus_scale if is_factor(name, "B") else 1.0)
 
 
-class GroupedAdamW(paddle.optimizer.AdamW):
+class GroupedAdamW(AdamW):
     """AdamW with a weight decay for each parameter, over one flat list of them.
 
     Paddle's own takes a list of groups for that, which what partitions an optimizer over ranks does not.
@@ -94,7 +97,8 @@ def build_optimizer(
     eps: float = 1e-8,
     groups: Mapping[str, GroupConfig] | None = None,
     plus_scale: float = 1.0,
-) -> GroupedAdamW:
+    share: Callable[[AdamW], Optimizer] = lambda optimizer: optimizer,
+) -> Optimizer:
     """AdamW with float32 state over float32 parameters. It does not clip: see train.run.gradients.
 
     Args:
@@ -103,6 +107,7 @@ def build_optimizer(
         weight_decay: decoupled, see `decays`; of groups that have none of their own.
         groups: those that learn otherwise.
         plus_scale: see `lr_scale`.
+        share: leaves the optimizer the parameters of this process, when several share them; what it gives is returned.
     """
     half = [name for name, p in parameters.items() if p.dtype != paddle.float32]
     assert not half, f"trainable weights are float32, found {half[:3]}"
@@ -122,11 +127,12 @@ def build_optimizer(
         epsilon=eps,
         weight_decay=weight_decay,
     )
+    shared = share(optimizer)
     # Now rather than in the first step, so that a state can be set by structured name: Paddle's own state dict goes by
-    # automatic names, which a second model in the process shifts.
+    # automatic names, which a second model in the process shifts. After `share`: only a parameter's owner has moments.
     block = paddle.static.default_main_program().global_block()
-    optimizer._create_accumulators(block, list(parameters.values()))
-    return optimizer
+    optimizer._create_accumulators(block, optimizer._parameter_list)
+    return shared
 
 
 def loss_scale(scaler: paddle.amp.GradScaler | None) -> float:
@@ -138,33 +144,37 @@ def loss_scale(scaler: paddle.amp.GradScaler | None) -> float:
     return 1.0 if scaler is None else float(scaler.state_dict()["scale"].item())
 
 
-def optimizer_state(
-    optimizer: paddle.optimizer.AdamW, parameters: Mapping[str, paddle.Tensor]
-) -> dict[str, np.ndarray]:
-    """AdamW's state as `<structured name>:<moment1 | moment2 | beta1_pow_acc | beta2_pow_acc>`."""
+def optimizer_state(optimizer: Optimizer, parameters: Mapping[str, paddle.Tensor]) -> dict[str, np.ndarray]:
+    """AdamW's state in this process as `<structured name>:<moment1 | moment2 | beta1_pow_acc | beta2_pow_acc>`."""
     return {
         f"{name}:{kind}": optimizer._accumulators[kind][p.name].numpy()
-        for name, p in parameters.items()
+        for name, p in owned(optimizer, parameters).items()
         for kind in STATE_NAMES
     }
 
 
 def set_optimizer_state(
-    optimizer: paddle.optimizer.AdamW, parameters: Mapping[str, paddle.Tensor], state: Mapping[str, np.ndarray]
+    optimizer: Optimizer,
+    parameters: Mapping[str, paddle.Tensor],
+    state: Mapping[str, StoredTensor] | Mapping[str, MemoryTensor],
 ) -> None:
-    """Set what `optimizer_state` gave.
+    """Set what `optimizer_state` gave in all processes together; each reads what it keeps.
 
     Raises:
         UserError: when names or shapes differ.
     """
-    expected = optimizer_state(optimizer, parameters)
+    expected = {
+        f"{name}:{kind}": tuple(p.shape) if kind.startswith("moment") else (1,)
+        for name, p in parameters.items()
+        for kind in STATE_NAMES
+    }
     wrong = sorted(
         name
         for name in expected.keys() | state.keys()
-        if name not in state or name not in expected or state[name].shape != expected[name].shape
+        if name not in state or name not in expected or state[name].shape != expected[name]
     )
     if wrong:
         raise UserError(f"the optimizer state does not fit the trainable weights: {'; '.join(wrong[:10])}")
-    for name, p in parameters.items():
+    for name, p in owned(optimizer, parameters).items():
         for kind in STATE_NAMES:
-            optimizer._accumulators[kind][p.name].set_value(state[f"{name}:{kind}"])
+            optimizer._accumulators[kind][p.name].set_value(state[f"{name}:{kind}"].read())

@@ -12,6 +12,9 @@ from paddle import nn
 from train.config.compose import to_yaml
 from train.config.schema import TrainConfig
 from train.run.background import Background
+from train.run.optim import optimizer_state
+from train.run.shard.group import shard_degree
+from train.run.shard.parts import leave_part, parts_folder, sweep_parts, take_parts
 from train.run.state import HostState, copy_state, save_state
 from train.run.trainer import VL2Trainer
 from train.run.validation import Validation
@@ -26,8 +29,9 @@ from train.store.whole_folder import write_folder
 class Saver:
     """Saves a trainer's state each time it is called, on every rank.
 
-    The state is copied to the host at once; a thread of rank 0 writes it, while all go on. A second checkpoint waits
-    until the first is written. What goes wrong in the thread is raised by the next `check`, `join` or call.
+    The state is copied to the host at once; a thread of rank 0 writes it, while all go on, and where several processes
+    share the optimizer, a thread of each writes its part. A second checkpoint waits until the first is written. What
+    goes wrong in the thread is raised by the next `check`, `join` or call.
 
     Args:
         config: of the run.
@@ -56,12 +60,20 @@ class Saver:
         self.history, self.provenance, self.wandb_id = history, provenance, wandb_id
         self.validation, self.took = validation, took
         self.run_dir = Path(config.run_dir)
+        self.shard_degree = shard_degree(config)
         self._writing = Background("checkpoint")
+        if dist.get_rank() == 0:
+            sweep_parts(self.run_dir / CHECKPOINTS)
 
     def __call__(self, trainer: VL2Trainer) -> None:
         """Copy the step that was just made, and begin to write it; whoever needs it on the disk calls `join`."""
         self.join()  # before the copy: one at a time in memory
-        if dist.get_rank() != 0:
+        rank, root = dist.get_rank(), self.run_dir / CHECKPOINTS
+        if rank > 0:
+            if rank < self.shard_degree:
+                part = optimizer_state(trainer.optimizer, trainer.parameters)
+                waiting = parts_folder(root, trainer.state.global_step)
+                self._writing.start(lambda: leave_part(waiting, part, rank, self.shard_degree))
             return
         state = copy_state(
             self.model,
@@ -99,4 +111,6 @@ class Saver:
             provenance=self.provenance,
             config_yaml=to_yaml(self.config),
             wandb_id=self.wandb_id,
+            shard_degree=self.shard_degree,
         )
+        take_parts(parts_folder(self.run_dir / CHECKPOINTS, state.step), folder, self.shard_degree)

@@ -1,7 +1,7 @@
 """What a checkpoint of a run holds, written and read: trained weights, optimizer, step, history.
 
     adapter/ or weights/     the trained weights, as a finished run has them
-    optimizer.safetensors    AdamW's state by structured name
+    optimizer.safetensors    AdamW's state by structured name; of several processes that share it a file each
     state.json               step, identity, history, fp16 scale, versions
     trainer_state.json       what paddlenlp's Trainer counts by
     config.yaml              the resolved configuration
@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import nn
+from paddle.optimizer import Optimizer
 from paddlenlp.trainer import TrainerState
 
 from train.run.optim import optimizer_state, set_optimizer_state
+from train.run.shard.parts import part_name, stored_state, write_part
 from train.store.facts import read_fact, to_document, write_fact
 from train.store.names import (
     ADAPTER,
     CONFIG_FILE,
-    OPTIMIZER_FILE,
     STATE_FILE,
     TRAINER_STATE_FILE,
     WEIGHTS,
@@ -106,7 +107,7 @@ class HostState:
 
     step: int  # optimizer steps made
     weights: dict[str, np.ndarray]  # of `trained_values`
-    optimizer: dict[str, np.ndarray]  # of `optimizer_state`
+    optimizer: dict[str, np.ndarray]  # of `optimizer_state`: this process's part
     history: History
     trainer_state: TrainerState
     scaler: dict[str, Any] | None  # state of the fp16 loss scaler
@@ -115,7 +116,7 @@ class HostState:
 
 def copy_state(
     model: nn.Layer,
-    optimizer: paddle.optimizer.AdamW,
+    optimizer: Optimizer,
     *,
     history: History,
     trainer_state: TrainerState,
@@ -151,8 +152,9 @@ def save_state(
     provenance: Provenance,
     config_yaml: str,
     wandb_id: str,
+    shard_degree: int = 1,
 ) -> None:
-    """Fill a checkpoint folder.
+    """Fill a checkpoint folder; the other processes that share the optimizer add theirs, see train.run.shard.parts.
 
     Args:
         state: of the step; nothing is read of the model's weights, which may be further already.
@@ -160,10 +162,11 @@ def save_state(
         identity: see train.run.identity.
         provenance: of the weights.
         wandb_id: of the run on wandb.
+        shard_degree: processes that share the optimizer; this is the first of them.
     """
     trained_folder(folder, model).mkdir()
     save_trained(model, trained_folder(folder, model), replace(provenance, step=state.step), state.weights)
-    write_safetensors(folder / OPTIMIZER_FILE, state.optimizer, dict.fromkeys(state.optimizer, "float32"))
+    write_part(folder / part_name(0, shard_degree), state.optimizer)
     facts = CheckpointState(
         step=state.step,
         identity=identity,
@@ -179,9 +182,9 @@ def save_state(
 
 
 def load_optimizer(
-    folder: Path, optimizer: paddle.optimizer.AdamW, parameters: Mapping[str, paddle.Tensor]
+    folder: Path, optimizer: Optimizer, parameters: Mapping[str, paddle.Tensor]
 ) -> tuple[int, dict[str, Any] | None]:
-    """Set the optimizer from a checkpoint.
+    """Set the optimizer from a checkpoint, whatever number of processes wrote it.
 
     Returns:
         (optimizer steps made, state of the fp16 scaler if there was one).
@@ -189,7 +192,6 @@ def load_optimizer(
     Raises:
         UserError: when the state is that of other weights.
     """
-    stored = read_header(folder / OPTIMIZER_FILE)[0]
-    set_optimizer_state(optimizer, parameters, {name: tensor.read() for name, tensor in stored.items()})
+    set_optimizer_state(optimizer, parameters, stored_state(folder))
     state = read_fact(CheckpointState, folder / STATE_FILE)
     return state.step, state.scaler

@@ -46,6 +46,8 @@ from train.run.gradients import (
 from train.run.micro_batch import PackLoss, gather_losses, train_pack
 from train.run.optim import build_optimizer, loss_scale, lr_factor
 from train.run.pack_loader import Pack, PackLoader
+from train.run.shard.group import make_shard_group
+from train.run.shard.stage1 import ShardedOptimizer
 from train.run.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
 from train.run.stop import StopRequest
 from train.run.validation import Validation
@@ -310,6 +312,7 @@ class VL2Trainer(Trainer):
                 min_lr_ratio=optim.min_lr_ratio,
             )
 
+        group = make_shard_group(self.config)
         self.lr_scheduler = LambdaDecay(optim.lr, factor)
         self.optimizer = build_optimizer(
             self.parameters,
@@ -320,6 +323,7 @@ class VL2Trainer(Trainer):
             eps=optim.eps,
             groups=optim.groups,
             plus_scale=self.config.lora.plus_scale,
+            share=lambda optimizer: ShardedOptimizer(optimizer, group) if group else optimizer,
         )
 
     def _wrap_model(self, model: paddle.nn.Layer, training: bool = True) -> paddle.nn.Layer:

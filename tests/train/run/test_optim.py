@@ -11,6 +11,7 @@ from tests.places import GOLDENS
 from train.config.schema import PARAMETER_GROUPS as SCHEMA_GROUPS
 from train.config.schema import GroupConfig
 from train.run.optim import build_optimizer, by_group, decays, lr_factor, optimizer_state, set_optimizer_state
+from vl2.checkpoint.tensor_files import MemoryTensor
 from vl2.config import VL2Config
 from vl2.lora import plan_factors
 from vl2.lora_settings import GROUPS, LoRASettings, is_factor
@@ -116,6 +117,10 @@ def test_every_parameter_has_one_group(family):
         assert len(tuned) == sum(is_factor(name) and bool(re.match(rf"{pattern}\b", name)) for name in names)
 
 
+def in_memory(state: dict[str, np.ndarray]) -> dict[str, MemoryTensor]:
+    return {name: MemoryTensor("float32", array) for name, array in state.items()}
+
+
 def test_state_goes_on_in_a_second_model_of_the_process():
     """Paddle's own state dict goes by automatic names, which the second model's differ from."""
     layer, parameters, optimizer = layer_and_optimizer()
@@ -127,7 +132,7 @@ def test_state_goes_on_in_a_second_model_of_the_process():
     second, others, resumed = layer_and_optimizer(seed=5)
     for name, parameter in others.items():
         parameter.set_value(weights[name])
-    set_optimizer_state(resumed, others, state)
+    set_optimizer_state(resumed, others, in_memory(state))
     step(second, resumed)
     assert all(np.array_equal(parameters[name].numpy(), others[name].numpy()) for name in parameters)
 
@@ -139,4 +144,4 @@ def test_state_of_other_weights_is_refused():
     del state["projector.bias:moment2"]
     wrong = r"does not fit the trainable weights: projector.bias:moment2; projector.weight:moment1"
     with pytest.raises(ValueError, match=wrong):
-        set_optimizer_state(optimizer, parameters, state)
+        set_optimizer_state(optimizer, parameters, in_memory(state))
