@@ -115,7 +115,7 @@ class MLP(nn.Layer):
 
 
 class MoE(nn.Layer):
-    """Routed experts plus shared experts."""
+    """Routed experts plus shared experts; in training it counts how often each expert is chosen."""
 
     def __init__(self, config: LanguageConfig):
         super().__init__()
@@ -124,6 +124,12 @@ class MoE(nn.Layer):
         self.shared_experts = None
         if config.n_shared_experts:
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+        self._load = [0] * self.gate.num_experts
+
+    def take_load(self) -> list[int]:
+        """How often each expert was chosen in training since this was asked before; a layer computed again is once."""
+        load, self._load = self._load, [0] * self.gate.num_experts
+        return load
 
     def forward(
         self, x_TD: paddle.Tensor, balance: LoadBalance | None = None, kept: list[Dispatch] | None = None
@@ -139,6 +145,8 @@ class MoE(nn.Layer):
         known = kept[0] if kept else None
         routing = self.gate(x_TD, known and known.experts_TC)
         where = known or dispatch(routing.experts_TC, self.gate.num_experts)
+        if self.training and known is None:  # on the host already: the products need them there
+            self._load = [sum(both) for both in zip(self._load, where.layout.counts, strict=True)]
         if kept is not None and known is None:
             kept.append(where)
         y_TD = self.experts(x_TD, routing.weights_TC, where)

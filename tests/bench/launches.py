@@ -89,7 +89,7 @@ def prepare(config: VL2Config) -> Step:
 def update(step: Step) -> None:
     """What follows the backward pass: norm, clipping and AdamW."""
     fill_zeros(step.parameters)
-    norm = gradient_norm(step.parameters)
+    norm, _ = gradient_norm(step.parameters)
     clip_gradients(step.parameters, norm, norm / 2)
     step.optimizer.step()
     step.optimizer.clear_grad(set_to_zero=False)

@@ -72,7 +72,7 @@ def step(model, pack, scaler=None) -> Step:
         scaler.unscale_(optimizer)
     grads = {name: p.grad.numpy() for name, p in parameters.items()}
     if not has_overflow(parameters):
-        clip_gradients(parameters, gradient_norm(parameters), max_norm=1.0)
+        clip_gradients(parameters, gradient_norm(parameters)[0], max_norm=1.0)
     if scaler:
         scaler.step(optimizer)
         scaler.update()

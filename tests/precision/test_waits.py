@@ -49,7 +49,7 @@ def test_a_step(step):
         "to_tensor vl2/constant_tensors.py": 2,  # numbers of the pack, and of its load balance
         "to_tensor vl2/model.py": 1,  # tiles
         "tolist train/run/micro_batch.py": 1,  # losses of the step's packs
-        "float train/run/gradients.py": 1,  # their norm
+        "numpy train/run/gradients.py": 1,  # their norm
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import paddle
@@ -100,13 +100,24 @@ def reduction_slices(sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 @paddle.no_grad()
-def gradient_norm(parameters: Mapping[str, paddle.Tensor]) -> float:
-    """2-norm of all gradients together; every parameter must hold one.
+def gradient_norm(
+    parameters: Mapping[str, paddle.Tensor], groups: Mapping[str, Sequence[str]] | None = None
+) -> tuple[float, dict[str, float]]:
+    """2-norm of all gradients together, and of those of each group; every parameter must hold one.
 
-    Squares are summed in float32 within a gradient and in float64 over gradients, in the order of `parameters`.
+    Squares are summed in float32 within a gradient and in float64 over gradients, in the order of `parameters`. The
+    host waits for the device once.
+
+    Args:
+        parameters: by name.
+        groups: group -> names of parameters.
     """
     squares = [paddle._C_ops.squared_l2_norm(p.grad.astype("float32")) for p in parameters.values()]
-    return math.sqrt(float(paddle.concat(squares).astype("float64").sum()))
+    each = paddle.concat(squares).astype("float64")
+    read = paddle.concat([each, each.sum(keepdim=True)]).numpy()
+    square_of = dict(zip(parameters, read.tolist(), strict=False))  # the last is their sum
+    norms = {group: math.sqrt(sum(square_of[name] for name in names)) for group, names in (groups or {}).items()}
+    return math.sqrt(read[-1]), norms
 
 
 @paddle.no_grad()

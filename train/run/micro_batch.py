@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,23 +86,29 @@ def train_pack(
     )
 
 
-def gather_losses(done: Sequence[PackLoss], num_sources: int = 0) -> np.ndarray:
+def gather_losses(
+    done: Sequence[PackLoss], num_sources: int = 0, of_rank: Sequence[float] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Losses of a step's packs over all ranks, in the plan's order, so that ranks do not change their sum. Collective.
 
     Args:
-        done: the packs of this rank.
+        done: the packs of this rank; every rank has as many.
         num_sources: of a mixture; 0: there is only one.
+        of_rank: n numbers more that this rank has to say.
 
     Returns:
-        float64 [packs of the step, 3 + num_sources]: index in the plan, loss, load-balance loss, loss of each source.
+        (float64 [packs of the step, 3 + num_sources]: index in the plan, loss, load-balance loss, loss of each source;
+        float64 [ranks, n]: of_rank of each).
     """
     losses = read_scalars([loss for one in done for loss in (one.loss, one.aux_loss)])
     own = [
         [one.pack, *losses[2 * i : 2 * i + 2], *sums_by_source(one.of_tokens, one.source_of_tokens, num_sources)]
         for i, one in enumerate(done)
     ]
-    rows = gather_rows(np.array(own, dtype="float64"))
-    return rows[np.argsort(rows[:, 0])]
+    table = gather_rows(np.array([[*itertools.chain.from_iterable(own), *of_rank]], dtype="float64"))
+    columns = 3 + num_sources
+    rows = table[:, : len(own) * columns].reshape(-1, columns)
+    return rows[np.argsort(rows[:, 0])], table[:, len(own) * columns :]
 
 
 def read_scalars(values: Sequence[paddle.Tensor | float]) -> list[float]:

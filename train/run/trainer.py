@@ -8,7 +8,6 @@ and gradients are summed over ranks by hand.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -44,14 +43,15 @@ from train.run.gradients import (
     sum_over_ranks,
 )
 from train.run.micro_batch import PackLoss, gather_losses, train_pack
-from train.run.optim import build_optimizer, loss_scale, lr_factor
+from train.run.optim import build_optimizer, by_group, loss_scale, lr_factor
 from train.run.pack_loader import Pack, PackLoader
 from train.run.shard.group import make_shard_group
 from train.run.shard.stage1 import ShardedOptimizer
 from train.run.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
 from train.run.stop import StopRequest
 from train.run.validation import Validation
-from train.run.watch.step_metrics import StepMetrics, step_metrics
+from train.run.watch.meter import StepMeter
+from train.run.watch.step_metrics import StepMetrics
 from train.store.names import TRAINER_STATE_FILE
 from vl2.errors import UserError
 
@@ -108,6 +108,10 @@ class VL2Trainer(Trainer):
         self.reach = ReachCheck(list(self.parameters))
         self.scaler: paddle.amp.GradScaler | None = self.scaler if self.do_grad_scaling else None
         self.finite = FiniteCheck(config, dataset)
+        self.groups = by_group(self.parameters)
+        own = config.optim.groups
+        lr_scales = {group: own[group].lr_scale if group in own else 1.0 for group in self.groups}
+        self.meter = StepMeter(model, plan, lr_scales=lr_scales)
         self.loader: PackLoader | None = None
 
     # ---- the loop
@@ -146,18 +150,20 @@ class VL2Trainer(Trainer):
         state, plan, fire, parameters = self.state, self.plan, self._fire, self.parameters
         first_step, num_packs = state.global_step, self.args.gradient_accumulation_steps
         while state.global_step < plan.num_steps and not self.control.should_training_stop:
-            step, started = state.global_step, time.perf_counter()
+            step = state.global_step
+            self.meter.begin()
             if step == first_step or self._ends_epoch(step - 1):
                 fire("on_epoch_begin")
             fire("on_step_begin")
             done: list[PackLoss] = []  # of this rank's packs, whose gradients add up
             while len(done) < num_packs:
-                inputs = next(packs)
+                inputs = self.meter.fetch(packs)
                 fire("on_load_data_end", inputs=inputs)
                 done.append(self.training_step(self.model, inputs))  # forward and backward
                 if len(done) < num_packs:
                     fire("on_substep_end")
-            losses = gather_losses(done, len(self.sources.names) if self.sources else 0)
+            num_sources = len(self.sources.names) if self.sources else 0
+            losses, of_ranks = gather_losses(done, num_sources, self.meter.of_rank())
 
             reached = {name for name, p in parameters.items() if p.grad is not None}
             self.reach.update(reached, has_images=any(pack.has_images for pack in done))
@@ -167,7 +173,7 @@ class VL2Trainer(Trainer):
             fire("on_optimizer_begin", scaler=self.scaler)
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            norm = gradient_norm(parameters)
+            norm, norm_of = gradient_norm(parameters, self.groups)
             overflow = self.scaler is not None and not math.isfinite(norm) and has_overflow(parameters)
             left_out = self.finite.leaves_out(step, losses, norm, overflow)
             if not left_out:
@@ -184,8 +190,8 @@ class VL2Trainer(Trainer):
             self._count_step()
             self.lr_scheduler.step(state.global_step)  # by number, so that an overflow does not delay the schedule
             by_source = self.sources.means(plan.step(step), losses[:, 3:].sum(axis=0)) if self.sources else None
-            measured = {"losses": losses, "lr": lr, "grad_norm": None if left_out else norm}
-            metrics = step_metrics(plan, step, started=started, by_source=by_source, **measured)
+            norms = None if left_out else (norm, norm_of)
+            metrics = self.meter.metrics(step, losses, of_ranks, by_source=by_source, lr=lr, norms=norms)
             self.history.add(metrics.loss, metrics.tokens, metrics.seconds)
             fire("on_step_end")
             full_disk = self._log(metrics)

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import numpy as np
-
-from data.plan import Plan
-from train.machine.memory import peak_memory_gb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +16,7 @@ class BySource:
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """What one optimizer step did, over all ranks."""
+    """What one optimizer step did, over all ranks. A table that would be empty is left out of what is written."""
 
     step: int  # optimizer steps made, this one included
     epoch: int  # from 0
@@ -33,55 +27,22 @@ class StepMetrics:
     tokens: int  # of the packs, image tokens included
     supervised: int  # tokens
     tiles: int
+    samples: int  # conversations
     fill: float  # tokens over the budget of the packs that are not empty
     seconds: float
     tokens_per_second: float
+    supervised_per_second: float
+    tiles_per_second: float
+    samples_per_second: float
+    data_wait: float  # share of the seconds that the rank which waited longest for its packs waited
     memory_gb: float  # peak so far, of this process (CPU) or its GPU
-    loss_of: dict[str, float]  # of each source of a mixture that the step learned from, like `loss`; else empty
+    loss_of: dict[str, float]  # of each source of a mixture that the step learned from, like `loss`
     supervised_of: dict[str, int]  # tokens of each of these sources
+    lr_of: dict[str, float]  # of each group of weights, where several train
+    grad_norm_of: dict[str, float]  # before clipping, of each of these groups; their squares add up to grad_norm's
+    expert_busiest_of: dict[str, float]  # share of the choices that the busiest expert of a layer got
+    expert_entropy_of: dict[str, float]  # of the choices of a layer: 1 when all experts got alike, 0 when one got all
 
     def to_json(self) -> dict[str, Any]:
-        """As a line of metrics.jsonl, which says nothing of sources where there is only one."""
-        line = asdict(self)
-        return line if self.supervised_of else {key: line[key] for key in line if not key.endswith("_of")}
-
-
-def step_metrics(
-    plan: Plan,
-    step: int,
-    *,
-    losses: np.ndarray,
-    lr: float,
-    grad_norm: float | None,
-    started: float,
-    by_source: BySource | None,
-) -> StepMetrics:
-    """What was measured in a step, with what was planned for it.
-
-    Args:
-        step: optimizer steps made before this one.
-        losses: of the step's packs, see `gather_losses`.
-        lr, grad_norm: see StepMetrics.
-        started: when the step began, of time.perf_counter.
-        by_source: of a mixture; None: there is only one source.
-    """
-    seconds = time.perf_counter() - started
-    packs = plan.step(step)
-    tokens, used = sum(pack.tokens for pack in packs), sum(bool(pack.samples) for pack in packs)
-    return StepMetrics(
-        step=step + 1,
-        epoch=plan.epoch(step),
-        loss=float(losses[:, 1].sum()) / plan.supervised(step),
-        aux_loss=float(losses[:, 2].sum()),
-        lr=lr,
-        grad_norm=grad_norm,
-        tokens=tokens,
-        supervised=plan.supervised(step),
-        tiles=sum(pack.tiles for pack in packs),
-        fill=tokens / max(used * plan.settings["data.max_tokens"], 1),
-        seconds=seconds,
-        tokens_per_second=tokens / seconds,
-        memory_gb=peak_memory_gb(),
-        loss_of=by_source.loss if by_source else {},
-        supervised_of=by_source.supervised if by_source else {},
-    )
+        """As a line of metrics.jsonl."""
+        return {name: value for name, value in asdict(self).items() if value != {}}
