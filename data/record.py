@@ -29,6 +29,8 @@ class Record:
     """One for each `<image>`, in order."""
     boxes: tuple[tuple[Box, ...], ...] = ()
     """Boxes of each `<bbox>`, in order; `data.boxes.place_boxes` writes them."""
+    answers: tuple[str, ...] = field(default=(), compare=False)
+    """What else is a right answer to the last question, for metrics; nothing of it is learned."""
     source: str
     """The file the record was read from."""
     row: int
@@ -137,6 +139,7 @@ def parse_record(
             images=_images(conversation, folder, of),
             image_places=tuple(where for where, _ in conversation.images),
             boxes=conversation.boxes,
+            answers=conversation.answers,
             source=source,
             row=row_number,
             unknown=conversation.unknown,

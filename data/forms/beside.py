@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from data.forms.conversation import Conversation, Turn, show_first
-from data.forms.fields import Fields, read_images
+from data.forms.fields import FieldError, Fields, read_images, unpacked
 from data.forms.objects import place_objects
 
 
@@ -18,6 +18,21 @@ def system_turns(fields: Fields, columns: Mapping[str, str]) -> list[Turn]:
     key = columns.get("system", "system")
     text = fields.take_text(key)
     return [] if text is None else [Turn(role="system", content=text, where=fields.place(key))]
+
+
+def right_answers(fields: Fields) -> tuple[str, ...]:
+    """Read the right answers to the last question from `answers`, as DocVQA and TextVQA have them; () where none are.
+
+    A field of that name that is no list of texts is left unread.
+    """
+    try:
+        value = unpacked(fields.value.get("answers"), "answers")
+    except FieldError:
+        return ()
+    if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+        return ()
+    fields.take("answers")
+    return tuple(value)
 
 
 def with_pictures(
@@ -36,4 +51,7 @@ def with_pictures(
     """
     images = read_images(fields, columns)
     placed, boxes = place_objects(fields, show_first(list(turns), len(images)))
-    return Conversation(turns=tuple(placed), images=tuple(images), boxes=boxes, unknown=unknown + fields.unknown())
+    answers = right_answers(fields)
+    return Conversation(
+        turns=tuple(placed), images=tuple(images), boxes=boxes, answers=answers, unknown=unknown + fields.unknown()
+    )

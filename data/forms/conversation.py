@@ -32,6 +32,8 @@ class Conversation:
     """(place in the row, value) of each picture: a path, an address, a data URI, base64, bytes, {"bytes", "path"}."""
     boxes: tuple[tuple[Box, ...], ...] = ()
     """Boxes of each <bbox> in the turns, in order."""
+    answers: tuple[str, ...] = ()
+    """What the row calls right answers to its last question, for metrics; learned is the last turn."""
     unknown: tuple[str, ...] = ()
     """Fields that no form knows and that change no meaning, which are counted and reported: id, messages[].name."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data.forms.beside import system_turns
+from data.forms.beside import right_answers, system_turns
 from data.forms.conversation import Conversation, Turn
 from data.forms.fields import FieldError, Fields, images_of, kind_of, learned, objects_of, read_images, shown
 from data.forms.objects import place_objects
@@ -60,6 +60,7 @@ def read_conversation(fields: Fields, messages: Any, name: str, columns: Mapping
         turns=tuple(placed),
         images=tuple((place, value) for place, value in shown_images if not isinstance(value, FromColumn)),
         boxes=boxes,
+        answers=right_answers(fields),
         unknown=unknown + fields.unknown(),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from data.forms.beside import system_turns, with_pictures
+from data.forms.beside import right_answers, system_turns, with_pictures
 from data.forms.conversation import Conversation, Turn
 from data.forms.fields import FieldError, Fields, shown
 
@@ -35,5 +35,12 @@ def read_question(
     if more is not None and (rest := fields.take_text(more)) is not None:
         text = f"{text}\n{rest}"
     turns.append(Turn(role="user", content=text, where=fields.place(question)))
-    turns.append(Turn(role="assistant", content=fields.need_text(answer), where=fields.place(answer)))
+    turns.append(Turn(role="assistant", content=_first_answer(fields, answer), where=fields.place(answer)))
     return with_pictures(fields, columns, turns)
+
+
+def _first_answer(fields: Fields, key: str) -> str:
+    """Read the answer that is learned: the field's text, or the first of several in `answers`."""
+    if key == "answers" and (several := right_answers(fields)):
+        return several[0]
+    return fields.need_text(key)

@@ -88,6 +88,7 @@ def write_predictions(
                 "question": question.messages[-1].content,
                 "images": [image.name for image in question.images],
                 "expected": question.expected,
+                **({"answers": list(question.references)} if question.others else {}),
                 "answer": answer.text,
                 "correct": exact_match(question.references, answer.text) == 1,
                 "scores": {name: value for name, value in scores.of_answer(i).items() if value is not None},

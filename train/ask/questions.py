@@ -31,11 +31,12 @@ class Question:
     messages: tuple[Message, ...]  # up to the user's turn
     images: tuple[ImageRef, ...]  # those of these messages
     expected: str
+    others: tuple[str, ...] = ()  # that the data calls right too
 
     @property
     def references(self) -> tuple[str, ...]:
         """The answers that are right, the expected one first."""
-        return (self.expected,)
+        return tuple(dict.fromkeys((self.expected, *self.others)))
 
 
 def questions_of(record: Record, images: ImageReader) -> Iterator[Question]:
@@ -65,7 +66,11 @@ def questions_of(record: Record, images: ImageReader) -> Iterator[Question]:
         asked = messages[:i]
         num_images = sum(m.content.count(IMAGE_PLACEHOLDER) for m in asked)
         yield Question(
-            record=record, messages=asked, images=record.images[:num_images], expected=message.content.strip()
+            record=record,
+            messages=asked,
+            images=record.images[:num_images],
+            expected=message.content.strip(),
+            others=tuple(text.strip() for text in record.answers) if i == len(messages) - 1 else (),
         )
 
 

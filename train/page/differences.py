@@ -11,6 +11,7 @@ from dataclasses import dataclass
 _TOKEN = re.compile(r"[^\W\u2e80-\u9fff\U00020000-\U0003ffff]+|\s+|.", re.DOTALL)
 MOST_TOKENS = 600  # of a text that are compared: the time goes with their square
 _ALIKE = 0.6  # from here on two words are one with other letters
+_LONGEST_WORD = 60  # characters; a longer one is no word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ def differences(expected: str, answer: str) -> tuple[tuple[Part, ...], tuple[Par
     left: list[Part] = []
     right: list[Part] = []
     for one, other, same in _compare(wanted[:MOST_TOKENS], given[:MOST_TOKENS]):
-        if same or len(one) != 1 or len(other) != 1 or _ratio(one[0], other[0]) < _ALIKE:
+        if same or len(one) != 1 or len(other) != 1 or not _alike(one[0], other[0]):
             left.append(Part(text="".join(one), differs=not same))
             right.append(Part(text="".join(other), differs=not same))
             continue
@@ -49,8 +50,10 @@ def _compare(one: Sequence[str], other: Sequence[str]) -> Iterator[tuple[Sequenc
         yield one[a:b], other[c:d], kind == "equal"
 
 
-def _ratio(one: str, other: str) -> float:
-    return difflib.SequenceMatcher(None, one[:100], other[:100], autojunk=False).ratio()
+def _alike(one: str, other: str) -> bool:
+    if max(len(one), len(other)) > _LONGEST_WORD:
+        return False
+    return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio() >= _ALIKE
 
 
 def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:

@@ -294,3 +294,22 @@ def test_settings_that_cannot_be(of, error):
     with pytest.raises(UserError, match=error) as raised:
         parse({"messages": [QUESTION, ANSWER]}, **of)
     assert not isinstance(raised.value, RecordError)  # it is no row's fault: to skip rows would not help
+
+
+def test_answers_that_are_right_too():
+    """As DocVQA and TextVQA have them, for metrics; other fields of that name say nothing."""
+    row = {"messages": [QUESTION, ANSWER], "images": ["cat.jpg"], "answers": ["A cat.", "cat"]}
+    refuses = ReadSettings(unknown="error")
+    for form, own in SAME.values():
+        if isinstance(own, dict) and form != "columns":
+            assert parse({**own, "answers": ["cat"]}, settings=refuses).answers == ("cat",)
+    assert parse({**row, "answers": '["cat"]'}, settings=refuses).answers == ("cat",)  # in a CSV
+    assert parse(row) == parse({**row, "answers": []})
+    for other in ("cat", "[cat", [{"answer": "cat"}], [1], 3):
+        found = parse({**row, "answers": other})
+        assert (found.answers, found.unknown) == ((), ("answers",))
+    columns = {"user": "question", "assistant": "answers"}
+    found = parse({"question": "Who?", "answers": ["cat", "a cat"]}, columns=columns, settings=refuses)
+    assert (found.messages[-1].content, found.answers) == ("cat", ("cat", "a cat"))
+    with pytest.raises(RecordError, match="answers: expected a string, found a list"):
+        parse({"question": "Who?", "answers": [1]}, columns=columns)

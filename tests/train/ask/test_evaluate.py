@@ -76,6 +76,18 @@ def test_questions_of_a_conversation_and_their_permutation():
     assert isinstance(asked[0], Question)
 
 
+def test_the_best_of_several_right_answers_counts():
+    """They belong to the last question of a row."""
+    turns = [("user", "A"), ("assistant", "b"), ("user", "C"), ("assistant", "d ")]
+    messages = tuple(Message(role, text) for role, text in turns)
+    record = Record(messages=messages, images=(), answers=("d", " x"), source="f", row=1)
+    first, last = questions_of(record, DEFAULT_READER)
+    assert (first.references, last.references) == (("b",), ("d", "x"))
+    nothing = [BoxScore(expected=(), found=(), malformed=0, ious=())] * 2
+    answers = [Answer(text=text, cut=False) for text in ("x", "x")]
+    assert score(["exact_match"], [first, last], answers, nothing).marks == {"exact_match": ((0.0,), (1.0,))}
+
+
 def test_infer_eval_and_runs_have_one_default_for_the_longest_answer():
     """A finished run said 37.5 % of a model that eval gave 100 %: answers were cut at 8, 32, 128 and 512 tokens."""
     rehearsal = load_config(["conf=sft_tiny"], Machine(gpus=0))
