@@ -87,15 +87,17 @@ class Batch:
         self._reading.append(_Reading(answer, self._cache.add()))
 
     def remove(self, answer: Growing) -> None:
-        """Let an answer go before its end."""
+        """Let an answer go; one that is done has left already."""
         for reading in self._reading:
             if reading.answer is answer:
                 self._reading.remove(reading)
                 self._cache.remove(reading.number)
                 return
-        number = next(number for number, other in self._growing.items() if other is answer)
-        del self._growing[number]
-        self._cache.remove(number)
+        for number, other in self._growing.items():
+            if other is answer:
+                del self._growing[number]
+                self._cache.remove(number)
+                return
 
     def step(self) -> list[Growing]:
         """Give every answer whose prompt has been read its next token, and read on in the other prompts.

@@ -76,16 +76,19 @@ export function listenToComposer(actions) {
   document.addEventListener("paste", ({ clipboardData }) => {
     if (clipboardData.files.length) add(clipboardData.files);
   });
+  // Files are taken anywhere; text that is dragged goes where the browser puts it.
   document.addEventListener("dragover", (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault();
-    $("drop").hidden = !event.dataTransfer.types.includes("Files");
+    $("drop").hidden = false;
   });
   document.addEventListener("dragleave", (event) => {
     if (!event.relatedTarget) $("drop").hidden = true;
   });
   document.addEventListener("drop", (event) => {
-    event.preventDefault();
     $("drop").hidden = true;
-    if (event.dataTransfer.files.length) add(event.dataTransfer.files);
+    if (!event.dataTransfer.files.length) return;
+    event.preventDefault();
+    add(event.dataTransfer.files);
   });
 }
