@@ -122,7 +122,8 @@ def evaluate(name: str, opened: Opened, dataset: Dataset, config: EvaluateConfig
         for question in questions_of(record, loaded.images):
             questions.append(question)
             source_of.append(source)
-    answers = ask(loaded, questions, max_new_tokens=config.max_new_tokens, title="questions")
+    title = f"questions, {'B' if add else 'A'}" if config.against else "questions"
+    answers = ask(loaded, questions, max_new_tokens=config.max_new_tokens, title=title)
     boxes = box_scores(questions, answers, loaded.images)
     scores = score(config.metrics, questions, answers, boxes)
     write_predictions(Path(config.out), name, questions, answers, boxes, scores, add=add)
