@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import data, images, packing, step
+from tests.bench import data, images, packing, soak, step
 from tests.places import ROOT
 from train.door.launch import BENCHMARKS, prepare_benchmark
 
@@ -58,6 +58,16 @@ def test_images(capsys):
     images.main(["--count", "20", "--decoded", "2", "--size", "96", "64"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (found["count"], found["header_part"]) == (20, round(found["header_ms"] / found["decode_ms"], 4))
+
+
+@pytest.mark.slow
+def test_soak(capfd):
+    """Five kills at moments that the seed draws: every checkpoint stays, and the run's end is as without them."""
+    assert soak.main(["kills=5", "steps=6"]) == 0
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert found["kills"] >= 5 and found["lost"] == 0
+    with pytest.raises(SystemExit):
+        soak.main(["kills=many"])
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -224,6 +224,12 @@ class TrainConfig:
         low=0,
         high=MANY,
     )
+    on_nonfinite: str = key(
+        "stop",
+        "When a loss or gradient is not a finite number: end the run, or leave the step out (20 in a row end it). "
+        "nonfinite.jsonl names the rows.",
+        choices=("stop", "skip"),
+    )
     save_minutes: float | None = key(
         None, "A checkpoint every so often by the clock as well.", unit="minutes", low=0.01, high=MANY
     )

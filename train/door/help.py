@@ -43,7 +43,7 @@ Fine-tunes DeepSeek-VL2 on PaddlePaddle.
   bash launch.sh doctor                            is this machine fit, and its GPU right? one file for a bug report
   bash launch.sh config [VERB] key=value ...       print the resolved configuration, run nothing
   bash launch.sh test [quick|lint] [pytest arguments]  linter, types and tests (without slow ones; without any)
-  bash launch.sh bench NAME [arguments]            a benchmark: step, launches, data, images, packing, random_checkpoint
+  bash launch.sh bench NAME [arguments]            a benchmark: step, launches, data, images, packing, soak ...
   bash launch.sh help VERB                         every key of train, dryrun, export, infer, eval, serve or doctor
 
 Recipes (conf/*.yaml):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 from train.config.schema import TrainConfig
 from train.machine.memory import peak_memory_gb
+from train.run.finite import count_left_out
 from train.run.report import pairs
 from train.run.watch.curve import ends_by_source, short_name
 from train.run.watch.lines import of_steps, read_metrics
 from train.store.checkpoints import checkpoint_path
-from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS
+from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS, NONFINITE
 from train.store.run_state import History
 from train.store.versions import versions
 
@@ -28,7 +30,7 @@ class Summary:
     steps: int
     loss_first: float
     loss_last: float
-    losses: list[float]  # mean per supervised token of each step
+    losses: list[float | None]  # mean per supervised token of each step; None: not finite
     accuracy_before: float | None  # share of the held-out answers that are right; None: not asked
     accuracy_after: float | None
     accuracy_with_pictures_exchanged: float | None  # after training
@@ -42,6 +44,7 @@ class Summary:
     paths: dict[str, str | None]
     versions: dict[str, str]
     loss_of: dict[str, list[float]] = field(default_factory=dict)  # source of a mixture -> at the start and at the end
+    steps_left_out: int = 0  # for a loss or gradient that was not finite, see nonfinite.jsonl
 
     @staticmethod
     def from_format_1(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,14 +70,14 @@ def summarise(
         trained: folder of the trained weights.
     """
     run_dir = Path(config.run_dir)
-    steps = len(history.losses)
+    steps, known = len(history.losses), [loss for loss in history.losses if loss is not None]
     return Summary(
         recipe=config.recipe,
         rehearsal=config.rehearsal,
         model=config.model.path,
         steps=steps,
-        loss_first=history.losses[0],
-        loss_last=history.losses[-1],
+        loss_first=known[0] if known else math.nan,
+        loss_last=known[-1] if known else math.nan,
         losses=history.losses,
         accuracy_before=(before or {}).get("exact_match"),
         accuracy_after=(after or {}).get("exact_match"),
@@ -95,6 +98,7 @@ def summarise(
             "config": str(run_dir / CONFIG_FILE),
         },
         versions=versions(),
+        steps_left_out=count_left_out(run_dir),
         loss_of=ends_by_source(of_steps(read_metrics(run_dir / METRICS))),
     )
 
@@ -105,6 +109,7 @@ def end_text(summary: Summary) -> str:
     rows = {
         "recipe": summary.recipe + (" (REHEARSAL)" if summary.rehearsal else ""),
         "steps": str(summary.steps),
+        "steps left out": f"{summary.steps_left_out}, with a loss or gradient that was not finite: {NONFINITE}",
         "loss": f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}",
         **{
             f"loss of {short_name(name)}": f"{first:.4f} -> {last:.4f}"
@@ -120,6 +125,8 @@ def end_text(summary: Summary) -> str:
     }
     if not losses:
         del rows["held-out loss"]
+    if not summary.steps_left_out:
+        del rows["steps left out"]
     if summary.accuracy_before is None and summary.accuracy_after is None:
         del rows["accuracy"]
     if not (summary.answers_cut_before or summary.answers_cut_after):

@@ -131,6 +131,7 @@ class VL2Trainer(Trainer):
         self.create_optimizer_and_scheduler(self.plan.num_steps)
         self._start(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
         first_step = self.state.global_step
+        self.finite.begin(first_step)
         loader = self.get_train_dataloader()
         loader.batch_sampler.set_epoch(0, consumed_samples=first_step * self.plan.packs_per_step)
         events = self.callback_handler
@@ -142,7 +143,8 @@ class VL2Trainer(Trainer):
         self._optimizer_steps(iter(loader))
         self.is_in_train = False
         self._fire("on_train_end")
-        mean_loss = float(np.mean(self.history.losses[first_step:] or [math.nan]))
+        known = [loss for loss in self.history.losses[first_step:] if loss is not None]
+        mean_loss = float(np.mean(known or [math.nan]))
         return TrainOutput(self.state.global_step, mean_loss, {"train_loss": mean_loss})
 
     def _optimizer_steps(self, packs: Iterator[Pack]) -> None:
@@ -174,22 +176,23 @@ class VL2Trainer(Trainer):
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
             norm, norm_of = gradient_norm(parameters, self.groups)
-            overflow = self.scaler is not None and not math.isfinite(norm) and has_overflow(parameters)
+            overflow = None if self.scaler is None else not math.isfinite(norm) and has_overflow(parameters)
             left_out = self.finite.leaves_out(step, losses, norm, overflow)
             if not left_out:
                 clip_gradients(parameters, norm, self.config.optim.max_grad_norm)
             lr = self.optimizer.get_lr()
-            if self.scaler is None:
-                self.optimizer.step()
-            else:
+            if self.scaler is not None:
                 self.scaler.step(self.optimizer)  # does nothing after an overflow,
                 self.scaler.update()  # for which this lowers the scale
+            elif not left_out:
+                self.optimizer.step()
             self.optimizer.clear_grad(set_to_zero=False)  # None, not zeros, so that an unreached weight can be told
             fire("on_optimizer_end", scaler=self.scaler)
 
             self._count_step()
-            self.lr_scheduler.step(state.global_step)  # by number, so that an overflow does not delay the schedule
-            by_source = self.sources.means(plan.step(step), losses[:, 3:].sum(axis=0)) if self.sources else None
+            self.lr_scheduler.step(state.global_step)  # by number, so that what is left out does not delay the schedule
+            learned = self.sources if not left_out else None
+            by_source = learned.means(plan.step(step), losses[:, 3:].sum(axis=0)) if learned else None
             norms = None if left_out else (norm, norm_of)
             metrics = self.meter.metrics(step, losses, of_ranks, by_source=by_source, lr=lr, norms=norms)
             self.history.add(metrics.loss, metrics.tokens, metrics.seconds)

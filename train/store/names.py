@@ -11,4 +11,5 @@ REPORT, SUMMARY = "report.json", "summary.json"
 PAGE, DRYRUN_PAGE = "report.html", "dryrun.html"  # the second beside a run that lies there
 MARKER = "run.json"
 METRICS, CURVE = "metrics.jsonl", "curve.png"
+NONFINITE = "nonfinite.jsonl"
 VISUALDL_FILE = "visualdl/vdlrecords.run.log"  # one, always the same: its reader takes the newest of a folder only

@@ -18,6 +18,7 @@ from train.store.names import (
     EXPORT_REPORT,
     MARKER,
     METRICS,
+    NONFINITE,
     PAGE,
     REPORT,
     SUMMARY,
@@ -29,7 +30,7 @@ from train.store.whole_folder import strangers
 from vl2.errors import UserError
 
 # Single files of a run; its marker, which tells that they are its, goes last.
-_FILES = (CONFIG_FILE, REPORT, PAGE, DRYRUN_PAGE, METRICS, CURVE, VISUALDL_FILE, SUMMARY, MARKER)
+_FILES = (CONFIG_FILE, REPORT, PAGE, DRYRUN_PAGE, METRICS, NONFINITE, CURVE, VISUALDL_FILE, SUMMARY, MARKER)
 _CHECKPOINT = re.compile(r"(aside-(\d+-)?)?step-\d{6,}")
 _EXPORT = re.compile(r"(export|adapter_peft|adapter_paddle)(-step-\d{6,})?")
 

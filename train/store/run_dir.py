@@ -1,7 +1,7 @@
 """A run's folder: what lies where, who uses it, and when a new run may.
 
 run.json        marks the folder as a run's: recipe, status, steps
-config.yaml  report.json  report.html  metrics.jsonl  curve.png  summary.json  wandb/  visualdl/
+config.yaml  report.json  report.html  metrics.jsonl  curve.png  summary.json  nonfinite.jsonl  wandb/  visualdl/
 checkpoints/step-000200/
 adapter/ or weights/     the trained weights
 data/           drawn pictures, when there is no data.path

@@ -22,11 +22,11 @@ class Identity:
 class History:
     """Of all optimizer steps so far, through every interruption; it grows with the run."""
 
-    losses: list[float] = field(default_factory=list)  # mean per supervised token of each step
+    losses: list[float | None] = field(default_factory=list)  # of each step, see StepMetrics
     tokens: int = 0
     seconds: float = 0.0  # in steps; loading, evaluation and saving are not counted
 
-    def add(self, loss: float, tokens: int, seconds: float) -> None:
+    def add(self, loss: float | None, tokens: int, seconds: float) -> None:
         """Take in one step."""
         self.losses.append(loss)
         self.tokens += tokens

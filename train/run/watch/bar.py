@@ -42,8 +42,9 @@ class ProgressBar(Sink):
         """Move on."""
         assert self._bar is not None
         aux_loss = f", aux {values['aux_loss']:.2e}" if values["aux_loss"] else ""
+        loss = "not finite, left out" if values["loss"] is None else f"{values['loss']:.4f}"
         self._bar.set_postfix_str(
-            f"loss {values['loss']:.4f}{aux_loss}, lr {values['lr']:.2e}, {values['tokens_per_second']:,.0f} tok/s, "
+            f"loss {loss}{aux_loss}, lr {values['lr']:.2e}, {values['tokens_per_second']:,.0f} tok/s, "
             f"fill {values['fill']:.0%}",
             refresh=False,
         )

@@ -101,7 +101,7 @@ def draw_curve(metrics: Path, picture: Path, *, title: str) -> None:
         picture: PNG to write.
         title: of the picture.
     """
-    lines = of_steps(read_metrics(metrics))
+    lines = [line for line in of_steps(read_metrics(metrics)) if line["loss"] is not None]
     if not lines:
         return
     from matplotlib import colormaps

@@ -62,7 +62,7 @@ class StepMeter:
             step: optimizer steps made before this one.
             losses: of the step's packs, see `gather_losses`.
             of_ranks: `of_rank` of every rank, float64 [ranks, n].
-            by_source: of a mixture; None: there is only one source.
+            by_source: of a mixture; None: there is only one source, or the step was left out.
             lr: of groups whose own is not scaled.
             norms: of all gradients, and of each group's; None: the step was left out.
         """
@@ -70,14 +70,14 @@ class StepMeter:
         plan = self.plan
         packs, supervised, samples = plan.step(step), plan.supervised(step), plan.samples(step)
         tokens, tiles = sum(pack.tokens for pack in packs), sum(pack.tiles for pack in packs)
-        used = sum(bool(pack.samples) for pack in packs)
+        used, finite = sum(bool(pack.samples) for pack in packs), bool(np.isfinite(losses).all())
         norm, norm_of = norms or (None, {})
         busiest, entropy = self._expert_loads(of_ranks[:, 1:].sum(axis=0))
         return StepMetrics(
             step=step + 1,
             epoch=plan.epoch(step),
-            loss=float(losses[:, 1].sum()) / supervised,
-            aux_loss=float(losses[:, 2].sum()),
+            loss=float(losses[:, 1].sum()) / supervised if finite else None,
+            aux_loss=float(losses[:, 2].sum()) if finite else 0.0,
             lr=lr,
             grad_norm=norm,
             tokens=tokens,

@@ -20,10 +20,11 @@ class StepMetrics:
 
     step: int  # optimizer steps made, this one included
     epoch: int  # from 0
-    loss: float  # mean per supervised token
-    aux_loss: float  # load-balance loss of the experts, mean per conversation, times optim.aux_loss; not in `loss`
+    loss: float | None  # mean per supervised token; None: not a finite number, and the step was left out
+    aux_loss: float  # load-balance loss of the experts, mean per conversation, times optim.aux_loss; not in `loss`,
+    # and 0 where that is None
     lr: float
-    grad_norm: float | None  # before clipping; None in a step that overflowed in fp16 and was left out
+    grad_norm: float | None  # before clipping; None in a step that was left out, as one that overflowed in fp16
     tokens: int  # of the packs, image tokens included
     supervised: int  # tokens
     tiles: int
