@@ -20,6 +20,16 @@ pytestmark = [
 ]
 LAST = "[...document.querySelectorAll('.answer')].at(-1)"
 CIRCLE = (48, 48, 336, 336)
+# What the browser has kept of the conversation: the state of each answer.
+KEPT = """new Promise((resolve) => {
+    const opening = indexedDB.open("conversations");
+    opening.onsuccess = () => {
+        const found = opening.result.transaction("tabs").objectStore("tabs").getAll();
+        const states = ({ turns }) => turns.map(({ answers }) => answers[0].state);
+        found.onsuccess = () => resolve(found.result.flatMap(states).join());
+        opening.result.close();
+    };
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +139,7 @@ def test_a_dropped_picture_is_asked_about_and_drawn_on(page, tmp_path):
         assert tab.complaints == []
 
         # It survives a reload, and the command that it copies gives bash the same answer.
+        await tab.until(f"{KEPT}.then((states) => states === 'done,done')")
         await tab.open(tab.home)
         await tab.until("document.querySelectorAll('.turn').length === 2")
         await tab.until(f"{LAST}.querySelector('svg rect')")

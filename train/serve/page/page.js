@@ -54,6 +54,7 @@ function send() {
   turns.push(turn);
   draw(turn).scrollIntoView({ block: "start" });
   turn.answers.forEach(stream);
+  keep(turns); // a reload before the answer's end loses the answer only
 }
 
 function newAnswer(model) {
