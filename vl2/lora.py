@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from paddlenlp.peft import LoRAConfig, LoRAModel
 
 from vl2.errors import UserError
 from vl2.linear import Linear
-from vl2.lora_layers import MERGE, ExpertsLoRA, LoRALinear, refused
-from vl2.lora_settings import GROUPS, LoRASettings, is_factor
+from vl2.lora_layers import MERGE, ExpertsLoRA, LoRALinear, addition, refused, starts_of
+from vl2.lora_settings import GROUPS, LoRASettings, is_factor, is_start
 from vl2.moe import Experts
 
 
@@ -29,8 +29,8 @@ class GroupReport:
     """What one group matched."""
 
     group: str
-    rank: int
-    modules: int  # modules that got factors; a layer's stacked experts count as one
+    rank: int  # 0: it trains itself
+    modules: int  # modules that got factors (a layer's stacked experts count as one), or weights that train
     parameters: int  # trainable numbers
 
 
@@ -73,6 +73,10 @@ class VL2LoRAModel(LoRAModel):
         """Every A and B by its path in the wrapped model: `language.model.layers.0.self_attn.q_proj.lora_A`."""
         return {name: p for name, p in self.model.named_parameters() if is_factor(name)}
 
+    def starts(self) -> dict[str, paddle.Tensor]:
+        """Where each A and B of PiSSA started, by its path: `...q_proj.lora_A_start`; frozen."""
+        return {name: p for name, p in self.model.named_parameters() if is_start(name)}
+
     def mark_only_lora_as_trainable(self) -> None:
         """Freeze all but the factors (PaddleNLP's own knows only its own layer types)."""
         for name, parameter in self.model.named_parameters():
@@ -109,7 +113,7 @@ class VL2LoRAModel(LoRAModel):
     add_lora_split_mapping = refused("no tensor of it is split over devices")
 
     def _set_disabled(self, disabled: bool) -> None:
-        for _, layer in _lora_layers(self.model):
+        for _, layer in lora_layers(self.model):
             layer.disable_lora = disabled
 
 
@@ -143,22 +147,24 @@ def plan_factors(model: nn.Layer, settings: LoRASettings) -> tuple[GroupReport, 
 
 @dataclass(frozen=True)
 class Delta:
-    """What an adapter adds to one official tensor: scaling * A @ B."""
+    """What an adapter adds to one official tensor: scaling * A @ B, of PiSSA how far that has moved."""
 
     factors: tuple[str, str]  # paths of A [in, r] and B [r, out], or of the stacked ones they are slices of
     a: paddle.Tensor
     b: paddle.Tensor
+    starts: tuple[paddle.Tensor | None, paddle.Tensor | None]  # of PiSSA, see vl2.lora_layers.addition
     scaling: float
     expert: int | None = None  # which slice of stacked factors
 
     def add_to(self, base: np.ndarray) -> np.ndarray:
-        """The merged tensor: base + scaling * A @ B in float32, not rounded.
+        """The merged tensor: base + the addition in float32, not rounded.
 
         Args:
             base: float32 [in, out].
         """
-        a, b = (t.numpy() if self.expert is None else t[self.expert].numpy() for t in (self.a, self.b))
-        return base + np.float32(self.scaling) * np.matmul(a, b)
+        one = [t if t is None or self.expert is None else t[self.expert] for t in (self.a, self.b, *self.starts)]
+        a, b = addition(*one)  # type: ignore[arg-type]
+        return base + np.float32(self.scaling) * np.matmul(a.numpy(), b.numpy())
 
 
 def deltas(lora_model: VL2LoRAModel) -> dict[str, Delta]:
@@ -168,25 +174,34 @@ def deltas(lora_model: VL2LoRAModel) -> dict[str, Delta]:
         One entry an expert and projection: `language.model.layers.1.mlp.experts.5.gate_proj.weight`.
     """
     found: dict[str, Delta] = {}
-    for path, layer in _lora_layers(lora_model.model):
+    for path, layer in lora_layers(lora_model.model):
         if isinstance(layer, LoRALinear):
             names = (f"{path}.lora_A", f"{path}.lora_B")
-            found[f"{path}.weight"] = Delta(names, layer.lora_A, layer.lora_B, layer.scaling)
+            starts = starts_of(layer, "lora")
+            found[f"{path}.weight"] = Delta(names, layer.lora_A, layer.lora_B, starts, layer.scaling)
             continue
         for part in ("gate", "up", "down"):
             a, b = getattr(layer, f"{part}_A"), getattr(layer, f"{part}_B")
             names = (f"{path}.lora.{part}_A", f"{path}.lora.{part}_B")
             for expert in range(a.shape[0]):
-                found[f"{path}.{expert}.{part}_proj.weight"] = Delta(names, a, b, layer.scaling, expert)
+                starts = starts_of(layer, part)
+                found[f"{path}.{expert}.{part}_proj.weight"] = Delta(names, a, b, starts, layer.scaling, expert)
     return found
 
 
 def _add_factors(model: nn.Layer, settings: LoRASettings, group: str) -> GroupReport:
     pattern, rank = re.compile(GROUPS[group]), settings.rank_of(group)
-    options = {"rank": rank, "scaling": settings.scaling_of(group), "dropout": settings.dropout}
+    options = {
+        "rank": rank,
+        "scaling": settings.scaling_of(group),
+        "dropout": settings.dropout,
+        "pissa": settings.pissa,
+    }
     matched = [(path, layer) for path, layer in model.named_sublayers() if pattern.fullmatch(path)]
     if not matched:
         raise UserError(f"lora.groups: {group!r} matches nothing in this model; take it out of lora.groups")
+    if settings.pissa:
+        _check_principal(group, rank, [layer for _, layer in matched])
     before = _count_factors(model)
     for path, layer in matched:
         if isinstance(layer, Experts):
@@ -198,10 +213,20 @@ def _add_factors(model: nn.Layer, settings: LoRASettings, group: str) -> GroupRe
     return GroupReport(group=group, rank=rank, modules=len(matched), parameters=_count_factors(model) - before)
 
 
+def _check_principal(group: str, rank: int, layers: Sequence[nn.Layer]) -> None:
+    """Refuse more principal singular values than a weight has."""
+    shapes = [layer.down.shape[1:] if isinstance(layer, Experts) else layer.weight.shape for layer in layers]
+    if rank > (most := min(map(min, shapes))):
+        raise UserError(
+            f"lora.pissa=true: rank {rank} of {group} is more than the {most} singular values of its smallest weight; "
+            f"give lora.ranks.{group}={most} or less"
+        )
+
+
 def _initialise(model: nn.Layer, seed: int) -> None:
     """A uniform in +-1/sqrt(in), which is PaddleNLP's and PEFT's Kaiming initialisation with slope sqrt(5); B zero."""
     for name, parameter in model.named_parameters():
-        if not is_factor(name):
+        if not (is_factor(name) or is_start(name)):
             continue
         values = np.zeros(parameter.shape, "float32")
         if name.endswith("_A"):
@@ -212,7 +237,7 @@ def _initialise(model: nn.Layer, seed: int) -> None:
         parameter.set_value(values)
 
 
-def _lora_layers(model: nn.Layer) -> Iterator[tuple[str, LoRALinear | ExpertsLoRA]]:
+def lora_layers(model: nn.Layer) -> Iterator[tuple[str, LoRALinear | ExpertsLoRA]]:
     """(path of the module that is tuned, its LoRA layer)."""
     for path, layer in model.named_sublayers():
         if isinstance(layer, LoRALinear):

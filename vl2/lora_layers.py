@@ -34,6 +34,44 @@ def refused(why: str) -> Callable[..., Any]:
     return method
 
 
+def addition(
+    a: paddle.Tensor, b: paddle.Tensor, a_start: paddle.Tensor | None = None, b_start: paddle.Tensor | None = None
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """What an A and a B add, as two matrices (or stacks of them) to multiply.
+
+    Plain LoRA adds A @ B. PiSSA starts with an A and a B that are the greatest part of the weight, and adds how far
+    the product has moved from there, A @ B - A0 @ B0. This is written so that it is zeros at the start, and in a 16-bit
+    type loses nothing of a small move:
+
+        [A - A0 | A0]  @  [  B   ]
+                          [B - B0]
+
+    Args:
+        a: [..., in, r].
+        b: [..., r, out].
+        a_start, b_start: where they started, of PiSSA.
+
+    Returns:
+        [..., in, r] and [..., r, out]; of PiSSA [..., in, 2r] and [..., 2r, out].
+    """
+    if a_start is None or b_start is None:
+        return a, b
+    return paddle.concat([a - a_start, a_start], axis=-1), paddle.concat([b, b - b_start], axis=-2)
+
+
+def starts_of(layer: nn.Layer, part: str) -> tuple[paddle.Tensor | None, paddle.Tensor | None]:
+    """Where the A and the B of a part started, of PiSSA; else nothing."""
+    return getattr(layer, f"{part}_A_start", None), getattr(layer, f"{part}_B_start", None)
+
+
+def _started(factor: paddle.Tensor) -> paddle.Tensor:
+    """A frozen parameter for where a factor starts; zeros until `vl2.principal` or an adapter's file sets it."""
+    zero = nn.initializer.Constant(0.0)
+    start = paddle.create_parameter(factor.shape, "float32", default_initializer=zero)
+    start.stop_gradient = True
+    return start
+
+
 class LoRALinear(PaddleNLPLoRALinear):
     """A Linear plus a low-rank addition in float32, computed in the input's dtype.
 
@@ -41,7 +79,7 @@ class LoRALinear(PaddleNLPLoRALinear):
     and fill a second base weight: this one takes over the Linear it replaces.
     """
 
-    def __init__(self, base: Linear, *, rank: int, scaling: float, dropout: float):
+    def __init__(self, base: Linear, *, rank: int, scaling: float, dropout: float, pissa: bool = False):
         nn.Layer.__init__(self)
         self.weight, self.bias, self.name = base.weight, base.bias, None
         self.in_features, self.out_features = base.weight.shape
@@ -49,6 +87,8 @@ class LoRALinear(PaddleNLPLoRALinear):
         self.lora_dropout = nn.Dropout(dropout)
         self.lora_A = self.create_parameter([self.in_features, rank], dtype="float32")
         self.lora_B = self.create_parameter([rank, self.out_features], dtype="float32")
+        if pissa:
+            self.lora_A_start, self.lora_B_start = _started(self.lora_A), _started(self.lora_B)
         self.merged, self.disable_lora = False, False
         self.pissa = self.use_mora = self.lora_use_mixer = self._use_quick_lora = False
 
@@ -57,7 +97,8 @@ class LoRALinear(PaddleNLPLoRALinear):
         out = linear(x, self.weight, self.bias)
         if self.disable_lora:
             return out
-        low, b = linear(self.lora_dropout(x), self.lora_A), self.lora_B.astype(x.dtype)
+        a, b = self.product()
+        low, b = linear(self.lora_dropout(x), a), b.astype(x.dtype)
         if x.ndim == 2:  # added where it is multiplied, which saves two passes over the result
             return paddle.addmm(out, low, b, alpha=self.scaling)
         return out + paddle.matmul(low, b) * self.scaling
@@ -67,18 +108,27 @@ class LoRALinear(PaddleNLPLoRALinear):
         weight = self.weight.astype(dtype)
         if self.disable_lora:
             return weight
-        return weight + (paddle.matmul(self.lora_A, self.lora_B) * self.scaling).astype(dtype)
+        return weight + self.get_delta_weight().astype(dtype)
 
-    # Of PaddleNLP's other methods, get_delta_weight and extra_repr do right with the attributes above.
+    def product(self) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """The two matrices whose product, times the scaling, is added to the weight."""
+        return addition(self.lora_A, self.lora_B, *starts_of(self, "lora"))
+
+    def get_delta_weight(self) -> paddle.Tensor:  # type: ignore[override]  # PaddleNLP's takes other factors, too
+        """What is added to the weight, [in, out]."""
+        a, b = self.product()
+        return paddle.matmul(a, b) * self.scaling
+
+    # Of PaddleNLP's other methods, extra_repr does right with the attributes above.
     merge = unmerge = refused(MERGE)
-    pissa_init = refused("PiSSA would change the frozen base, which an adapter of ours is saved without")
+    pissa_init = refused("PaddleNLP's changes the frozen base; use vl2.principal.start_from_principal")
     rope_init = refused("MoRA is not trained here")
 
 
 class ExpertsLoRA(nn.Layer):
     """Low-rank additions to all experts of a layer; gate and up have their own A and B, as in PEFT adapters."""
 
-    def __init__(self, base: Experts, *, rank: int, scaling: float, dropout: float):
+    def __init__(self, base: Experts, *, rank: int, scaling: float, dropout: float, pissa: bool = False):
         super().__init__()
         num_experts, size, inner = base.gate_up.shape[0], base.gate_up.shape[1], base.down.shape[1]
         self.scaling = scaling
@@ -89,7 +139,13 @@ class ExpertsLoRA(nn.Layer):
         self.up_B = self.create_parameter([num_experts, rank, inner], dtype="float32")
         self.down_A = self.create_parameter([num_experts, inner, rank], dtype="float32")
         self.down_B = self.create_parameter([num_experts, rank, size], dtype="float32")
+        for name in ("gate_A", "gate_B", "up_A", "up_B", "down_A", "down_B") if pissa else ():
+            setattr(self, f"{name}_start", _started(getattr(self, name)))
         self.disable_lora = False
+
+    def product(self, part: str) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """The two stacks of matrices whose products, times the scaling, are added to gate, up or down."""
+        return addition(getattr(self, f"{part}_A"), getattr(self, f"{part}_B"), *starts_of(self, part))
 
     def gate_up(self, x_PD: paddle.Tensor) -> GroupedLora | None:
         """Addition to the stacked gate and up projections, as one product of rank 2r.
@@ -99,14 +155,16 @@ class ExpertsLoRA(nn.Layer):
         """
         if self.disable_lora:
             return None
-        zeros = paddle.zeros_like(self.gate_B)
-        gate = paddle.concat([self.gate_B, zeros], axis=-1)
-        up = paddle.concat([zeros, self.up_B], axis=-1)
-        a = paddle.concat([self.gate_A, self.up_A], axis=-1)
+        (gate_a, gate_b), (up_a, up_b) = self.product("gate"), self.product("up")
+        zeros = paddle.zeros_like(gate_b)
+        gate = paddle.concat([gate_b, zeros], axis=-1)
+        up = paddle.concat([zeros, up_b], axis=-1)
+        a = paddle.concat([gate_a, up_a], axis=-1)
         return GroupedLora(self.dropout(x_PD), a, paddle.concat([gate, up], axis=1) * self.scaling)
 
     def down(self, inner_PI: paddle.Tensor) -> GroupedLora | None:
         """Addition to the stacked down projections: a [E, I, r], b [E, r, D] times the scaling."""
         if self.disable_lora:
             return None
-        return GroupedLora(self.dropout(inner_PI), self.down_A, self.down_B * self.scaling)
+        a, b = self.product("down")
+        return GroupedLora(self.dropout(inner_PI), a, b * self.scaling)

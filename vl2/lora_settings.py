@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vl2.errors import UserError
+from vl2.parameter_groups import WHOLE_GROUPS
 
 _LAYER = r"language\.model\.layers\.\d+"
 # What each group means, as full matches of module paths. The router is in none: it is no Linear and stays frozen.
@@ -31,6 +32,8 @@ class LoRASettings:
     dropout: float = 0.0  # probability, on the input of A, in training
     ranks: Mapping[str, int] = field(default_factory=dict)  # rank of single groups, instead of `rank`
     alphas: Mapping[str, float] = field(default_factory=dict)  # alpha of single groups, instead of `alpha`
+    pissa: bool = False  # A and B start at the principal singular values of each weight, and add how they move
+    also_train: tuple[str, ...] = ()  # groups that train themselves beside the adapters
     rslora: bool = False  # the product is scaled by alpha / sqrt(rank), which does not fade as the rank grows
 
     def __post_init__(self) -> None:
@@ -49,6 +52,19 @@ class LoRASettings:
                 raise UserError(f"lora rank of {name} is {self.rank_of(name)}; expected a positive integer")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"lora.dropout is {self.dropout}; expected a probability in [0, 1)")
+        if self.pissa and self.dropout:
+            raise UserError(
+                f"lora.pissa=true with lora.dropout={self.dropout}: it would drop the greatest part of the weights "
+                "that it starts at; give lora.dropout=0"
+            )
+        for name in self.also_train:
+            if name not in WHOLE_GROUPS:
+                raise UserError(f"lora.also_train: {name!r} is none of {', '.join(WHOLE_GROUPS)}")
+            if name in self.groups:
+                raise UserError(
+                    f"lora.also_train names {name}, which lora.groups adapts: a group trains itself or by adapters; "
+                    "take it out of one of them"
+                )
 
     def rank_of(self, group: str) -> int:
         """Rank of one group."""
@@ -67,3 +83,8 @@ class LoRASettings:
 def is_factor(path: str, letters: str = "AB") -> bool:
     """Whether a parameter is an A or a B of an adapter, or with `letters` one of them."""
     return re.search(rf"\.(lora_[{letters}]|lora\.(gate|up|down)_[{letters}])$", path) is not None
+
+
+def is_start(path: str) -> bool:
+    """Whether a parameter is where an A or a B of PiSSA started."""
+    return path.endswith("_start") and is_factor(path.removesuffix("_start"))

@@ -6,6 +6,7 @@ Six of them can get adapters (vl2.lora_settings); a factor belongs to the group 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 
 # Full matches of parameter paths; every parameter of a DeepseekVL2 matches exactly one.
 _PATTERNS = {
@@ -21,6 +22,10 @@ _PATTERNS = {
     "routers": r"language\.model\.layers\.\d+\.mlp\.gate\..+",
 }
 PARAMETER_GROUPS = tuple(_PATTERNS)
+# What can be trained itself beside adapters on other groups.
+WHOLE_GROUPS = ("vision", "projector", "embeddings", "head", "norms", "routers")
+# In the checkpoint, but never computed with, or never to be trained.
+_NEVER_TRAINED = ("vision.attn_pool.", ".e_score_correction_bias")
 _EXPRESSIONS = {group: re.compile(pattern) for group, pattern in _PATTERNS.items()}
 
 
@@ -37,3 +42,18 @@ def group_of(path: str) -> str:
     """
     (group,) = [group for group, expression in _EXPRESSIONS.items() if expression.fullmatch(path)]
     return group
+
+
+def is_trainable(path: str) -> bool:
+    """Whether a parameter of the model may train at all."""
+    return not any(word in path for word in _NEVER_TRAINED)
+
+
+def whole_parameters(paths: Iterable[str], groups: Sequence[str]) -> list[str]:
+    """Those of a model's parameters that train when some groups do, in their order.
+
+    Args:
+        paths: of a model without adapters on these groups.
+        groups: of `WHOLE_GROUPS`.
+    """
+    return [path for path in paths if is_trainable(path) and group_of(path) in groups]

@@ -17,6 +17,7 @@ LORA_GROUPS = ("attention", "experts", "shared_experts", "dense_mlp", "vision", 
 PARTS = ("vision", "projector", "language")
 # Every weight is in one of them; an adapter's are in the group that it tunes.
 PARAMETER_GROUPS = (*LORA_GROUPS, "embeddings", "head", "norms", "routers")
+WHOLE_GROUPS = ("vision", "projector", "embeddings", "head", "norms", "routers")  # that can train beside adapters
 PRECISIONS = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "gpu")
 MODEL_DOC = "Folder of a base model, a run, an adapter (PEFT's too) or an export; or a name (nano, tiny, ...)."
@@ -71,6 +72,14 @@ class LoRAConfig:
         high=65536,
     )
     rslora: bool = key(False, "Scale by alpha / sqrt(rank) instead, which does not fade as the rank grows (rsLoRA).")
+    pissa: bool = key(
+        False, "Start at the principal singular values of each weight, which the adapter then moves (PiSSA)."
+    )
+    also_train: list[str] = key(
+        factory=list,
+        doc="Groups that train themselves beside the adapters on others: lora.also_train=[projector,norms].",
+        choices=WHOLE_GROUPS,
+    )
     plus_scale: float = key(
         1.0, "B learns at that many times A's rate (LoRA+, whose authors took 16).", low=0.001, high=1000
     )

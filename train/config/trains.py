@@ -13,7 +13,13 @@ _GROUPS_OF_PART = {
     "projector": ("projector",),
     "language": tuple(group for group in PARAMETER_GROUPS if group not in ("vision", "projector")),
 }
-_OF_ADAPTERS = ("rslora", "plus_scale", "init")  # keys of `lora` that say nothing where there are no adapters
+_OF_ADAPTERS = (
+    "rslora",
+    "pissa",
+    "also_train",
+    "plus_scale",
+    "init",
+)  # keys of `lora` that say nothing where there are no adapters
 _VECTORS = ("norms",)  # groups without a matrix
 
 
@@ -21,7 +27,7 @@ def trained_groups(config: TrainConfig) -> tuple[str, ...]:
     """The groups of weights that a run trains, themselves or by adapters."""
     if config.lora.rank == 0:
         return tuple(group for part in config.trainable for group in _GROUPS_OF_PART[part])
-    return tuple(config.lora.groups)
+    return (*config.lora.groups, *config.lora.also_train)
 
 
 def check_trains(config: TrainConfig) -> None:
@@ -44,6 +50,21 @@ def check_trains(config: TrainConfig) -> None:
         value = getattr(lora, name)
         if lora.rank == 0 and value != getattr(default, name):
             raise UserError(f"lora.{name}={value} with lora.rank=0: no adapter would train; give lora.rank")
+    if lora.pissa and lora.init:
+        raise UserError(
+            f"lora.pissa=true with lora.init={lora.init}: adapters start at the principal singular values or at that "
+            "adapter; give one of them"
+        )
+    if lora.pissa and lora.dropout:
+        raise UserError(
+            f"lora.pissa=true with lora.dropout={lora.dropout}: it would drop the greatest part of the weights; give "
+            "lora.dropout=0"
+        )
+    if both := [group for group in lora.also_train if group in lora.groups]:
+        raise UserError(
+            f"lora.also_train={lora.also_train}: {both[0]} has adapters by lora.groups, so it cannot train itself too; "
+            "take it out of one of them"
+        )
 
 
 def check_groups(config: TrainConfig, is_named: Callable[[str], bool]) -> None:

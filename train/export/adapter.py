@@ -1,6 +1,7 @@
 """`bash launch.sh export run=FOLDER adapter=peft|paddle`: the adapter alone, in the files of PEFT or of PaddleNLP.
 
-Needs the base's config.json, not its weights, but for the two rows that PaddleNLP wants. The folder gets its name only
+Needs the base's config.json, not its weights, but for the two rows that PaddleNLP wants, and what lies beside a trained
+weight in a module that PEFT saves whole. The folder gets its name only
 after it was read back: every tensor bit for bit, and every module's A and scaled B as the run has them.
 """
 
@@ -28,7 +29,7 @@ from train.store.provenance import ExportReport
 from train.store.versions import versions
 from train.store.whole_folder import write_folder
 from vl2.adapter.folder import open_adapter
-from vl2.adapter.foreign import Adapter, foreign_tensors, untuned_modules
+from vl2.adapter.foreign import Adapter, Piece, foreign_tensors, untuned_modules
 from vl2.adapter.formats import (
     ENTRY,
     PADDLE_CONFIG,
@@ -41,14 +42,14 @@ from vl2.adapter.formats import (
     adapter_tensors,
 )
 from vl2.adapter.paddle_format import PADDLE_NAMES, common_settings, paddle_config, paddle_index
-from vl2.adapter.peft_format import PEFT_NAMES, peft_config
-from vl2.adapter.rows import changed_rows, written_rows
+from vl2.adapter.peft_format import PEFT_NAMES, PEFT_PREFIX, peft_config
+from vl2.adapter.plain import as_plain
 from vl2.adapter.slots import Slot, slots
+from vl2.adapter.weights import ROWS, replacing, saved_module, whole_parts, written_weights
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.config import VL2Config
 from vl2.errors import UserError
-from vl2.lora_settings import LoRASettings
 from vl2.parameters import build_model, init_model
 
 # One float32 rounding of B where it takes in another scaling; none where the scaling stays.
@@ -79,19 +80,26 @@ def export_adapter(config: ExportConfig) -> ExportReport:
     check_out(out, source, overwrite=config.overwrite)
     base = open_folder(source.base)
     skeleton = build_model(base.config, base.tokenizer.image_id)
-    adapter, found = open_adapter(source.trained, skeleton), slots(skeleton)
+    found = slots(skeleton)
+    adapter = as_plain(open_adapter(source.trained, skeleton), found)
     peft = config.adapter == PEFT
     written = adapter.settings if peft else common_settings(adapter.settings)
     if untuned := untuned_modules(adapter):
         note(f"{untuned}; zeros are written for them")
     tensors = foreign_tensors(adapter, found, PEFT_NAMES if peft else PADDLE_NAMES, written)
-    if not peft:
-        tensors.update(written_rows(adapter, base_values(source, base)))
-    elif adapter.rows and (rows := changed_rows(adapter, base_values(source, base))):
-        raise UserError(
-            f"run={config.run}: it has trained {' and '.join(rows)} too, which PEFT's files cannot hold; export merged "
-            "weights (without adapter=), or adapter=paddle"
-        )
+    value_of = base_values(source, base)
+    weights, parts = replacing(adapter, value_of), whole_parts(skeleton, "hf" if peft else "paddle")
+    modules = {saved_module(path) for path in weights}
+    if peft:
+        if rows := [name for name in ROWS if name in weights]:
+            raise UserError(
+                f"run={config.run}: it has trained {' and '.join(rows)} too, which PEFT's files cannot hold; export "
+                "merged weights (without adapter=), or adapter=paddle"
+            )
+        saved = [path for path in parts if saved_module(path) in modules]
+        tensors.update(written_weights(saved, weights, value_of, PEFT_PREFIX, parts))
+    else:
+        tensors.update(written_weights({**weights, **dict.fromkeys(ROWS)}, weights, value_of, "", parts))
     report = ExportReport(
         run=config.run,
         base=str(source.base),
@@ -112,9 +120,13 @@ def export_adapter(config: ExportConfig) -> ExportReport:
         nonlocal report
         name = source.base_name or str(source.base)
         about = to_document(source.provenance) if source.provenance else {}
-        (write_peft if peft else write_paddle)(folder, tensors, written, name, about)
+        if peft:
+            write_peft(folder, tensors, peft_config(written, name, sorted(modules)), about)
+        else:
+            own = [path for path in weights if path not in ROWS]
+            write_paddle(folder, tensors, paddle_config(written, name, own), about)
         write_processor(folder, source, skeleton.config)
-        report = replace(report, verified=verify(folder, skeleton, adapter, tensors))
+        report = replace(report, verified=verify(folder, skeleton, adapter, weights, tensors))
         write_fact(folder / EXPORT_REPORT, report)
         write_card(folder, out, card(report, source, merge_first(report)))
 
@@ -142,20 +154,20 @@ def write_processor(folder: Path, source: Source, config: VL2Config) -> None:
 
 
 def write_peft(
-    folder: Path, tensors: Mapping[str, np.ndarray], settings: LoRASettings, base: str, about: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], about: Mapping[str, Any]
 ) -> None:
     """The two files of PEFT; what we know of the run goes into the header of the weights."""
     _write_weights(folder / PEFT_FILE, tensors, {"format": "pt"}, about)
-    _write_json(folder / PEFT_CONFIG, peft_config(settings, base))
+    _write_json(folder / PEFT_CONFIG, config)
 
 
 def write_paddle(
-    folder: Path, tensors: Mapping[str, np.ndarray], settings: LoRASettings, base: str, about: Mapping[str, Any]
+    folder: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], about: Mapping[str, Any]
 ) -> None:
     """One shard, its index and lora_config.json. PaddleNLP takes files of the format "np" only."""
     _write_weights(folder / PADDLE_SHARD, tensors, {"format": "np"}, about)
     _write_json(folder / PADDLE_INDEX, paddle_index(tensors))
-    _write_json(folder / PADDLE_CONFIG, paddle_config(settings, base))
+    _write_json(folder / PADDLE_CONFIG, config)
 
 
 def _write_weights(
@@ -170,13 +182,17 @@ def _write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def verify(
-    folder: Path, skeleton: nn.Layer, adapter: Adapter, tensors: Mapping[str, np.ndarray]
+    folder: Path,
+    skeleton: nn.Layer,
+    adapter: Adapter,
+    weights: Mapping[str, Piece],
+    tensors: Mapping[str, np.ndarray],
 ) -> dict[str, int | float]:
     """Read the folder back: the files' tensors bit for bit, then what they mean to a reader of the configuration.
 
     Returns:
-        Numbers of tensors and modules (of kv_b_proj by itself, see `merge_first`), and the largest relative change of a
-        scaled B: 0 where its scaling stays.
+        Numbers of tensors, of whole weights and of modules (of kv_b_proj by itself, see `merge_first`), and the largest
+        relative change of a scaled B: 0 where its scaling stays.
 
     Raises:
         UserError: it is not what was written.
@@ -188,6 +204,7 @@ def verify(
         for name in stored.keys() | tensors.keys()
         if name not in stored or name not in tensors or not np.array_equal(stored[name].read(), tensors[name])
     ]
+    wrong += [path for path in weights if not np.array_equal(again.weights[path].read(), weights[path].read())]
     if wrong:
         raise UserError(f"the export was refused: {len(wrong)} tensors read back otherwise ({'; '.join(wrong[:5])})")
     change = 0.0
@@ -199,6 +216,7 @@ def verify(
     modules = [module for module, slot in found.items() if slot.group in adapter.settings.groups]
     return {
         "tensors": len(stored),
+        "whole_weights": len(weights),
         "modules": len(modules),
         "kv_b_proj_modules": sum(module.endswith(".kv_b_proj") for module in modules),
         "largest_change": change,

@@ -161,11 +161,15 @@ def _training(run: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Settings and data of the run, in words."""
     report, config = run.get(REPORT, {}), run.get(CONFIG_FILE, {})
     plan, optim = _object(report, "plan"), _object(config, "optim")
-    groups = [_sentence("{group} (rank {rank}, {parameters:,} numbers)", row) for row in _rows(report, "lora")]
+    tuned = _rows(report, "lora")
+    groups = [_sentence("{group} (rank {rank}, {parameters:,} numbers)", row) for row in tuned if row.get("rank")]
+    whole = [_sentence("{group} ({parameters:,} numbers)", row) for row in tuned if not row.get("rank")]
+    kinds = [name for name, key in (("PiSSA", "pissa"), ("rsLoRA", "rslora")) if _object(config, "lora").get(key)]
     parts = [_sentence("{part} ({trainable:,} numbers)", row) for row in _rows(report, "parts") if row.get("trainable")]
     steps = _steps(run)
     words = {
-        "trained": f"LoRA on {', '.join(groups)}" if groups else ", ".join(parts),
+        "trained": f"{' and '.join(kinds) or 'LoRA'} on {', '.join(groups)}" if groups else ", ".join(parts),
+        "trained beside it": ", ".join(whole),
         "data": _sentence("{samples:,} conversations; in all {tokens:,} tokens, {supervised:,} of them learned", plan),
         "plan": _sentence("{packs:,} packs, {steps:,} steps of {packs_per_step} packs, {epochs} epoch(s)", plan),
         "fingerprint of data and plan": plan.get("fingerprint"),

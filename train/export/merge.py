@@ -15,7 +15,7 @@ from train.ask.source import Source
 from train.store.names import WEIGHTS_FILE
 from vl2.adapter.folder import check_base, load_factors, open_adapter
 from vl2.adapter.foreign import untuned_modules
-from vl2.adapter.rows import changed_rows
+from vl2.adapter.weights import in_words, replacing
 from vl2.checkpoint.fingerprint import stored_fingerprint
 from vl2.checkpoint.layouts import Part
 from vl2.checkpoint.model_folder import open_folder
@@ -35,7 +35,7 @@ class Merge:
     dtype: str | None  # of the exported files; None: each tensor as in the base
     lora: VL2LoRAModel | None = None  # around a model without base weights
     deltas: Mapping[str, Delta] = field(default_factory=dict)  # of an adapter, by official name
-    # By parameter path: of a full fine-tune, or the rows that an adapter of PaddleMIX replaces.
+    # By parameter path: of a full fine-tune, or what an adapter replaces of the base.
     weights: Mapping[str, StoredTensor | MemoryTensor] = field(default_factory=dict)
 
     def dtype_of(self, name: str) -> str:
@@ -117,12 +117,12 @@ def open_merge(source: Source, dtype: str | None) -> Merge:
         adapter = open_adapter(source.trained, skeleton)
         lora = apply_lora(skeleton, adapter.settings)
         load_factors(lora, adapter)
-        rows = changed_rows(adapter, base.parameter)
-        for name in rows:
-            note(f"{source.trained}: the adapter has a trained {name}, which replaces the base's")
+        pieces = replacing(adapter, base.parameter)
+        if pieces and not adapter.settings.also_train:
+            note(f"{source.trained}: the adapter has its own {in_words([*pieces])} in place of the base's")
         if untuned := untuned_modules(adapter):
             note(f"{untuned}; they stay as in the base")
-        weights = {name: MemoryTensor("float32", row) for name, row in rows.items()}
+        weights = {path: piece.plain() for path, piece in pieces.items()}
         return Merge(base=base, dtype=dtype, lora=lora, deltas=deltas(lora), weights=weights)
     if source.kind == "weights":
         assert source.trained is not None

@@ -6,6 +6,7 @@ Computed, not measured on a GPU; a test holds it against what Paddle allocates o
 from __future__ import annotations
 
 from train.config.schema import TrainConfig
+from train.config.trains import trained_groups
 from vl2.config import LanguageConfig, VisionConfig, VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
 from vl2.language import HEAD_CHUNK
@@ -83,8 +84,7 @@ def _vision(vision: VisionConfig, config: TrainConfig, tiles: int, item: int) ->
     patches, width = vision.grid**2, vision.width
     block = 8 * width + 2 * vision.mlp_width + 2 * width  # float32 of the norm counts twice
     features = item * tiles * patches * width
-    learns = "vision" in (config.lora.groups if config.lora.rank else config.trainable)
-    if not learns:
+    if "vision" not in trained_groups(config):
         return features + item * min(tiles, TILES_AT_ONCE) * patches * block, features
     alive = item * tiles * patches * block
     kept = features * vision.layers if config.recompute else alive * vision.layers
@@ -93,9 +93,12 @@ def _vision(vision: VisionConfig, config: TrainConfig, tiles: int, item: int) ->
 
 def _cast(model: VL2Config, config: TrainConfig, item: int) -> int:
     """Bytes of trainable weights as one layer computes with them, and of their gradients on the way to float32."""
-    if config.lora.rank or item == 4:
+    if item == 4:
         return 0
     language = model.language
+    if config.lora.rank:
+        tables = {"embeddings", "head"} & set(config.lora.also_train)
+        return language.vocab_size * language.hidden_size * (2 * item + 4) if tables else 0
     experts = (language.n_routed_experts or 0) * language.hidden_size * language.moe_intermediate_size
     table = language.vocab_size * language.hidden_size
     return max(3 * experts * 2 * item + 2 * experts * 4, table * (2 * item + 4))

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import paddle
+import paddle.distributed as dist
 from paddle import nn
+from tqdm import tqdm
 
 from train.ask.load import load_with_bar
 from train.config.schema import TrainConfig
+from train.run.barrier import barrier
 from train.run.say import say
 from train.run.state import trainable_parameters
 from train.store.hub import resolve_model
 from vl2.adapter.folder import check_base, load_factors, open_adapter
-from vl2.adapter.foreign import untuned_modules
-from vl2.adapter.rows import changed_rows
+from vl2.adapter.foreign import Piece, untuned_modules
+from vl2.adapter.weights import in_words, replacing
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
-from vl2.lora import GroupReport, apply_lora
+from vl2.lora import GroupReport, VL2LoRAModel, apply_lora, deltas
 from vl2.lora_settings import LoRASettings
 from vl2.model import DeepseekVL2
+from vl2.parameter_groups import group_of, is_trainable, whole_parameters
 from vl2.parameters import init_model, train_parameters
+from vl2.principal import start_from_principal
 from vl2.tiles import Resolution
 
-# In a part's folder of the checkpoint, but never computed with, or never to be trained.
-_NEVER_TRAINED = ("vision.attn_pool.", ".e_score_correction_bias")
+_BAR_MATRICES = 100  # from here on, PiSSA's decompositions take long enough to show a bar
 PART_PREFIXES = {
     "vision": ("vision.",),
     "projector": ("projector.", "image_newline", "view_seperator"),
@@ -63,14 +68,20 @@ def build_base(config: TrainConfig, folder: ModelFolder) -> DeepseekVL2:
 
 
 def make_trainable(
-    model: DeepseekVL2, config: TrainConfig, *, candidates: tuple[Resolution, ...], base_fingerprint: str
+    model: DeepseekVL2,
+    config: TrainConfig,
+    *,
+    candidates: tuple[Resolution, ...],
+    base_fingerprint: str,
+    resumed: bool = False,
 ) -> tuple[nn.Layer, tuple[GroupReport, ...]]:
-    """Add the adapters, or with lora.rank 0 unfreeze parts.
+    """Add the adapters and unfreeze the groups beside them, or with lora.rank 0 unfreeze parts.
 
     Args:
         model: from `build_base`, changed in place.
         candidates: resolutions in force, which an export writes down.
         base_fingerprint: of `model`; an adapter to start from must have been trained on it.
+        resumed: a checkpoint will set what trains, so that no weight needs to be decomposed for PiSSA.
 
     Returns:
         (the VL2LoRAModel or the model itself, reports of the LoRA groups).
@@ -83,26 +94,64 @@ def make_trainable(
         train_parameters(model, trained_names((name for name, _ in model.named_parameters()), config.trainable))
         return model, ()
     settings = lora_settings(config)
-    lora_model = apply_lora(model, settings, seed=config.seed)
+    parameters = dict(model.named_parameters())
+    whole = whole_parameters(parameters, settings.also_train)
+    adapter, weights = None, dict[str, Piece]()
     if config.lora.init:
         check_base(config.lora.init, base_fingerprint)
         adapter = open_adapter(config.lora.init, model)
         check_settings(adapter.settings, settings, config.lora.init)
-        if rows := changed_rows(adapter, lambda path: getattr(model, path)):
+        weights = replacing(adapter, parameters.__getitem__)
+        if left := [path for path in weights if path not in whole]:
             raise UserError(
-                f"lora.init={config.lora.init}: it has trained {' and '.join(rows)} too, which a run's adapter "
-                f"does not hold; merge it with `export run={config.lora.init}` and train on that"
+                f"lora.init={config.lora.init}: it has trained {in_words(left)} too, which this run's adapter would "
+                f"not hold; name {' and '.join(sorted(set(map(group_of, left))))} in lora.also_train, or merge it with "
+                f"`export run={config.lora.init}` and train on that"
             )
+    lora_model = apply_lora(model, settings, seed=config.seed)
+    train_parameters(model, whole)
+    if adapter:
         load_factors(lora_model, adapter)
+        trainable = trainable_parameters(lora_model)
+        for path, piece in weights.items():
+            trainable[path].set_value(piece.read())
         if untuned := untuned_modules(adapter):
             say(f"note: lora.init: {untuned}; they start anew", sys.stderr)
-    return lora_model, lora_model.reports
+    if settings.pissa and not resumed:
+        decompose(lora_model, config.seed)
+    return lora_model, (*lora_model.reports, *whole_reports(model, settings))
+
+
+def decompose(lora_model: VL2LoRAModel, seed: int) -> None:
+    """PiSSA's start, by rank 0 for all: other processors would decompose to other last digits. With a bar on stderr."""
+    if dist.get_rank() == 0:
+        matrices = len(deltas(lora_model))
+        style = {"desc": "decompose weights", "unit": "matrix", "mininterval": 1.0, "file": sys.stderr}
+        with tqdm(total=matrices, disable=matrices < _BAR_MATRICES, **style) as bar:
+            start_from_principal(lora_model, seed=seed, done=bar.update)
+    if dist.get_world_size() > 1:
+        barrier()
+        for factor in (*lora_model.factors().values(), *lora_model.starts().values()):
+            dist.broadcast(factor, src=0)
+
+
+def whole_reports(model: nn.Layer, settings: LoRASettings) -> tuple[GroupReport, ...]:
+    """What trains itself beside the adapters."""
+    reports = []
+    for group in settings.also_train:
+        sizes = {name: math.prod(p.shape) for name, p in model.named_parameters()}
+        names = whole_parameters(sizes, [group])
+        if not names:
+            raise UserError(f"lora.also_train: {group!r} matches nothing in this model; take it out")
+        numbers = sum(map(sizes.__getitem__, names))
+        reports.append(GroupReport(group=group, rank=0, modules=len(names), parameters=numbers))
+    return tuple(reports)
 
 
 def trained_names(names: Iterable[str], parts: Sequence[str]) -> list[str]:
     """Those of a model's parameters that train when `parts` of it do."""
     prefixes = tuple(prefix for part in parts for prefix in PART_PREFIXES[part])
-    return [name for name in names if name.startswith(prefixes) and not any(word in name for word in _NEVER_TRAINED)]
+    return [name for name in names if name.startswith(prefixes) and is_trainable(name)]
 
 
 def lora_settings(config: TrainConfig) -> LoRASettings:
@@ -115,6 +164,8 @@ def lora_settings(config: TrainConfig) -> LoRASettings:
         ranks=dict(config.lora.ranks),
         alphas=dict(config.lora.alphas),
         rslora=config.lora.rslora,
+        pissa=config.lora.pissa,
+        also_train=tuple(config.lora.also_train),
     )
 
 
@@ -128,6 +179,11 @@ def check_settings(adapter: LoRASettings, run: LoRASettings, folder: str) -> Non
     def meaning(settings: LoRASettings) -> dict[str, tuple[int, float]]:
         return {group: (settings.rank_of(group), settings.scaling_of(group)) for group in settings.groups}
 
+    if adapter.pissa:
+        raise UserError(
+            f"lora.init={folder}: an adapter of PiSSA means something together with where it started only; give what "
+            f"`export run={folder} adapter=peft` makes of it, plain LoRA of rank {2 * adapter.rank}"
+        )
     if meaning(adapter) == meaning(run):
         return
     keys = [f"lora.groups=[{','.join(adapter.groups)}] lora.rank={adapter.rank} lora.alpha={adapter.alpha:g}"]

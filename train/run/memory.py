@@ -7,12 +7,14 @@ import paddle
 from train.ask.model_memory import MemoryNeed, weight_sizes
 from train.config.schema import TrainConfig
 from train.machine.memory import check_memory, free_ram, gigabytes
-from train.run.build import PART_PREFIXES, PartCount, lora_settings, trained_names
+from train.run.build import PART_PREFIXES, PartCount, lora_settings, trained_names, whole_reports
 from train.run.gradients import reduction_slices
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
 from vl2.lora import GroupReport, plan_factors
+from vl2.lora_settings import is_factor, is_start
+from vl2.parameter_groups import whole_parameters
 from vl2.parameters import build_model
 
 # Trainable weights, gradients and Adam's two moments, all float32.
@@ -36,9 +38,11 @@ def plan_weights(model: VL2Config, config: TrainConfig) -> tuple[dict[str, int],
     if config.lora.rank == 0:
         return sizes, set(trained_names(sizes, config.trainable)), ()
     of_base = set(sizes)
-    groups = plan_factors(skeleton, lora_settings(config))
+    settings = lora_settings(config)
+    groups = (*plan_factors(skeleton, settings), *whole_reports(skeleton, settings))
     sizes = weight_sizes(skeleton)
-    return sizes, set(sizes) - of_base, groups
+    learned = {name for name in sizes if is_factor(name)} | set(whole_parameters(of_base, settings.also_train))
+    return sizes, learned, groups
 
 
 def plan_parts(model: VL2Config, config: TrainConfig) -> tuple[tuple[PartCount, ...], tuple[GroupReport, ...]]:
@@ -56,7 +60,8 @@ def plan_parts(model: VL2Config, config: TrainConfig) -> tuple[tuple[PartCount, 
         own = {name: size for name, size in sizes.items() if name.startswith(prefixes)}
         trainable = sum(size for name, size in own.items() if name in learned)
         frozen = sum(own.values()) - trainable
-        stored = trainable * _FLOAT32_BYTES + frozen * frozen_bytes
+        starts = sum(size for name, size in own.items() if is_start(name))  # of PiSSA: frozen, in float32
+        stored = (trainable + starts) * _FLOAT32_BYTES + (frozen - starts) * frozen_bytes
         counts.append(PartCount(part=part, trainable=trainable, frozen=frozen, stored_bytes=stored))
     return tuple(counts), groups
 
@@ -73,8 +78,10 @@ def training_memory(model: VL2Config, config: TrainConfig) -> MemoryNeed:
     if config.nproc * config.nnodes > 1:
         gradients = {name: size * _FLOAT32_BYTES for name, size in trained.items()}
         exchanged = max(sum(map(gradients.__getitem__, names)) for names in reduction_slices(gradients))
+    starts = sum(size for name, size in sizes.items() if is_start(name))
+    frozen = sum(sizes.values()) - sum(trained.values()) - starts
     return MemoryNeed(
-        frozen=(sum(sizes.values()) - sum(trained.values())) * item_bytes(DTYPE_OF_SETTING[config.precision]),
+        frozen=frozen * item_bytes(DTYPE_OF_SETTING[config.precision]) + starts * _FLOAT32_BYTES,
         trained=sum(trained.values()) * TRAINED_BYTES,
         exchanged=exchanged,
     )

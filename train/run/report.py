@@ -141,7 +141,7 @@ def count_tables(parts: Sequence[PartCount], groups: Sequence[GroupReport]) -> l
     rows = [[part.part, count_text(part.trainable), count_text(part.frozen)] for part in parts]
     tables = [table(["part", "trainable", "frozen"], rows)]
     if groups:
-        rows = [[g.group, str(g.rank), str(g.modules), count_text(g.parameters)] for g in groups]
+        rows = [[g.group, str(g.rank or "all"), str(g.modules), count_text(g.parameters)] for g in groups]
         tables.append(table(["LoRA group", "rank", "modules", "parameters"], rows))
     return tables
 

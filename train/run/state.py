@@ -82,7 +82,11 @@ def load_trained(model: nn.Layer, folder: Path) -> None:
         UserError: listing names that are missing, unknown or wrongly shaped.
     """
     if isinstance(model, VL2LoRAModel):
-        load_factors(model, open_adapter(folder, model.model))
+        adapter = open_adapter(folder, model.model)
+        load_factors(model, adapter)
+        trainable = trainable_parameters(model)
+        for name, piece in adapter.weights.items():
+            trainable[name].set_value(piece.read())
         return
     path = folder / WEIGHTS_FILE
     if not path.is_file():

@@ -118,9 +118,11 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     base = build_base(config, folder)
     fingerprint = model_fingerprint(base)
     who = identity(config, fingerprint=fingerprint, tokenizer=data.tokenizer, plan=data.plan)
-    model, groups = make_trainable(base, config, candidates=data.candidates, base_fingerprint=fingerprint)
     resumed = find_resumed(
         config, who, data.plan.num_steps, lambda: fingerprint_of_records(data.dataset, data.tokenizer)
+    )
+    model, groups = make_trainable(
+        base, config, candidates=data.candidates, base_fingerprint=fingerprint, resumed=resumed is not None
     )
     checkpoint = resumed.checkpoint if resumed else None
     first_step, history = (resumed.state.step, resumed.state.history) if resumed else (0, History())

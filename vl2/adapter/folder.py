@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import paddle
 from paddle import nn
 
 from vl2.adapter.foreign import Adapter, Piece, open_foreign, untuned_modules
@@ -20,7 +21,6 @@ from vl2.adapter.formats import (
     ENTRY,
     OWN,
     OWN_FILE,
-    PADDLE,
     PADDLE_CONFIG,
     PEFT,
     adapter_format,
@@ -28,38 +28,42 @@ from vl2.adapter.formats import (
     adapter_tensors,
 )
 from vl2.adapter.paddle_format import PADDLE_NAMES, read_paddle_config
-from vl2.adapter.peft_format import PEFT_NAMES, read_peft_config
-from vl2.adapter.rows import ROWS, changed_rows, in_type_of
+from vl2.adapter.peft_format import PEFT_NAMES, PEFT_PREFIX, read_peft_config
 from vl2.adapter.slots import UNTUNED, difference, factor_shapes, slots
 from vl2.adapter.values import alpha, dropout, flag, rank, table, text, texts
+from vl2.adapter.weights import ROWS, in_words, replacing, take_weights, whole_parts
+from vl2.checkpoint.layouts import Layout
 from vl2.checkpoint.tensor_files import write_safetensors
 from vl2.errors import UserError
 from vl2.json_object import read_json_object
 from vl2.lora import VL2LoRAModel, apply_lora
 from vl2.lora_settings import LoRASettings
+from vl2.parameter_groups import whole_parameters
 from vl2.parameters import set_parameter
 
-_LATER = {"rslora": False}  # settings that adapters of an earlier version were made without
+# Settings that adapters of an earlier version were made without.
+_LATER = {"rslora": False, "pissa": False, "also_train": []}
 
 
 def save_adapter(
     lora_model: VL2LoRAModel,
     folder: str | Path,
     metadata: Mapping[str, Any],
-    factors: Mapping[str, np.ndarray] | None = None,
+    trained: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write the factors and lora_config.json into an existing folder.
+    """Write the factors, what else trains and lora_config.json into an existing folder.
 
     Args:
-        lora_model: its factors are written in float32.
+        lora_model: all is written in float32.
         folder: not made safe against interruption here, see train.store.whole_folder.
         metadata: JSON values to find again in `Adapter.metadata`.
-        factors: values they had at some time, by the names of `VL2LoRAModel.factors`; None: what they are now.
+        trained: values that factors and weights had at some time, by their paths; None: what they are now.
     """
     folder = Path(folder)
-    if factors is None:
-        factors = {name: p.numpy() for name, p in lora_model.factors().items()}
-    write_safetensors(folder / OWN_FILE, factors, dict.fromkeys(factors, "float32"))
+    if trained is None:
+        trained = {name: p.numpy() for name, p in lora_model.model.named_parameters() if not p.stop_gradient}
+    tensors = {**trained, **{name: p.numpy() for name, p in lora_model.starts().items()}}
+    write_safetensors(folder / OWN_FILE, tensors, dict.fromkeys(tensors, "float32"))
     document = {
         **lora_model.lora_config.to_dict(),  # what PaddleNLP reads
         "scaling": lora_model.lora_config.scaling,
@@ -74,7 +78,7 @@ def open_adapter(folder: str | Path, model: nn.Layer) -> Adapter:
 
     Args:
         folder: of the adapter.
-        model: its base, a DeepseekVL2 with or without factors; weights need not be in memory.
+        model: its base, a DeepseekVL2; weights need not be in memory. It may have factors where the adapter is ours.
 
     Raises:
         UserError: no adapter there, settings that cannot be read here, or weights that do not fit the settings and
@@ -84,20 +88,36 @@ def open_adapter(folder: str | Path, model: nn.Layer) -> Adapter:
     metadata = adapter_metadata(folder)
     form = adapter_format(folder)
     if form != OWN:
-        read, names = (read_peft_config, PEFT_NAMES) if form == PEFT else (read_paddle_config, PADDLE_NAMES)
-        found, tensors = slots(model), adapter_tensors(folder, str(form))
-        rows = {name: tensors.pop(name) for name in ROWS if form == PADDLE and name in tensors}
-        if lines := difference({name: t.shape for name, t in rows.items()}, {n: getattr(model, n).shape for n in rows}):
-            raise UserError("\n".join([f"{folder}: the adapter and the base model do not fit", *lines]))
-        declared = read(folder, (*found, *UNTUNED))
-        return replace(open_foreign(folder, tensors, declared, names, found, metadata), rows=rows)
+        return _open_foreign(folder, str(form), model, metadata)
     stored, settings = adapter_tensors(folder, OWN), _own_settings(folder)
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    if lines := difference(shapes, factor_shapes(settings, slots(model))):
+    base = {name: p.shape for name, p in model.named_parameters()}
+    factors = factor_shapes(settings, slots(model))
+    whole = {name: tuple(base[name]) for name in whole_parameters(base, settings.also_train)}
+    if lines := difference({name: tensor.shape for name, tensor in stored.items()}, {**factors, **whole}):
         where = folder / OWN_FILE
         raise UserError("\n".join([f"{where}: the adapter does not fit the model and its LoRA groups", *lines]))
-    pieces = {name: (Piece(tensor),) for name, tensor in stored.items()}
-    return Adapter(folder=folder, settings=settings, metadata=metadata, shapes=shapes, pieces=pieces)
+    return Adapter(
+        folder=folder,
+        settings=settings,
+        metadata=metadata,
+        shapes=factors,
+        pieces={name: (Piece(stored[name]),) for name in factors},
+        weights={name: Piece(stored[name]) for name in whole},
+    )
+
+
+def _open_foreign(folder: Path, form: str, model: nn.Layer, metadata: Mapping[str, Any]) -> Adapter:
+    found, tensors = slots(model), adapter_tensors(folder, form)
+    layout: Layout = "hf" if form == PEFT else "paddle"
+    modules, parameters = (*found, *UNTUNED), [*whole_parts(model, layout)]
+    rows: tuple[str, ...] = ()
+    if form == PEFT:
+        declared, names, prefix = read_peft_config(folder, modules, parameters), PEFT_NAMES, PEFT_PREFIX
+    else:
+        declared, names, prefix = read_paddle_config(folder, modules, parameters), PADDLE_NAMES, ""
+        rows = tuple(name for name in ROWS if name in tensors)
+    weights = take_weights(folder, tensors, sorted({*declared.whole, *rows}), prefix, model, layout)
+    return replace(open_foreign(folder, tensors, declared, names, found, metadata), weights=weights)
 
 
 def _own_settings(folder: Path) -> LoRASettings:
@@ -119,6 +139,8 @@ def _own_settings(folder: Path) -> LoRASettings:
             ranks={group: rank(path, f"{where}.ranks.{group}", value) for group, value in ranks.items()},
             alphas={group: alpha(path, f"{where}.alphas.{group}", value) for group, value in alphas.items()},
             rslora=flag(path, f"{where}.rslora", entry["rslora"]),
+            pissa=flag(path, f"{where}.pissa", entry["pissa"]),
+            also_train=tuple(texts(path, f"{where}.also_train", entry["also_train"], "a list of groups")),
         )
     except UserError as error:
         if str(error).startswith(str(path)):
@@ -127,14 +149,14 @@ def _own_settings(folder: Path) -> LoRASettings:
 
 
 def load_factors(lora_model: VL2LoRAModel, adapter: Adapter) -> None:
-    """Set the factors of a model from an adapter; nothing is changed unless every name and shape fits.
+    """Set the factors of a model from an adapter, of PiSSA where they started too; all is looked at before.
 
     Modules that a foreign adapter leaves out of a group keep their A, and their B, which is zero in a new model.
 
     Raises:
         UserError: listing the missing, unknown and wrongly shaped names.
     """
-    factors = lora_model.factors()
+    factors = {**lora_model.factors(), **lora_model.starts()}
     if lines := difference(adapter.shapes, {name: p.shape for name, p in factors.items()}):
         raise UserError("\n".join([f"{adapter.folder}: the adapter does not fit the model's LoRA groups", *lines]))
     for name, parameter in factors.items():
@@ -163,9 +185,12 @@ def load_adapter(
     adapter = open_adapter(folder, model)
     lora_model = apply_lora(model, adapter.settings)
     load_factors(lora_model, adapter)
-    for name, row in changed_rows(adapter, lambda path: getattr(model, path)).items():
-        set_parameter(model, name, in_type_of(getattr(model, name), row))
-        say(f"{folder}: the adapter has a trained {name}, which replaces the base's")
+    parameters = dict(model.named_parameters())
+    weights = replacing(adapter, parameters.__getitem__)
+    for name, piece in weights.items():
+        set_parameter(model, name, paddle.to_tensor(piece.read()))  # float32, as it was trained
+    if weights and not adapter.settings.also_train:
+        say(f"{folder}: the adapter has its own {in_words([*weights])} in place of the base's")
     if untuned := untuned_modules(adapter):
         say(f"{untuned}; they compute as in the base")
     lora_model.eval()

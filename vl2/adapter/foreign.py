@@ -16,7 +16,7 @@ import numpy as np
 import paddle
 
 from vl2.adapter.slots import UNTUNED, UNUSED, Slot, difference, factor_shapes
-from vl2.checkpoint.tensor_files import StoredTensor
+from vl2.checkpoint.tensor_files import MemoryTensor, StoredTensor
 from vl2.errors import UserError
 from vl2.lora_settings import GROUPS, LoRASettings
 
@@ -24,7 +24,7 @@ from vl2.lora_settings import GROUPS, LoRASettings
 class Piece(NamedTuple):
     """A stored tensor as a part of one of our factors, or all of it."""
 
-    stored: StoredTensor
+    stored: StoredTensor | MemoryTensor
     expert: int | None = None  # the slice of the stacked factor
     transposed: bool = False  # PEFT: A is [r, in], B is [out, r]
     gain: float = 1.0  # where its scaling is not its group's
@@ -34,6 +34,11 @@ class Piece(NamedTuple):
         array = paddle.to_tensor(self.stored.read()).astype("float32").numpy()  # a uint16 array is read as bfloat16
         array = array.T if self.transposed else array
         return array if self.gain == 1.0 else array * np.float32(self.gain)
+
+    def plain(self) -> StoredTensor | MemoryTensor:
+        """A float32 tensor in our orientation: the stored one where it is that."""
+        as_it_is = not self.transposed and self.gain == 1.0 and self.stored.dtype == "float32"
+        return self.stored if as_it_is else MemoryTensor("float32", self.read())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +51,7 @@ class Adapter:
     shapes: Mapping[str, tuple[int, ...]]  # of each of our factors
     pieces: Mapping[str, tuple[Piece, ...]]  # what is stored of it; nothing where a group is tuned in part
     untuned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # group -> its modules without factors
-    rows: Mapping[str, StoredTensor] = field(default_factory=dict)  # see rows.py
-
-    def row(self, name: str) -> np.ndarray:
-        """One of `rows` in float32."""
-        return Piece(self.rows[name]).read()
+    weights: Mapping[str, Piece] = field(default_factory=dict)  # whole parameters by path, see weights.py
 
     def factor(self, name: str, initial: np.ndarray | None = None) -> np.ndarray:
         """One of our factors in float32.
@@ -92,6 +93,7 @@ class Declaration:
     alpha: float
     dropout: float
     rslora: bool
+    whole: frozenset[str]  # paths of parameters that it holds itself, see weights.py
 
     def rank_of(self, module: str) -> int:
         """Rank of one module."""

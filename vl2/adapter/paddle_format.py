@@ -7,6 +7,7 @@ alpha for all modules: a smaller rank is filled up with zeros, another scaling g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ PADDLE_NAMES = Names(lambda module, letter: f"{module}.lora_{letter}", transpose
 _WITHOUT_EFFECT = {
     *("base_model_name_or_path", "dtype", "head_dim", "lora_plus_scale", "merge_weights", "scaling", "use_quick_lora"),
 }
-_READ = {"r", "lora_alpha", "lora_dropout", "rslora", "target_modules", "tensor_parallel_degree"}
+_READ = {
+    *("r", "lora_alpha", "lora_dropout", "rslora", "target_modules", "tensor_parallel_degree", "trainable_modules"),
+}
 
 
 def common_settings(settings: LoRASettings) -> LoRASettings:
@@ -43,12 +46,13 @@ def common_settings(settings: LoRASettings) -> LoRASettings:
     )
 
 
-def paddle_config(settings: LoRASettings, base: str) -> dict[str, Any]:
+def paddle_config(settings: LoRASettings, base: str, whole: Sequence[str] = ()) -> dict[str, Any]:
     """lora_config.json for these settings, which must have one rank and one alpha.
 
     Args:
         settings: from `common_settings`.
         base: name or folder of the base model.
+        whole: paths of the parameters that the adapter holds whole, but for the two rows, which always are.
     """
     config = LoRAConfig(
         r=settings.rank,
@@ -56,6 +60,7 @@ def paddle_config(settings: LoRASettings, base: str) -> dict[str, Any]:
         lora_dropout=settings.dropout,
         target_modules=[official_pattern(group) for group in settings.groups],
         rslora=settings.rslora,
+        trainable_modules=[re.escape(path) for path in whole] or None,
         # PaddleMIX loads the base in this type to merge; in bfloat16 most of the addition would be lost.
         dtype="float32",
         base_model_name_or_path=base,
@@ -69,12 +74,13 @@ def paddle_index(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(tensors, PADDLE_SHARD)}
 
 
-def read_paddle_config(folder: Path, modules: Sequence[str]) -> Declaration:
+def read_paddle_config(folder: Path, modules: Sequence[str], parameters: Sequence[str]) -> Declaration:
     """Read lora_config.json.
 
     Args:
         folder: of the adapter.
         modules: official names of the base's Linears.
+        parameters: paths of the parameters that an adapter may hold whole.
 
     Raises:
         UserError: another method than plain LoRA, or a value that cannot be; names the key.
@@ -90,6 +96,11 @@ def read_paddle_config(folder: Path, modules: Sequence[str]) -> Declaration:
     listed = [targets] if isinstance(targets, str) else targets
     patterns = texts(path, "target_modules", listed, "a list of regular expressions")
     found = matched(path, [Expression("target_modules", pattern) for pattern in patterns], modules)
+    wholes = texts(path, "trainable_modules", document.get("trainable_modules") or [], "a list of regular expressions")
+    whole = matched(path, [Expression("trainable_modules", pattern) for pattern in wholes], parameters)
+    for pattern, names in zip(wholes, whole, strict=True):
+        if not names:
+            refuse(path, "trainable_modules", [pattern], "no weight of this model has such a name")
     return Declaration(
         path=path,
         targets=frozenset().union(*found),
@@ -99,4 +110,5 @@ def read_paddle_config(folder: Path, modules: Sequence[str]) -> Declaration:
         alpha=alpha(path, "lora_alpha", document.get("lora_alpha")),
         dropout=dropout(path, "lora_dropout", document.get("lora_dropout")),
         rslora=flag(path, "rslora", document.get("rslora")),
+        whole=frozenset().union(*whole),
     )

@@ -21,7 +21,8 @@ from vl2.lora_settings import GROUPS, LoRASettings
 
 Number = TypeVar("Number", int, float)
 
-PEFT_NAMES = Names(lambda module, letter: f"base_model.model.{module}.lora_{letter}.weight", transposed=True)
+PEFT_PREFIX = "base_model.model."
+PEFT_NAMES = Names(lambda module, letter: f"{PEFT_PREFIX}{module}.lora_{letter}.weight", transposed=True)
 
 # Keys that do not change what a trained adapter computes.
 _WITHOUT_EFFECT = {
@@ -31,7 +32,7 @@ _WITHOUT_EFFECT = {
 }
 _READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern"),
-    *("alpha_pattern", "init_lora_weights", "bias", "use_rslora"),
+    *("alpha_pattern", "init_lora_weights", "bias", "use_rslora", "modules_to_save"),
 }
 # Initialisations that leave the base as it is; the others (pissa, olora, loftq, corda ...) are deltas to another base.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -42,10 +43,11 @@ def official_pattern(group: str) -> str:
     return GROUPS[group] + (r"\.\d+\.(gate_proj|up_proj|down_proj)" if group == "experts" else "")
 
 
-def peft_config(settings: LoRASettings, base: str) -> dict[str, Any]:
+def peft_config(settings: LoRASettings, base: str, saved_modules: Sequence[str] = ()) -> dict[str, Any]:
     """adapter_config.json for these settings.
 
     Args:
+        saved_modules: official names of the modules that the adapter holds whole.
         settings: ranks and alphas that are not the common ones go into rank_pattern and alpha_pattern.
         base: name or folder of the base model.
     """
@@ -66,7 +68,7 @@ def peft_config(settings: LoRASettings, base: str) -> dict[str, Any]:
         "layers_to_transform": None,
         "lora_alpha": number(settings.alpha),
         "lora_dropout": settings.dropout,
-        "modules_to_save": None,
+        "modules_to_save": sorted(saved_modules) or None,
         "peft_type": "LORA",
         "r": settings.rank,
         "rank_pattern": pattern(settings.rank_of, settings.rank),
@@ -84,12 +86,13 @@ def number(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
-def read_peft_config(folder: Path, modules: Sequence[str]) -> Declaration:
+def read_peft_config(folder: Path, modules: Sequence[str], parameters: Sequence[str]) -> Declaration:
     """Read adapter_config.json.
 
     Args:
         folder: of the adapter.
         modules: official names of the base's Linears.
+        parameters: paths of the parameters that an adapter may hold whole.
 
     Raises:
         UserError: another method than plain LoRA, or a value that cannot be; names the key.
@@ -137,7 +140,25 @@ def read_peft_config(folder: Path, modules: Sequence[str]) -> Declaration:
         alpha=alpha(path, "lora_alpha", document.get("lora_alpha")),
         dropout=dropout(path, "lora_dropout", document.get("lora_dropout")),
         rslora=flag(path, "use_rslora", document.get("use_rslora")),
+        whole=_saved(path, document.get("modules_to_save") or [], parameters),
     )
+
+
+def _saved(path: Path, value: Any, parameters: Sequence[str]) -> frozenset[str]:
+    """The parameters of the modules that modules_to_save means: those whose name ends so, and all below them."""
+    found: set[str] = set()
+    for name in texts(path, "modules_to_save", value, "a list of modules' names"):
+        below = {p for p in parameters if any(owner.endswith(name) for owner in _owners(p))} if name else set()
+        if not below:
+            refuse(path, "modules_to_save", [name], "no module of this model can be replaced by that name")
+        found |= below
+    return frozenset(found)
+
+
+def _owners(parameter: str) -> list[str]:
+    """The modules that a parameter lies in: of a.b.weight a.b and a."""
+    parts = parameter.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
 
 
 def _ends(module: str) -> list[str]:

@@ -63,14 +63,19 @@ def slots(model: nn.Layer) -> dict[str, Slot]:
 
 
 def factor_shapes(settings: LoRASettings, found: Mapping[str, Slot]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the factors that these settings put into the model that `slots` looked at."""
+    """Names and shapes of the factors that these settings put into the model that `slots` looked at.
+
+    With PiSSA also of where each of them started.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for slot in found.values():
         if slot.group in settings.groups:
             for letter in "AB":
                 piece = slot.shape(letter, settings.rank_of(slot.group))
                 # The last expert's index is the greatest.
-                shapes[f"{slot.factor}_{letter}"] = piece if slot.expert is None else (slot.expert + 1, *piece)
+                shape = piece if slot.expert is None else (slot.expert + 1, *piece)
+                for name in ("", "_start") if settings.pissa else ("",):
+                    shapes[f"{slot.factor}_{letter}{name}"] = shape
     return shapes
 
 

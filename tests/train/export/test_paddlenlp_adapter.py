@@ -21,7 +21,7 @@ from train.export.verify import logits_of, make_probe
 from train.run.build import make_trainable
 from train.store.whole_folder import MANIFEST
 from vl2.adapter.formats import PADDLE_CONFIG, PADDLE_PICKLE, PADDLE_SHARD
-from vl2.adapter.rows import ROWS
+from vl2.adapter.weights import ROWS
 from vl2.checkpoint.folder import read_checkpoint
 from vl2.checkpoint.load import load_model
 from vl2.checkpoint.tensor_files import read_header, write_safetensors
@@ -136,7 +136,7 @@ def test_what_paddlenlp_saves_is_read(base, run, written, tmp_path, capsys):
     for name in ROWS:
         value = dict(load(base).model.named_parameters())[name]
         assert np.array_equal(getattr(loaded.model, name).numpy(), value.numpy())
-    assert "replaces" not in capsys.readouterr().err
+    assert "in place of" not in capsys.readouterr().err
     export(ExportConfig(run=str(folder), base=str(base), out=str(tmp_path / "peft"), adapter="peft"))
     assert not any(name in read_header(tmp_path / "peft" / "adapter_model.safetensors")[0] for name in ROWS)
 
@@ -148,7 +148,7 @@ def test_rows_that_were_trained_are_part_of_the_adapter(base, run, written, tmp_
     capsys.readouterr()
     loaded = load(folder, base=str(base))
     said = capsys.readouterr().err
-    assert f"note: {folder}: the adapter has a trained image_newline, which replaces the base's\n" in said
+    assert f"note: {folder}: the adapter has its own image_newline in place of the base's\n" in said
     assert "view_seperator" not in said
     row = paddle.to_tensor(read_checkpoint(base).tensors["image_newline"].read()).astype("float32") + 0.5
     assert np.array_equal(loaded.model.image_newline.numpy(), row.astype(loaded.model.image_newline.dtype).numpy())
@@ -176,7 +176,7 @@ def test_training_does_not_start_from_rows_that_its_adapter_would_lose(arguments
     config = load_config([*arguments(tmp_path), groups, "lora.rank=4", "lora.alpha=12", f"lora.init={folder}"])
     model = load_model(model_folder)
     with pytest.raises(
-        UserError, match=r"^lora\.init=.*: it has trained view_seperator too, which a run's adapter does"
+        UserError, match=r"^lora\.init=.*: it has trained view_seperator too, which this run's adapter would not"
     ):
         make_trainable(model, config, candidates=model.config.candidate_resolutions, base_fingerprint="f")
 

@@ -14,6 +14,7 @@ from vl2.config import VL2Config
 
 SETTINGS = {
     "lora": ["lora.groups=[attention,experts,shared_experts,dense_mlp,vision,projector]", "lora.ranks.experts=4"],
+    "PiSSA": ["lora.pissa=true", "lora.dropout=0", "lora.groups=[attention,experts]", "lora.also_train=[vision,norms]"],
     "all weights": ["lora.rank=0", "trainable=[vision,projector,language]"],
     "some weights": ["lora.rank=0", "trainable=[projector,language]"],
 }

@@ -86,7 +86,8 @@ def test_an_untuned_module_of_a_group_can_learn(tmp_path):
     [
         ({"use_rslora": "yes"}, r"adapter_config\.json: use_rslora is 'yes'; expected true or false"),
         ({"use_dora": True}, r"adapter_config\.json: use_dora is True; only plain LoRA can be read here"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]; only plain LoRA"),
+        ({"modules_to_save": ["lm_heat"]}, r"modules_to_save is \['lm_heat'\]; no module of this model"),
+        ({"modules_to_save": ["lm_head"]}, r"missing \(1\): base_model\.model\.language\.lm_head\.weight"),
         ({"fan_in_fan_out": True}, r"fan_in_fan_out is True; only plain LoRA"),
         ({"bias": "lora_only"}, r"bias is 'lora_only'; expected none"),
         ({"lora_bias": True}, r"lora_bias is True; only plain LoRA"),
