@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +136,19 @@ def export_adapter(config: ExportConfig) -> ExportReport:
 
 
 def base_values(source: Source, base: ModelFolder) -> Callable[[str], paddle.Tensor]:
-    """Gives a parameter of the base by its path; no other is read.
+    """Gives a parameter of the base by its path; no other is read, and none before the first call.
 
     Raises:
-        UserError: the base's weights are not there.
+        UserError: the base's weights are not there, when called.
     """
-    if source.random_seed is None:
-        return base.weights.parameter
-    model = init_model(base.config, base.tokenizer.image_id, seed=source.random_seed)
-    return lambda path: getattr(model, path)
+
+    @cache
+    def drawn() -> Mapping[str, paddle.Tensor]:
+        assert source.random_seed is not None
+        model = init_model(base.config, base.tokenizer.image_id, seed=source.random_seed)
+        return dict(model.named_parameters())
+
+    return lambda path: base.weights.parameter(path) if source.random_seed is None else drawn()[path]
 
 
 def write_processor(folder: Path, source: Source, config: VL2Config) -> None:

@@ -237,7 +237,7 @@ def test_training_from_an_adapter_of_other_settings_names_the_keys(
         r"lora\.ranks\.experts=2 lora\.ranks\.vision=3 lora\.alphas\.experts=7 lora\.alphas\.projector=3$"
     )
     for folder in (tiny / "adapter", tiny_peft):
-        with pytest.raises(ValueError, match=rf"^lora\.init=.*other groups, ranks or alphas than the run.*{needed}"):
+        with pytest.raises(ValueError, match=rf"^lora\.init=.*other groups, ranks or scalings than the run.*{needed}"):
             started(arguments, model_folder, folder, settings, tmp_path)
 
 

@@ -181,7 +181,7 @@ def test_an_adapter_to_start_from_is_compared(dry, whole, tmp_path):
     assert "note: not compared: whether lora.init=" in errors
     code, _, errors = dry(tmp_path / "run", init, "lora.rank=4")
     assert code == 2
-    assert "this adapter has other groups, ranks or alphas than the run" in errors
+    assert "this adapter has other groups, ranks or scalings than the run" in errors
 
 
 def test_all_faults_are_said_at_once(dry, tmp_path, monkeypatch):

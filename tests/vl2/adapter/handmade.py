@@ -80,7 +80,7 @@ def deltas(folder: Path, model: DeepseekVL2) -> dict[str, np.ndarray]:
         if slot.group in settings.groups:
             a, b = (factors[f"{slot.factor}_{letter}"].numpy().astype("float64") for letter in "AB")
             a, b = (a, b) if slot.expert is None else (a[slot.expert], b[slot.expert])
-            found[module] = settings.alpha_of(slot.group) / settings.rank_of(slot.group) * (a @ b).T
+            found[module] = settings.scaling_of(slot.group) * (a @ b).T
     return found
 
 
