@@ -14,6 +14,7 @@ import numpy as np
 from data.cache import default_cache
 from data.dataset import Dataset, open_dataset
 from data.images.reader import ImageReader
+from data.record import RecordError
 from train.ask.answers_report import answers_report
 from train.ask.data_settings import image_reader, read_settings, source_settings
 from train.ask.evaluation import Evaluation, difference, num_differing, right_counts
@@ -44,14 +45,15 @@ def main(arguments: list[str]) -> int:
     for (name, _), model, dataset in zip(models, opened, rows, strict=True):
         evaluations.append(evaluate(name, model, dataset, config, add=bool(evaluations)))
         gc.collect()  # a model's layers know each other; the next one needs the room
-    result = document(evaluations, rows[0], config)
-    for warning in notes(evaluations, rows[0], config, [reader_of(config, model) for model in opened]):
+    skipped = list({(error.source, error.row): error for each in rows for error in each.skipped}.values())
+    for warning in notes(evaluations, skipped, config, opened):
         note(warning)
+    found = {**document(evaluations, config), "conversations": len(rows[0].records), "skipped": len(skipped)}
+    print(json.dumps(found, ensure_ascii=False), flush=True)
     if config.report:
         words = {"data": ", ".join(config.data.path), "conversations": f"{len(rows[0].records):,}"}
         page = answers_report(evaluations, words, reader_of(config, opened[0]))
         write_page(Path(config.report), page)
-    print(json.dumps(result, ensure_ascii=False))
     return 0
 
 
@@ -142,12 +144,10 @@ def evaluate(name: str, opened: Opened, dataset: Dataset, config: EvaluateConfig
     )
 
 
-def document(evaluations: Sequence[Evaluation], dataset: Dataset, config: EvaluateConfig) -> dict[str, Any]:
+def document(evaluations: Sequence[Evaluation], config: EvaluateConfig) -> dict[str, Any]:
     """What is printed: the numbers of the model, and with `against` those of the other and how they differ."""
     first = evaluations[0]
-    found = {**first.as_document(), "conversations": len(dataset.records), "predictions": config.out}
-    if dataset.skipped:
-        found["skipped"] = len(dataset.skipped)
+    found = {**first.as_document(), "predictions": config.out}
     if config.report:
         found["report"] = config.report
     if len(evaluations) == 2:
@@ -160,12 +160,12 @@ def document(evaluations: Sequence[Evaluation], dataset: Dataset, config: Evalua
 
 
 def notes(
-    evaluations: Sequence[Evaluation], dataset: Dataset, config: EvaluateConfig, readers: Sequence[ImageReader]
+    evaluations: Sequence[Evaluation], skipped: Sequence[RecordError], config: EvaluateConfig, models: Sequence[Opened]
 ) -> list[str]:
     """What somebody should know beside the numbers."""
     found = []
-    if dataset.skipped:
-        found.append(f"{len(dataset.skipped)} rows cannot be used and were left out, the first: {dataset.skipped[0]}")
+    if skipped:
+        found.append(f"{len(skipped)} rows cannot be used and were left out, the first: {skipped[0]}")
     for each in evaluations:
         if cut := num_cut(each.answers):
             whose = f" of {each.model}" if len(evaluations) == 2 else ""
@@ -173,10 +173,12 @@ def notes(
                 f"{cut} of {len(each.questions)} answers{whose} were cut at max_new_tokens={config.max_new_tokens}, "
                 "before they had ended; raise it"
             )
-    if len({reader.exif for reader in readers}) == 2:
-        found.append("the models see pictures turned differently (data.exif); the report draws them as the first does")
-    for name in evaluations[0].scores.marks:
-        if name not in evaluations[0].scores.means:
-            count = len(evaluations[0].questions)
-            found.append(f"{name} has no value: none of the {count} expected answers has a box")
+    if len({model.exif for model in models}) == 2:
+        found.append(
+            "one model was trained with photographs turned as their EXIF data says, the other not; so they see them"
+        )
+    questions, scores = evaluations[0].questions, evaluations[0].scores
+    for name in scores.marks:
+        if name not in scores.means:
+            found.append(f"{name} has no value: none of the {len(questions)} expected answers has a box")
     return found

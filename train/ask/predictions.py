@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,6 +49,9 @@ def check_report(path: Path) -> None:
 
 def _check(path: Path, key: str, ours: Callable[[Path], bool]) -> None:
     check_place(path.parent, f"{key}={path}")
+    place = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{key}={path}: {place} may not be written to; give another {key}=")
     if not path.exists():
         return
     try:

@@ -345,10 +345,10 @@ class EvaluateConfig:
     base: str = key("", BASE_DOC, path=True)
     checkpoint: str = key("", CHECKPOINT_DOC)
     check: str = key("sizes", CHECK_DOC, choices=("sizes", "full"))
-    data: EvalDataConfig = field(default_factory=EvalDataConfig)
     against: str = key("", "Another model, to answer the same questions after the first; both are compared.", path=True)
     against_checkpoint: str = key("", "Of `against` as checkpoint is of `model`: best against last of one run, say.")
     against_base: str = key("", "Base model of `against`, as base is of `model`.", path=True)
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)
     out: str = key("predictions.jsonl", "File to write the answers to.", path=True)
     report: str = key(
         "", "FILE.html to write: pictures, questions, answers and scores to look through; empty: none.", path=True

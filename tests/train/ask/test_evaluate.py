@@ -52,6 +52,14 @@ def test_predictions_replace_only_predictions(tmp_path):
             check_predictions(path)
 
 
+def test_a_place_that_may_not_be_written_to_is_said_first(tmp_path, monkeypatch):
+    """It was said by the system, after the last answer."""
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    for path in (tmp_path / "predictions.jsonl", tmp_path / "new" / "predictions.jsonl"):
+        with pytest.raises(ValueError, match=rf"^out={path}: {tmp_path} may not be written to; give another out="):
+            check_predictions(path)
+
+
 def test_predictions_do_not_wait_for_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="no evaluation wrote"):

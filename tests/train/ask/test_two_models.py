@@ -25,7 +25,10 @@ HALF = "<|ref|>cat<|/ref|><|det|>[[0, 0, 999, 500]]<|/det|>"
 
 @pytest.fixture(scope="module")
 def other_folder(model_folder, tmp_path_factory):
-    return shutil.copytree(model_folder, tmp_path_factory.mktemp("other") / "model")
+    """A copy, but for how it was shown photographs."""
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("other") / "model")
+    (folder / "processor_config.json").write_text('{"exif_orientation": "rotate"}')
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,7 @@ def test_two_models_answer_the_same_questions(model_folder, other_folder, files,
     assert [sources[str(file)]["exact_match"] for file in files] == [0.5, 0.5]
     assert "box_iou" not in sources[str(files[1])]
     assert f"note: 1 of 4 answers of {other_folder} were cut" in said
+    assert "note: one model was trained with photographs turned" in said
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["model"] for row in rows] == [str(model_folder)] * 4 + [str(other_folder)] * 4
     assert rows[4]["scores"] == {"exact_match": 0, "normalised_match": 0, "relaxed_accuracy": 0, "box_iou": half}
@@ -104,34 +108,14 @@ def test_two_models_answer_the_same_questions(model_folder, other_folder, files,
 
 
 @pytest.mark.slow
-def test_the_loss_of_each_source_is_that_of_its_rows_alone(model_folder, files, tmp_path, says, capsys):
-    """And the report of one model has its numbers."""
-    losses = []
-    for paths in (files[:1], files[1:], files):
-        says([""] * 2 * len(paths))
-        given = [f"data.path={path}" for path in paths]
-        report = tmp_path / f"{len(losses)}.html"
-        arguments = [f"model={model_folder}", f"out={tmp_path / 'p.jsonl'}", f"report={report}", "device=cpu"]
-        assert evaluate.main([*arguments, *given, "metrics=[box_iou,exact_match]"]) == 0
-        printed, said = capsys.readouterr()
-        losses.append(json.loads(printed))
-    one, other, both = losses
-    assert "sources" not in one
-    assert [of["loss"] for of in both["sources"].values()] == pytest.approx([one["loss"], other["loss"]], rel=1e-6)
-    assert min(one["loss"], other["loss"]) < both["loss"] < max(one["loss"], other["loss"])
-    assert "box_iou" not in other and other["exact_match"] == 0
-    assert "of 0" in (tmp_path / "1.html").read_text() and f"{other['loss']:.4f}" in (tmp_path / "1.html").read_text()
-    assert both["box_iou"] == 0 and "has no value" not in said
-
-
-@pytest.mark.slow
 def test_a_metric_without_anything_to_score_is_said(model_folder, files, tmp_path, says, capsys):
     says(["1", "20"])
     arguments = [f"model={model_folder}", f"data.path={files[1]}", f"out={tmp_path / 'p.jsonl'}", "device=cpu"]
-    assert evaluate.main([*arguments, "metrics=[box_iou]"]) == 0
+    assert evaluate.main([*arguments, "metrics=[box_iou]", f"report={tmp_path / 'r.html'}"]) == 0
     printed, said = capsys.readouterr()
     assert "box_iou" not in json.loads(printed)
     assert "note: box_iou has no value: none of the 2 expected answers has a box" in said
+    assert "0 of 0" in Page((tmp_path / "r.html").read_text("utf-8")).text
 
 
 @pytest.mark.slow
@@ -189,9 +173,33 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(model_folder, other
     assert load_eval_config([*base, f"against={other_folder}"]).against == str(other_folder)
 
 
-def test_mean_losses_know_only_sources_with_rows(model_folder, files):
+def test_a_row_that_one_model_cannot_take_is_left_out_for_both(model_folder, data_file, tmp_path):
+    """Of 20 rows three show a picture, whose tokens are more than the other model has positions for."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["language_config"]["max_position_embeddings"] = 400
+    (folder / "config.json").write_text(json.dumps(config))
+    models = [evaluate.open_model(place) for place in (model_folder, folder)]
+    arguments = [f"model={model_folder}", f"against={folder}", f"data.path={data_file}"]
+    rows = evaluate.open_rows(load_eval_config([*arguments, "data.on_bad_record=skip"]), models)
+    assert [len(each.records) for each in rows] == [17, 17]
+    assert [record.row for record in rows[0].records] == [record.row for record in rows[1].records]
+    assert not any(record.images for record in rows[0].records)
+    assert [len(each.skipped) for each in rows] == [0, 3]
+
+
+@pytest.mark.slow
+def test_the_loss_of_each_source_is_that_of_its_rows_alone(model_folder, files):
+    """A source without rows has none."""
     loaded = load(model_folder)
-    config = load_eval_config([f"model={model_folder}", f"data.path={files[0]}", f"data.path={files[1]}", "limit=1"])
-    (dataset,) = evaluate.open_rows(config, [evaluate.open_model(model_folder)])
-    loss, of = mean_losses(loaded, dataset)
-    assert of == {0: loss}
+
+    def losses(*more: str):
+        config = load_eval_config([f"model={model_folder}", *more])
+        return mean_losses(loaded, *evaluate.open_rows(config, [evaluate.open_model(model_folder)]))
+
+    paths = [f"data.path={file}" for file in files]
+    (one, _), (other, _), (both, of) = losses(paths[0]), losses(paths[1]), losses(*paths)
+    assert of == pytest.approx({0: one, 1: other}, rel=1e-6)
+    assert min(one, other) < both < max(one, other)
+    first, of = losses(*paths, "limit=1")
+    assert of == {0: first}
