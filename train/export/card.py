@@ -19,7 +19,7 @@ from train.ask.note import note
 from train.ask.source import Source
 from train.export.loading import how_to_load
 from train.store.checkpoints import is_checkpoint
-from train.store.names import CONFIG_FILE, MARKER, REPORT, STATE_FILE, SUMMARY
+from train.store.names import CONFIG_FILE, MARKER, METRICS, REPORT, STATE_FILE, SUMMARY
 from train.store.provenance import ExportReport
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -104,7 +104,27 @@ def _run_facts(trained: Path) -> dict[str, Mapping[str, Any]]:
         places = {SUMMARY: folder, CONFIG_FILE: folder, REPORT: folder}
     else:
         places = {}
-    return {name: found for name, place in places.items() if (found := _document(place / name))}
+    facts = {name: found for name, place in places.items() if (found := _document(place / name))}
+    if step := facts.get(STATE_FILE, {}).get("step"):
+        facts[METRICS] = _validations(folder.parent.parent / METRICS, step)
+    return facts
+
+
+def _validations(path: Path, step: int) -> dict[str, Mapping[str, Any]]:
+    """What metrics.jsonl says of the held-out rows before the first step, and at a checkpoint's: its `eval_` values."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            row = from_json(line)
+        except ValueError:
+            continue  # cut off, or being written
+        if not isinstance(row, Mapping):
+            continue
+        values = {key.removeprefix("eval_"): row[key] for key in row if key.startswith("eval_")}
+        when = "before" if row.get("step") == 0 else "after" if row.get("step") == step else ""
+        if values and when:
+            found[when] = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    return found
 
 
 def _document(path: Path) -> Mapping[str, Any]:
@@ -189,8 +209,9 @@ def _results(run: Mapping[str, Mapping[str, Any]]) -> str:
     """Losses of the first and the last step, and every number of the held-out rows before and after."""
     summary = run.get(SUMMARY, {})
     losses = summary.get("losses") or _object(run.get(STATE_FILE, {}), "history").get("losses") or []
+    losses = [loss for loss in losses if loss is not None]  # steps that were left out
     rows = [("training loss (first and last step)", losses[0], losses[-1])] if losses else []
-    held_out = _object(summary, "evaluation")
+    held_out = _object(summary, "evaluation") or run.get(METRICS, {})
     before, after = (_object(held_out, when) for when in ("before", "after"))
     for key in dict.fromkeys([*before, *after]):
         rows.append((f"held-out {key}", before.get(key), after.get(key)))
