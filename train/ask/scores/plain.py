@@ -11,10 +11,12 @@ _CHINESE = (
 )
 _SPACE_BESIDE_CHINESE = re.compile(rf"(?<=[{_CHINESE}])\s+|\s+(?=[{_CHINESE}])")
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)[.,:/-](?=\d)", re.ASCII)  # 3.5, 12:30, 1/2, 2026-11-26
-_SIGN = re.compile(r"(?<![^\s(\[])-(?=\.?\d)", re.ASCII)  # of a number
+_SIGN = re.compile(rf"(?<![^\s(\[{_CHINESE}])-(?=\.?\d)", re.ASCII)  # of a number
 _POINT = re.compile(r"(?<![\w.])\.(?=\d)", re.ASCII)  # of .5
 _VANISH = frozenset(".'\u2019")  # U.S., don't
 _KEPT = frozenset("%\u2030")  # says what a number is
+_MARK_OF_NUMBER = re.compile(r"\d[.,:/-]", re.ASCII)
+_REST_OF_NUMBER = re.compile(r"[.,:/-]\d", re.ASCII)
 _WORD = re.compile(rf"[^\W{_CHINESE}]")
 
 
@@ -48,10 +50,19 @@ def plain(text: str) -> str:
 
 
 def holds(text: str, part: str) -> bool:
-    """Whether a plain text holds another, not inside of a longer word or number; between Chinese characters anywhere.
+    """Whether a plain text holds another one that is not empty.
+
+    Not inside of a longer word or number; between Chinese characters anywhere.
 
     Example: "a red cat" holds "cat", "concatenate" and "35" hold neither "cat" nor "3", 一只红猫 holds 红猫.
     """
-    before = rf"(?<![^\W{_CHINESE}])(?<!\d[.,:/-])" if _WORD.match(part[:1]) else ""
-    after = rf"(?![^\W{_CHINESE}])(?![.,:/-]\d)" if _WORD.match(part[-1:]) else ""
-    return re.search(before + re.escape(part) + after, text) is not None
+    start = text.find(part)
+    while start >= 0:
+        end = start + len(part)
+        before = text[max(0, start - 2) : start]
+        inside = _WORD.match(part[0]) and (_WORD.match(before[-1:]) or _MARK_OF_NUMBER.match(before))
+        goes_on = _WORD.match(part[-1]) and (_WORD.match(text[end : end + 1]) or _REST_OF_NUMBER.match(text, end))
+        if not inside and not goes_on:
+            return True
+        start = text.find(part, start + 1)
+    return False

@@ -27,6 +27,8 @@ from train.ask.scores.texts import _edits, anls, contains, exact_match, normalis
         ("한국 사람", "한국 사람"),  # Korean words are divided by spaces
         ("-3.50", "-3.50"),
         ("−3", "-3"),
+        ("是 -3", "是-3"),
+        ("是-3", "是-3"),
         ("3.", "3"),
         (".5, -.5", ".5 -.5"),
         ("a...5", "a5"),
@@ -87,6 +89,8 @@ def test_matches(references, answer, exact, normalised):
         (["3"], "有3个", 1),
         (["3"], "3.", 1),
         (["-3"], "it is -3", 1),
+        (["-3"], "是-3。", 1),
+        (["3"], "13, 3", 1),
         (["c++"], "C++, of course", 1),
         (["dog", "cat"], "a cat", 1),
         (["cat"], "", 0),
