@@ -113,19 +113,6 @@ def plan_facts(data: Data) -> PlanFacts:
     )
 
 
-def start_text(report: StartReport, run_dir: str) -> str:
-    """`start_report` as tables."""
-    words = {**plan_words(report.plan), **memory_words(report.memory)}
-    return "\n\n".join(
-        [
-            pairs(run_words(report.run, run_dir)),
-            *count_tables(report.parts, report.lora),
-            source_table(report.sources),
-            pairs(words),
-        ]
-    )
-
-
 def run_words(run: RunFacts, run_dir: str) -> dict[str, str]:
     """Which run it is, in words."""
     return {
@@ -153,11 +140,11 @@ def source_table(sources: Sequence[SourceFacts]) -> str:
 
 def plan_words(plan: PlanFacts) -> dict[str, str]:
     """What a plan comes to, in words."""
-    skipped = f", {plan.skipped} rows skipped" if plan.skipped else ""
+    skipped = f", {plan.skipped:,} rows skipped" if plan.skipped else ""
     held = plan.held_out
     return {
-        "plan": f"{plan.samples} samples{skipped}, {plan.packs} packs {plan.fill:.1%} full, "
-        f"{plan.steps} steps of {plan.packs_per_step} packs, {plan.epochs} epoch(s)",
+        "plan": f"{plan.samples:,} samples{skipped}, {plan.packs:,} packs {plan.fill:.1%} full, "
+        f"{plan.steps:,} steps of {plan.packs_per_step} packs, {plan.epochs} epoch(s)",
         "tokens": f"{plan.tokens:,} ({plan.supervised:,} supervised), {plan.tiles:,} tiles",
         **({"held out": f"{held.rows:,} rows, {held.asked:,} of them asked"} if held else {}),
     }

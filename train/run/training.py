@@ -32,9 +32,10 @@ from train.run.fit import fit
 from train.run.identity import fingerprint_of_records, identity
 from train.run.memory import check_published, check_training
 from train.run.next_commands import next_commands
-from train.run.report import StartReport, memory_words, plan_words, run_words, start_report, start_text
+from train.run.report import StartReport, memory_words, plan_words, run_words, start_report
 from train.run.resume import choose_wandb_id, find_resumed, leave_later_checkpoints
 from train.run.say import say
+from train.run.start_screen import start_screen
 from train.run.state import load_trained, save_trained, trained_folder, trained_values
 from train.run.summary import end_text, summarise
 from train.run.validation import Validation
@@ -152,7 +153,7 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
         (run_dir / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
         write_fact(run_dir / REPORT, report)
         write_page(run_dir / PAGE, start_page(config, report, data))
-        print(f"{to_yaml(config)}\n{start_text(report, config.run_dir)}", flush=True)
+        print(start_screen(config, report, first_step=first_step), flush=True)
     for note in unread_notes(data.dataset):
         say(f"note: {note}", sys.stderr)
     for error in data.dataset.skipped[:10]:

@@ -58,7 +58,7 @@ def test_it_says_what_training_says(dry, run, tmp_path, capsys, monkeypatch):
     assert note in err
     assert "fields that are not read: id (9 rows)" in (tmp_path / "run" / "report.html").read_text()
     trained = [line.split() for line in out.splitlines()]
-    for name in ("plan", "tokens", "attention", "language"):
+    for name in ("plan", "tokens"):
         line = next(line for line in said.splitlines() if line.startswith(f"{name} "))
         assert line.split() in trained
 

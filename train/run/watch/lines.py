@@ -23,7 +23,7 @@ class MetricsFile(Sink):
 
     def __init__(self, run_dir: Path, *, first_step: int):
         path = run_dir / METRICS
-        self.validated = {line["step"] for line in of_validation(keep_steps(path, first_step))}
+        self.validated = of_validation(keep_steps(path, first_step))
         self._file = path.open("a", encoding="utf-8")
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from train.config.schema import TrainConfig
 from train.run.watch.bar import ProgressBar
-from train.run.watch.curve import CurvePicture
 from train.run.watch.lines import MetricsFile
+from train.run.watch.picture import CurvePicture
 from train.run.watch.sink import Sample, Sink
 from train.run.watch.step_metrics import StepMetrics
 from train.run.watch.visualdl_log import VisualDLLog
@@ -24,11 +24,14 @@ class MetricsLog:
     Args:
         sinks: where they go, in this order.
         log_steps: a step's numbers go to files and services every so often, to the progress bar always.
-        validated: steps whose validation was written by an earlier attempt.
+        validated: lines of metrics.jsonl that an earlier attempt wrote of validations.
     """
 
-    def __init__(self, sinks: Sequence[Sink], *, log_steps: int = 1, validated: Iterable[int] = ()):
-        self.sinks, self.log_steps, self._validated = sinks, log_steps, set(validated)
+    def __init__(self, sinks: Sequence[Sink], *, log_steps: int = 1, validated: Iterable[Mapping[str, Any]] = ()):
+        self.sinks, self.log_steps = sinks, log_steps
+        self._validated: dict[int, set[str]] = {}  # step -> what is known of it
+        for line in validated:
+            self._new(line["step"], line)
 
     def begin(self) -> None:
         """The first step of this attempt begins now."""
@@ -43,17 +46,22 @@ class MetricsLog:
                 sink.step(metrics.step, values)
 
     def validation(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """What the held-out rows gave, once for a step: a run that was interrupted after it finds the same again.
+        """What the held-out rows gave, each number once for a step: a run that was interrupted finds them again.
 
         Args:
             step: optimizer steps made; 0: before training.
             numbers: name -> number, or a table of numbers by source: `eval_loss`, `eval_loss_of`, `eval_exact_match`.
         """
-        if step in self._validated:
-            return
-        self._validated.add(step)
-        for sink in self.sinks:
-            sink.validation(step, numbers)
+        if new := self._new(step, numbers):
+            for sink in self.sinks:
+                sink.validation(step, new)
+
+    def _new(self, step: int, numbers: Mapping[str, Any]) -> dict[str, Any]:
+        """What was not known of a step's validation until now."""
+        known = self._validated.setdefault(step, set())
+        new = {name: value for name, value in numbers.items() if name not in known}
+        known.update(new)
+        return new
 
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
         """Some of the held-out questions, with what the model answered after `step` optimizer steps."""

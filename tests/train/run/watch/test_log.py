@@ -2,7 +2,8 @@
 
 import json
 
-from train.run.watch.lines import keep_steps
+from train.run.watch.lines import MetricsFile, keep_steps, of_validation, read_metrics
+from train.run.watch.log import MetricsLog
 from train.run.watch.wandb_run import has_credentials
 
 HOST = "https://api.wandb.example"
@@ -29,3 +30,14 @@ def test_credentials_are_looked_for_without_the_network(tmp_path, monkeypatch):
     (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert has_credentials(HOST)
+
+
+def test_a_number_of_a_validation_is_said_once(tmp_path):
+    """After the last step the run asks again, with the pictures exchanged too; an interrupted run finds what it found."""
+    for more in ({}, {"eval_permuted": 0.1}):
+        file = MetricsFile(tmp_path, first_step=2)
+        with MetricsLog([file], validated=file.validated) as log:
+            for found in ({"eval_loss": 1.0}, {"eval_loss": 1.0, **more}):
+                log.validation(2, found)
+    lines = of_validation(read_metrics(tmp_path / "metrics.jsonl"))
+    assert lines == [{"step": 2, "eval_loss": 1.0}, {"step": 2, "eval_permuted": 0.1}]
