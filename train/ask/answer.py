@@ -40,11 +40,15 @@ def prepare(messages: Sequence[Message], images: Sequence[ImageRef], loaded: Loa
         images: in the order of the placeholders.
         loaded: the model, with its tokenizer, resolutions and way to read pictures.
     """
-    opened = [loaded.images.decode(image) for image in images]
-    grids = [tile_grid(image.size, len(opened), loaded.candidates) for image in opened]
+    grids, tiles = [], []
+    for image in images:
+        opened = loaded.images.decode(image)  # one at a time: a large picture takes far more memory than its tiles
+        grids.append(tile_grid(opened.size, len(images), loaded.candidates))
+        tiles.append(cut_tiles(opened, grids[-1]))
+        del opened
     prompt = {"input_ids": render(messages, grids, loaded.tokenizer, for_generation=True).input_ids}
-    if opened:
-        prompt["tiles"] = np.concatenate([cut_tiles(image, grid) for image, grid in zip(opened, grids, strict=True)])
+    if images:
+        prompt["tiles"] = np.concatenate(tiles)
         prompt["grids"] = np.array(grids, np.int64)
     return prompt
 

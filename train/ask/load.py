@@ -45,12 +45,8 @@ class Loaded:
     source: Source
     model: DeepseekVL2  # in eval mode, with the adapter's layers when there is one
     tokenizer: Tokenizer
+    candidates: tuple[Resolution, ...]  # resolutions an image may be shown at
     images: ImageReader = DEFAULT_READER  # opens pictures as in training
-
-    @property
-    def candidates(self) -> tuple[Resolution, ...]:
-        """Resolutions an image may be shown at."""
-        return self.model.config.candidate_resolutions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,25 +101,53 @@ def open_model(folder: str | Path, precision: str = "auto", base: str = "", chec
     return Opened(source=source, folder=opened, dtype=dtype)
 
 
-def load_opened(opened: Opened) -> Loaded:
+def load_opened(opened: Opened, *, adapter: bool = True) -> Loaded:
     """Read the weights of a model.
+
+    Args:
+        opened: what to read.
+        adapter: False reads the base alone of what is an adapter; `load_beside` puts it there.
 
     Raises:
         UserError: see `load_model`; an adapter of another base.
     """
     source, folder, dtype = opened.source, opened.folder, opened.dtype
     model = load_base(source, folder, dtype)
-    if source.kind == "adapter":
-        from vl2.adapter.folder import load_adapter  # here: it imports PaddleNLP, which takes seconds
-
-        assert source.trained is not None
-        load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, folder, model), say=note)
+    if source.kind == "adapter" and adapter:
+        _put_adapter(opened, model)
     model.config = dataclasses.replace(model.config, candidate_resolutions=opened.candidates)
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
     model.eval()
     images = ImageReader(exif=opened.exif, cache=default_folder())
-    return Loaded(source=source, model=model, tokenizer=folder.tokenizer, images=images)
+    return Loaded(source=source, model=model, tokenizer=folder.tokenizer, candidates=opened.candidates, images=images)
+
+
+def load_beside(loaded: Loaded, folder: str | Path) -> Loaded:
+    """Put an adapter on a base that is in memory; the model is the same, and changed.
+
+    Args:
+        loaded: the base.
+        folder: adapter, run or checkpoint.
+
+    Raises:
+        UserError: no adapter, or one of another base.
+    """
+    source = find_source(resolve_model(folder), str(loaded.source.base))
+    if source.kind != "adapter":
+        raise UserError(f"{folder}: expected an adapter, found trained weights; give that as model=")
+    opened = Opened(source=source, folder=open_folder(source.base), dtype="")
+    _put_adapter(opened, loaded.model)
+    images = dataclasses.replace(loaded.images, exif=opened.exif)
+    return dataclasses.replace(loaded, source=source, candidates=opened.candidates, images=images)
+
+
+def _put_adapter(opened: Opened, model: DeepseekVL2) -> None:
+    from vl2.adapter.folder import load_adapter  # here: it imports PaddleNLP, which takes seconds
+
+    source = opened.source
+    assert source.trained is not None
+    load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, opened.folder, model), say=note)
 
 
 def stored_dtype(folder: ModelFolder) -> str:

@@ -36,7 +36,16 @@ MODULES = {
     "eval": "train.ask.evaluate",
     "serve": "train.serve.service",
 }
-BENCHMARKS = ("data", "images", "launches", "packing", "random_checkpoint", "soak", "step")  # tests/bench/NAME.py
+BENCHMARKS = (
+    "data",
+    "images",
+    "launches",
+    "packing",
+    "random_checkpoint",
+    "serve",
+    "soak",
+    "step",
+)  # tests/bench/NAME.py
 VERBS = (*LOADERS, "doctor", "config", "test", "bench", "help")
 HELP = ("-h", "--help")
 # Of third parties, at import time; what this repository warns of is never among it.

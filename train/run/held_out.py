@@ -52,7 +52,13 @@ class HeldOut:
         lora = isinstance(model, VL2LoRAModel)
         inner = model.model if lora else model
         source = Source(kind="adapter" if lora else "weights", base=Path(config.model.path))
-        self.loaded = Loaded(source=source, model=inner, tokenizer=data.tokenizer, images=data.images)
+        self.loaded = Loaded(
+            source=source,
+            model=inner,
+            tokenizer=data.tokenizer,
+            candidates=inner.config.candidate_resolutions,
+            images=data.images,
+        )
         self.packs = pack_rows(
             self.rows,
             data.tokenizer,

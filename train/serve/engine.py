@@ -61,6 +61,10 @@ class Engine:
         chunk: tokens of prompts that are read between two tokens.
         max_batch_tokens: tokens of all that is answered at the same time.
         deliver: takes the pieces of one token, from the thread.
+        failed: called, from the thread, when it ends by a fault: nothing will be answered any more.
+
+    Attributes:
+        kv_bytes: of the keys and values that are kept.
     """
 
     def __init__(
@@ -70,13 +74,12 @@ class Engine:
         chunk: int,
         max_batch_tokens: int,
         deliver: Callable[[list[tuple[Job, Piece]]], None],
+        failed: Callable[[], None],
     ):
-        self._models, self._deliver = models, deliver
+        self._models, self._deliver, self._failed = models, deliver, failed
+        self._chunk, self.kv_bytes = chunk, 0
         self._max_batch_tokens = max_batch_tokens
-        self._batches = {
-            name: Batch(served.loaded.model, eos_id=served.loaded.tokenizer.eos_id, chunk=chunk)
-            for name, served in models.items()
-        }
+        self._batches = {name: self._new_batch(name) for name in models}
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._changed = threading.Condition()
@@ -110,12 +113,18 @@ class Engine:
         """Jobs that have begun."""
         return len(self._running)
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of keys and values that are kept."""
-        return sum(batch.num_bytes for batch in self._batches.values())
+    def _new_batch(self, name: str) -> Batch:
+        loaded = self._models[name].loaded
+        return Batch(loaded.model, eos_id=loaded.tokenizer.eos_id, chunk=self._chunk)
 
     def _run(self) -> None:
+        try:
+            self._answer()
+        except BaseException:
+            logger.exception("the thread that computes has failed")
+            self._failed()
+
+    def _answer(self) -> None:
         while True:
             with self._changed:
                 while not (self._waiting or self._running or self._ending):
@@ -126,6 +135,7 @@ class Engine:
             self._admit()
             for name in dict.fromkeys(job.model for job in self._running):
                 pieces += self._step(name)
+            self.kv_bytes = sum(batch.num_bytes for batch in self._batches.values())
             if pieces:
                 self._deliver(pieces)
 
@@ -173,8 +183,8 @@ class Engine:
             grown = set(self._batches[name].step())
         except Exception:
             logger.exception("answers of %s failed", name)
-            for job in jobs:
-                self._leave(job)
+            self._batches[name] = self._new_batch(name)  # who knows what the old one holds
+            self._running = [job for job in self._running if job.model != name]
             return [(job, Piece(text="", num_ids=0, finish="failed")) for job in jobs]
         pieces = [(job, piece) for job in jobs if job.growing in grown and (piece := self._piece(job))]
         for job, piece in pieces:

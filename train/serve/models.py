@@ -1,15 +1,21 @@
-"""What is served, by name: a base model."""
+"""What is served, by name: a base model, and adapters that share its memory."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.images.reader import ImageReader
-from train.ask.load import Loaded, load
+from train.ask.load import Loaded, load_beside, load_opened, open_model
+from train.ask.note import note
 from train.config.serve_schema import ServeConfig
 from train.store.checkpoints import chosen_checkpoint
+from vl2.adapter.switch import Switch
+from vl2.errors import UserError
+
+_INSIDE_A_RUN = re.compile(r"(export|adapter)(_|-|$)")  # folders that are called by what they are, not by whose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +24,62 @@ class Served:
 
     name: str
     loaded: Loaded
+    switch: Switch
+    adapter: str | None  # None: the base
 
     def use(self) -> None:
         """Let the model in memory compute as this one."""
+        self.switch.use(self.adapter)
 
 
 def load_models(config: ServeConfig) -> dict[str, Served]:
-    """Load what is served."""
-    loaded = load(chosen_checkpoint(config.model, config.checkpoint), config.precision, config.base, config.check)
-    images = ImageReader(exif=loaded.images.exif, max_pixels=config.max_pixels)
-    loaded = dataclasses.replace(loaded, images=images)
-    name = config.name or Path(config.model).resolve().name
-    return {name: Served(name=name, loaded=loaded)}
+    """Load the base model once, and the adapters beside it.
+
+    What `model` names may be an adapter or a run: then it is the first to be served, and its base the second.
+
+    Raises:
+        UserError: as `open_model`, `load_opened` and `load_beside`; or two of one name.
+    """
+    folder = chosen_checkpoint(config.model, config.checkpoint)
+    base = load_opened(open_model(folder, config.precision, config.base, config.check), adapter=False)
+    base = dataclasses.replace(base, images=ImageReader(exif=base.images.exif, max_pixels=config.max_pixels))
+    switch = Switch(base.model)
+    folders = dict(config.adapters)
+    name = config.name or name_of(config.model)
+    if base.source.kind == "adapter":
+        folders = {name: folder, **_without(folders, name)}
+        name = name_of(str(base.source.base))
+    adapters = {}
+    for adapter, place in _without(folders, name).items():
+        with switch.adding(adapter):
+            try:
+                loaded = load_beside(base, place)
+            except UserError as error:
+                raise UserError(f"{'model' if place == folder else f'adapters.{adapter}'}: {error}") from error
+        adapters[adapter] = Served(name=adapter, loaded=loaded, switch=switch, adapter=adapter)
+    served = {name: Served(name=name, loaded=base, switch=switch, adapter=None)}
+    for each in (base, *(other.loaded for other in adapters.values())):
+        if each.source.rehearsal:
+            note("a model comes from a rehearsal on nano")
+            break
+    return {**adapters, **served} if base.source.kind == "adapter" else {**served, **adapters}
+
+
+def name_of(model: str) -> str:
+    """What a model is called: the last part of its folder or its name on the hub; inside a run, the run's.
+
+    outputs/cats/export -> cats        deepseek-ai/deepseek-vl2-tiny -> deepseek-vl2-tiny
+
+    Args:
+        model: folder or name.
+    """
+    path = Path(model).absolute() if Path(model).exists() else Path(model)
+    return path.parent.name if _INSIDE_A_RUN.match(path.name) and path.parent.name else path.name
+
+
+def _without(folders: dict[str, str], name: str) -> dict[str, str]:
+    if name in folders:
+        raise UserError(
+            f"adapters.{name}: {name} is what the model is called; give one of them another name (name=...)"
+        )
+    return folders

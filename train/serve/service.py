@@ -36,18 +36,24 @@ def main(arguments: list[str]) -> int:
     use_device(config.device, tf32=config.tf32)
     with listen(config.host, config.port) as place:
         models = load_models(config)
-        asyncio.run(serve(config, models, key, place, started))
-    return 0
+        return asyncio.run(serve(config, models, key, place, started))
 
 
-async def serve(config: ServeConfig, models: dict, key: str, place: socket.socket, started: float) -> None:
-    """Answer requests until a signal comes, then let what runs come to its end."""
-    loop = asyncio.get_running_loop()
+async def serve(config: ServeConfig, models: dict, key: str, place: socket.socket, started: float) -> int:
+    """Answer requests until a signal comes, then let what runs come to its end; the exit code."""
+    loop, code = asyncio.get_running_loop(), 0
 
     def deliver(pieces: list[tuple[Job, Piece]]) -> None:
         loop.call_soon_threadsafe(_hand_out, pieces)
 
-    engine = Engine(models, chunk=config.chunk, max_batch_tokens=config.max_batch_tokens, deliver=deliver)
+    def failed() -> None:
+        nonlocal code
+        code = 1
+        loop.call_soon_threadsafe(_end_now, server)
+
+    engine = Engine(
+        models, chunk=config.chunk, max_batch_tokens=config.max_batch_tokens, deliver=deliver, failed=failed
+    )
     chat = Chat(config, models, engine, Metrics(), key=key)
     server = _Server(
         uvicorn.Config(make_app(chat), log_level="warning", access_log=False, lifespan="off", server_header=False)
@@ -65,6 +71,7 @@ async def serve(config: ServeConfig, models: dict, key: str, place: socket.socke
     )
     await running
     engine.stop()
+    return code
 
 
 def _hand_out(pieces: list[tuple[Job, Piece]]) -> None:
@@ -84,12 +91,16 @@ class _Server(uvicorn.Server):
 def _end(server: uvicorn.Server, chat: Chat) -> None:
     """Take no new requests; end when none is under way, or at once the second time."""
     if chat.draining:
-        server.should_exit = server.force_exit = True
+        _end_now(server)
         return
     chat.draining = True
     note(f"ending: {chat.active} requests are under way")
     task = asyncio.ensure_future(_drain(server, chat))
     _draining.add(task)
+
+
+def _end_now(server: uvicorn.Server) -> None:
+    server.should_exit = server.force_exit = True
 
 
 _draining: set[asyncio.Future] = set()
@@ -119,8 +130,8 @@ def read_key(path: str) -> str:
         raise UserError(f"api_key_file={path}: cannot be read ({error.strerror})") from error
     if not key or len(key) > _LONGEST_KEY or any(not "!" <= character <= "~" for character in key):
         raise UserError(
-            f"api_key_file={path}: expected one key of 1 to {_LONGEST_KEY} characters without spaces, found "
-            f"{len(key)} characters{'' if not key else ' with others'}"
+            f"api_key_file={path}: expected one key of 1 to {_LONGEST_KEY} characters, spaces not among them, found "
+            f"{len(key)} characters"
         )
     return key
 
