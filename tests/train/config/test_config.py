@@ -16,7 +16,7 @@ from train.config.load import (
     load_infer_config,
     rehearsal_notice,
 )
-from train.config.schema import LORA_GROUPS, NANO, TrainConfig
+from train.config.schema import LORA_GROUPS, NANO, WHOLE_GROUPS, TrainConfig
 from train.machine.devices import Machine
 
 CPU = Machine(gpus=0)
@@ -374,7 +374,8 @@ def test_names_are_those_of_the_rooms_below():
     """The schema spells them out because it must load without Paddle."""
     from data.shapes.write import TASKS
     from vl2.lora_settings import GROUPS
+    from vl2.parameter_groups import WHOLE_GROUPS as ALSO
 
-    assert tuple(GROUPS) == LORA_GROUPS
+    assert tuple(GROUPS) == LORA_GROUPS and ALSO == WHOLE_GROUPS
     (task,) = [spec for spec in list_keys(TrainConfig) if spec.name == "data.shapes.task"]
     assert set(task.choices) == set(TASKS)
