@@ -105,6 +105,8 @@ def _more_words(evaluations: Sequence[Evaluation]) -> dict[str, str]:
     first = evaluations[0]
     cut = " and ".join(f"{num_cut(each.answers):,}" for each in evaluations)
     words = {"questions": f"{len(first.questions):,}, answers cut before their end: {cut}"}
+    if rehearsed := [each.model for each in evaluations if each.rehearsal]:
+        words["rehearsal"] = f"{' and '.join(rehearsed)}, trained on nano"
     if len(evaluations) == 2:
         words["answers differ"] = f"{num_differing(first.answers, evaluations[1].answers):,}"
     return words

@@ -51,7 +51,11 @@ def main(arguments: list[str]) -> int:
     found = {**document(evaluations, config), "conversations": len(rows[0].records), "skipped": len(skipped)}
     print(json.dumps(found, ensure_ascii=False), flush=True)
     if config.report:
-        words = {"data": ", ".join(config.data.path), "conversations": f"{len(rows[0].records):,}"}
+        words = {
+            "data": ", ".join(config.data.path),
+            "conversations": f"{len(rows[0].records):,}",
+            "longest answer": f"{config.max_new_tokens:,} tokens",
+        }
         page = answers_report(evaluations, words, reader_of(config, opened[0]))
         write_page(Path(config.report), page)
     return 0

@@ -107,18 +107,18 @@ def test_hostile_text_is_text_and_nothing_is_fetched():
 
 
 def test_the_worst_is_first_and_what_differs_is_marked():
-    page = cards(
-        make(
-            [
-                asked("right", given("right", 1), row=1),
-                asked("a red cat", given("a blue cat", 0), row=2),
-                asked("monday", given("mondey", 0, cut=True), row=3, others=("tuesday",)),
-            ]
-        )
+    html = make(
+        [
+            asked("right", given("right", 1), row=1),
+            asked("a red cat", given("a blue cat", 0), row=2),
+            asked("monday", given("mondey", 0, cut=True), row=3, others=("tuesday",)),
+        ]
     )
+    page = cards(html)
     assert [re.search(r"row (\d)", card.text)[1] for card in page] == ["2", "3", "1"]
     assert [mark_texts(card) for card in page] == [["red", "blue"], ["a", "e"], []]
     assert "or tuesday" in page[1].text
+    assert "Right is worth 1, by box_iou 0.5 or more." in html
     assert ["cut" in card.text for card in page] == [False, True, False]
     assert ["✗" in card.text for card in page] == [False] * 3  # said by the style, beside the value
     assert [card.count("div", **{"class": "wrong"}) for card in page] == [1, 1, 0]
