@@ -11,7 +11,7 @@ from typing import Any
 
 from train.config.conf_files import ROOT
 from train.config.data_schema import DataConfig, EvalDataConfig
-from train.config.fields import LAST_SEED, LONGEST_TEXT, MANY, key
+from train.config.fields import LAST_SEED, LONGEST_TEXT, MANY, OneOrMore, key
 
 LORA_GROUPS = ("attention", "experts", "shared_experts", "dense_mlp", "vision", "projector")
 PARTS = ("vision", "projector", "language")
@@ -335,6 +335,23 @@ class DoctorConfig:
 
     out: str = key("doctor.txt", "File to write.", path=True)
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)
+
+
+@dataclass(kw_only=True)
+class RunsConfig:
+    """The runs that lie here: `bash launch.sh runs [FOLDER ...] key=value ...`; without a folder those in outputs/.
+
+    A line for each: running (its lock is held), stopped, finished, diverged or killed; steps, losses, the best
+    checkpoint, accuracy before and after, how long ago it wrote, and its size.
+    """
+
+    diff: OneOrMore = key(
+        factory=list,
+        doc="[A,B], the folders of two runs: which settings differ between them, and what came of each.",
+        path=True,
+        one_or_more=True,
+    )
+    json: bool = key(False, "Print one JSON object.")
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from train.config.conf_files import groups, recipes
 from train.config.fields import Key, did_you_mean, list_entry_keys, list_keys
-from train.config.schema import DoctorConfig, EvaluateConfig, ExportConfig, InferConfig, TrainConfig
+from train.config.schema import DoctorConfig, EvaluateConfig, ExportConfig, InferConfig, RunsConfig, TrainConfig
 from train.config.serve_schema import ServeConfig
 from vl2.errors import UserError
 
@@ -19,6 +19,7 @@ SCHEMAS = {
     "infer": InferConfig,
     "eval": EvaluateConfig,
     "serve": ServeConfig,
+    "runs": RunsConfig,
     "doctor": DoctorConfig,
 }
 
@@ -40,11 +41,12 @@ Fine-tunes DeepSeek-VL2 on PaddlePaddle.
   bash launch.sh infer model=FOLDER image=FILE prompt=TEXT
   bash launch.sh eval model=FOLDER data.path=FILE  loss and scores
   bash launch.sh serve model=FOLDER                answers over HTTP, as OpenAI's API, and a page to try it on
+  bash launch.sh runs [FOLDER ...] [diff=[A,B]]    the runs in outputs/: state, steps, losses; what differs between two
   bash launch.sh doctor                            is this machine fit, and its GPU right? one file for a bug report
   bash launch.sh config [VERB] key=value ...       print the resolved configuration, run nothing
   bash launch.sh test [quick|lint] [pytest arguments]  linter, types and tests (without slow ones; without any)
   bash launch.sh bench NAME [arguments]            a benchmark: step, launches, data, images, packing, soak ...
-  bash launch.sh help VERB                         every key of train, dryrun, export, infer, eval, serve or doctor
+  bash launch.sh help VERB                         every key of train, dryrun, export, infer, eval, serve, runs, doctor
 
 Recipes (conf/*.yaml):
 {recipes}

@@ -46,7 +46,7 @@ BENCHMARKS = (
     "soak",
     "step",
 )  # tests/bench/NAME.py
-VERBS = (*LOADERS, "doctor", "config", "test", "bench", "help")
+VERBS = (*LOADERS, "runs", "doctor", "config", "test", "bench", "help")
 HELP = ("-h", "--help")
 # Of third parties, at import time; what this repository warns of is never among it.
 QUIET = (
@@ -62,9 +62,13 @@ def main(argv: Sequence[str]) -> int:
     verb, arguments = ("train", list(argv)) if "=" in first else ("help" if first in HELP else first, list(argv[1:]))
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)} (verbs: {', '.join(VERBS)})")
-    if verb in (*LOADERS, "doctor", "config") and any(argument in HELP for argument in arguments):
+    if verb in (*LOADERS, "runs", "doctor", "config") and any(argument in HELP for argument in arguments):
         verb, arguments = "help", [verb] if verb in help.SCHEMAS else []
-    if verb in ("help", "config"):  # `| head` ends them without a word, as it ends any other program that prints
+    if verb in (
+        "help",
+        "config",
+        "runs",
+    ):  # `| head` ends them without a word, as it does other programs
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if verb == "help":
         print(help.verb_help(arguments[0]) if arguments and arguments[0] not in HELP else help.overview())
@@ -73,6 +77,10 @@ def main(argv: Sequence[str]) -> int:
         named = arguments.pop(0) if arguments and arguments[0] in LOADERS else "train"
         print(to_yaml(LOADERS[named](arguments)), end="")
         return 0
+    if verb == "runs":
+        from train.door import runs  # here: help needs no installed package, and this one reads JSON with pydantic
+
+        return runs.main(arguments)
     if verb == "doctor":
         from train.door import doctor  # here: it asks the hub, whose library takes half a second to import
 

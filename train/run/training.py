@@ -96,7 +96,12 @@ def train(
     check_divides(config.packs_per_step, dist.get_world_size())
     say(notice)
     with hold_run_dir(Path(config.run_dir)) if dist.get_rank() == 0 else nullcontext():
-        return _train(config, validate, notice, callbacks)
+        try:
+            return _train(config, validate, notice, callbacks)
+        except FloatingPointError:
+            if dist.get_rank() == 0:
+                update_marker(Path(config.run_dir), status="diverged")
+            raise
 
 
 def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence[TrainerCallback]) -> int:

@@ -39,6 +39,16 @@ def hold(path: Path, what: str) -> Iterator[None]:
             file.close()
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock of a file; where the file system has no locks, nobody does."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as problem:
+        return problem.errno in _TAKEN
+    return False
+
+
 def _take(path: Path, what: str) -> TextIO | None:
     while True:
         try:

@@ -39,7 +39,7 @@ class RunMarker:
 
     recipe: str
     rehearsal: bool
-    status: Literal["running", "stopped", "finished"]
+    status: Literal["running", "stopped", "finished", "diverged"]
     step: int  # of the newest checkpoint
     steps: int  # of the whole run
     wandb_id: str | None  # of the run on wandb

@@ -16,15 +16,17 @@ from train.store.names import CURVE, METRICS
 SMOOTHING_STEPS = 21  # of the mean that is drawn over the losses
 _MOST_DRAWN = 12  # sources, those with most supervised tokens; more lines can nobody tell apart
 _LONGEST_NAME = 32  # characters of a source's name where there is little room
+_OF_SCORES = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")  # no blue, no red
 _NO_SCORE = ("eval_loss", "eval_questions", "eval_cut")  # numbers of a validation that say not how good answers are
 
 
 def smooth(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
-    """Mean of each value and the up to 10 on either side of it, as many on the one as on the other.
+    """Mean of each value and the up to 10 on either side of it; as many after it as before, but at the end.
 
-    A window that reached back only would lag behind a loss that falls, and lie above all its points at the start.
+    A window that reached back only would lag behind a loss that falls, and lie above all its points at the start. At the
+    end, where losses hardly fall any more, it may: else the line would end in the last loss, whatever that is.
 
-    [4, 2, 0, 0]  ->  [4, 2, 2/3, 0]
+    [4, 2, 0, 0]  ->  [4, 2, 1.5, 1.5]
 
     Args:
         values: to be smoothed.
@@ -34,8 +36,8 @@ def smooth(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.n
     sums = np.concatenate([[0.0], np.cumsum(weight * values)])
     weights_before = np.concatenate([[0.0], np.cumsum(weight)])
     index = np.arange(len(values))
-    reach = np.minimum(np.minimum(index, index[::-1]), SMOOTHING_STEPS // 2)
-    first, last = index - reach, index + reach + 1
+    before = np.minimum(index, SMOOTHING_STEPS // 2)
+    first, last = index - before, index + np.minimum(before, index[::-1]) + 1
     return (sums[last] - sums[first]) / (weights_before[last] - weights_before[first])
 
 
@@ -201,11 +203,10 @@ def _scores(lines: Sequence[dict[str, Any]]) -> dict[str, dict[int, float]]:
 def _draw_scores(axes: Any, scores: Mapping[str, Mapping[int, float]], best_step: int | None) -> None:
     """How good the answers to the held-out questions were, by metric."""
     for number, (name, found) in enumerate(scores.items()):
-        colour = f"C{(number + 2) % 10}"  # blue is the loss, and orange near the red of the validation
-        options = {"color": colour, "linewidth": 1, "marker": "o", "markersize": 4}
+        options = {"color": _OF_SCORES[number % len(_OF_SCORES)], "linewidth": 1, "marker": "o", "markersize": 4}
         axes.plot(list(found), list(found.values()), **options, label=name.replace("_", " "))
-        if best_step is not None and best_step in found:
-            axes.plot([best_step], [found[best_step]], color=colour, linestyle="none", marker="*", markersize=13)
+    if best_step is not None:
+        axes.axvline(best_step, color="tab:red", linewidth=1, linestyle=":")
     axes.set(ylabel="answers")
     axes.set_ylim(-0.05, max(1.05, *(value for found in scores.values() for value in found.values())))
     axes.grid(alpha=0.3)

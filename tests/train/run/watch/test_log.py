@@ -33,7 +33,7 @@ def test_credentials_are_looked_for_without_the_network(tmp_path, monkeypatch):
 
 
 def test_a_number_of_a_validation_is_said_once(tmp_path):
-    """After the last step the run asks again, with the pictures exchanged too; an interrupted run finds what it found."""
+    """After the last step a run asks again, with the pictures exchanged too; an interrupted one finds the same."""
     for more in ({}, {"eval_permuted": 0.1}):
         file = MetricsFile(tmp_path, first_step=2)
         with MetricsLog([file], validated=file.validated) as log:
