@@ -52,17 +52,21 @@ async function store(mode) {
 
 // Whether it could be kept: photographs are large, and a private window may keep nothing.
 export async function keep(turns) {
+  const name = tab();
   try {
-    await request((await store("readwrite")).put({ turns, at: Date.now() }, tab()));
+    await request((await store("readwrite")).put({ turns, at: Date.now() }, name));
     return true;
   } catch {
     return false;
   }
 }
 
+// At once, whatever is still being kept: the tab takes another name.
 export async function forget() {
+  const name = tab();
+  sessionStorage.removeItem("tab");
   try {
-    await request((await store("readwrite")).delete(tab()));
+    await request((await store("readwrite")).delete(name));
   } catch {
     // nothing was kept
   }
