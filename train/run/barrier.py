@@ -8,6 +8,8 @@ import time
 import paddle.distributed as dist
 from paddle.distributed import collective
 
+from train.run.stop import PeerLost, peer_lost
+
 _POLL_SECONDS = (0.001, 0.05)  # the first wait, doubled up to the last: steps meet here as well as long evaluations
 _numbers = itertools.count()
 
@@ -16,7 +18,10 @@ def barrier() -> None:
     """Return when every process has called this as often.
 
     Counted in the job's key-value store, because gloo's own barrier gives up after 30 seconds: rank 0 may measure data
-    or ask questions for longer. When a process dies, the launcher ends the waiting ones.
+    or ask questions for longer.
+
+    Raises:
+        PeerLost: the launcher says that one of them has failed.
     """
     world = dist.get_world_size()
     if world == 1:
@@ -26,6 +31,8 @@ def barrier() -> None:
     def wait_for_all(name: str) -> None:
         pause, longest = _POLL_SECONDS
         while store.add(name, 0) < world:
+            if peer_lost.is_set():
+                raise PeerLost("another process of the run is gone")
             time.sleep(pause)
             pause = min(2 * pause, longest)
 

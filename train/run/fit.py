@@ -22,7 +22,7 @@ from train.run.memory import SAVED_BYTES
 from train.run.saving import Saver
 from train.run.say import say
 from train.run.state import trainable_parameters
-from train.run.stop import TIME_IS_UP, WORKER_KILLED, StopRequest
+from train.run.stop import TIME_IS_UP, WORKER_KILLED, PeerLost, StopRequest, peer_lost
 from train.run.trainer import VL2Trainer
 from train.run.validation import Validation
 from train.run.watch.log import MetricsLog
@@ -33,6 +33,8 @@ from train.store.provenance import Provenance
 from train.store.run_dir import update_marker
 from train.store.run_state import History, Identity
 from vl2.errors import UserError
+
+_NOTICE_SECONDS = 2  # gloo's error may be here before the launcher's word that a process is gone
 
 
 def fit(
@@ -110,6 +112,12 @@ def fit(
             save.join()
         except BaseException as problem:
             _end_saving(save, problem)
+            if isinstance(problem, Exception) and not isinstance(problem, FloatingPointError):
+                lost = dist.get_world_size() > 1 and peer_lost.wait(_NOTICE_SECONDS)
+                if rescued := save.rescue(trainer):
+                    print(f"saved {rescued}", file=sys.stderr, flush=True)
+                if lost:
+                    raise PeerLost("another process of the run is gone") from problem
             raise
         finally:
             trainer.close()

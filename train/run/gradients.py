@@ -72,6 +72,8 @@ def sum_over_ranks(parameters: Mapping[str, paddle.Tensor]) -> None:
     ranks = dist.get_world_size()
     if ranks == 1:
         return
+    if paddle.get_device() == "cpu":
+        barrier()  # as in `gather_rows`
     sizes = {name: int(p.grad.size) * p.grad.element_size() for name, p in parameters.items()}
     for names in reduction_slices(sizes):
         fused_allreduce_gradients([parameters[name] for name in names], None)  # gives the mean

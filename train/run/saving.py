@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +14,19 @@ from train.config.compose import to_yaml
 from train.config.schema import TrainConfig
 from train.run.background import Background
 from train.run.optim import optimizer_state
+from train.run.say import say
 from train.run.shard.group import shard_degree
 from train.run.shard.parts import leave_part, parts_folder, sweep_parts, take_parts
 from train.run.state import HostState, copy_state, save_state
 from train.run.trainer import VL2Trainer
 from train.run.validation import Validation
 from train.store.checkpoints import checkpoint_path, prune
-from train.store.names import CHECKPOINTS
+from train.store.names import CHECKPOINTS, MARKER
 from train.store.provenance import Provenance
 from train.store.run_dir import update_marker
 from train.store.run_state import History, Identity
 from train.store.whole_folder import write_folder
+from vl2.errors import UserError
 
 
 class Saver:
@@ -75,15 +78,25 @@ class Saver:
                 waiting = parts_folder(root, trainer.state.global_step)
                 self._writing.start(lambda: leave_part(waiting, part, rank, self.shard_degree))
             return
-        state = copy_state(
-            self.model,
-            trainer.optimizer,
-            history=self.history,
-            trainer_state=trainer.state,
-            scaler=trainer.scaler.state_dict() if trainer.scaler is not None else None,
-            validation=self.validation.state if self.validation else None,
-        )
+        state = self._copy(trainer)
         self._writing.start(lambda: self._write(state))
+
+    def rescue(self, trainer: VL2Trainer) -> Path | None:
+        """Save the last step of a run that ends with an error, in whichever process is left first.
+
+        Returns:
+            The checkpoint; None: there is nothing new to save, or it cannot be put together here.
+        """
+        target = checkpoint_path(self.run_dir / CHECKPOINTS, trainer.state.global_step)
+        here = trainer.is_whole and (self.run_dir / MARKER).is_file() and self.shard_degree == 1
+        if not here or trainer.state.global_step == 0 or target.exists():
+            return None
+        try:
+            self._write(self._copy(trainer))
+        except (UserError, OSError) as problem:  # the disk is full, or another process saves it
+            say(f"error: step {trainer.state.global_step} could not be saved: {problem}", sys.stderr)
+            return None
+        return target
 
     def check(self) -> None:
         """Raise what went wrong in writing, as soon as it is known."""
@@ -92,6 +105,16 @@ class Saver:
     def join(self) -> None:
         """Wait until what was saved is on the disk, under its name."""
         self._writing.join()
+
+    def _copy(self, trainer: VL2Trainer) -> HostState:
+        return copy_state(
+            self.model,
+            trainer.optimizer,
+            history=self.history,
+            trainer_state=trainer.state,
+            scaler=trainer.scaler.state_dict() if trainer.scaler is not None else None,
+            validation=self.validation.state if self.validation else None,
+        )
 
     def _write(self, state: HostState) -> None:
         """In this order: whatever ends the process, a whole checkpoint is there, and the marker knows of no other."""

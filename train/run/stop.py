@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from threading import Event
 from types import FrameType
 
 from data.processes import end_with_parent
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PEER_LOST = signal.SIGUSR1  # from the launcher, when another process of the run has failed
 WORKER_KILLED, TIME_IS_UP = 1, 75  # exit codes; 75 is EX_TEMPFAIL: the same again, later
+
+
+class PeerLost(RuntimeError):
+    """Another process of the run is gone, and this one would wait for it for ever."""
+
+
+peer_lost = Event()  # in this process, which ends soon
 
 
 class StopRequest:
@@ -30,6 +39,7 @@ class StopRequest:
         # nohup means that a hangup is ignored: that stays.
         taken = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._handle) for number in taken}
+        self._before[PEER_LOST] = signal.signal(PEER_LOST, lambda *_: peer_lost.set())
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -30,6 +30,7 @@ from data.packs import PackDataset
 from data.plan import Plan
 from train.config.schema import TrainConfig
 from train.machine.disk import is_full
+from train.run.barrier import barrier
 from train.run.by_source import Sources
 from train.run.clock import Deadline, SaveSchedule
 from train.run.finite import FiniteCheck
@@ -113,6 +114,7 @@ class VL2Trainer(Trainer):
         lr_scales = {group: own[group].lr_scale if group in own else 1.0 for group in self.groups}
         self.meter = StepMeter(model, plan, lr_scales=lr_scales)
         self.loader: PackLoader | None = None
+        self.is_whole = False  # weights, moments and counts are those of the same step
 
     # ---- the loop
 
@@ -132,6 +134,7 @@ class VL2Trainer(Trainer):
         self._start(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
         first_step = self.state.global_step
         self.finite.begin(first_step)
+        self.is_whole = True
         loader = self.get_train_dataloader()
         loader.batch_sampler.set_epoch(0, consumed_samples=first_step * self.plan.packs_per_step)
         events = self.callback_handler
@@ -180,7 +183,7 @@ class VL2Trainer(Trainer):
             left_out = self.finite.leaves_out(step, losses, norm, overflow)
             if not left_out:
                 clip_gradients(parameters, norm, self.config.optim.max_grad_norm)
-            lr = self.optimizer.get_lr()
+            lr, self.is_whole = self.optimizer.get_lr(), False
             if self.scaler is not None:
                 self.scaler.step(self.optimizer)  # does nothing after an overflow,
                 self.scaler.update()  # for which this lowers the scale
@@ -196,6 +199,7 @@ class VL2Trainer(Trainer):
             norms = None if left_out else (norm, norm_of)
             metrics = self.meter.metrics(step, losses, of_ranks, by_source=by_source, lr=lr, norms=norms)
             self.history.add(metrics.loss, metrics.tokens, metrics.seconds)
+            self.is_whole = True
             fire("on_step_end")
             full_disk = self._log(metrics)
             new_best = self._validate()
@@ -342,6 +346,7 @@ class VL2Trainer(Trainer):
         gradient from every rank and whose broadcast has no bfloat16 kernel on CPU.
         """
         if dist.get_world_size() > 1:
+            barrier()  # one rank may have read its weights 30 seconds before another, and gloo waits no longer
             for parameter in self.parameters.values():
                 dist.broadcast(parameter, src=0)
         return model

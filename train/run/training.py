@@ -37,6 +37,7 @@ from train.run.resume import choose_wandb_id, find_resumed, leave_later_checkpoi
 from train.run.say import say
 from train.run.start_screen import start_screen
 from train.run.state import load_trained, save_trained, trained_folder, trained_values
+from train.run.stop import PeerLost
 from train.run.summary import end_text, summarise
 from train.run.validation import Validation
 from train.run.watch.log import open_log
@@ -56,12 +57,12 @@ Built = TypeVar("Built")
 
 
 def main(arguments: list[str]) -> int:
-    """Entry script: 0 finished, 1 diverged, 2 a mistake in the input, else the code of `StopRequest`."""
+    """Entry script: 0 finished, 1 diverged or a process is gone, 2 a mistake in the input, else `StopRequest.code`."""
     config = load_config(arguments)
     notice = rehearsal_notice(config, arguments) if config.rehearsal else ""
     try:
         return train(config, notice=notice)
-    except FloatingPointError as problem:
+    except (FloatingPointError, PeerLost) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
 

@@ -65,6 +65,38 @@ def test_a_hangup_is_taken_like_sigterm(run, tmp_path, monkeypatch, capsys):
     )
 
 
+def test_a_killed_process_ends_the_others_which_save(arguments, tmp_path):
+    """Short of memory the system kills one of two: the other waited for ever in a sum, or was killed unsaved."""
+    run_dir = tmp_path / "run"
+    launcher = ["-m", "train.door.ranks", "cpu", "--nproc_per_node", "2", "--log_dir", str(run_dir / "log")]
+    command = [sys.executable, *launcher, sys.executable, "-u", "-m", "train.door.cli", "train.run.training"]
+    command += arguments(run_dir, "nproc=2", "save_steps=0", "max_steps=1000")
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen(command, env=environ, stdout=said, stderr=said)
+    try:
+        wait_for_steps(run_dir, 2, process, tmp_path / "said")
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        (second,) = (int(n) for n in ranks if b"PADDLE_TRAINER_ID=1\0" in Path(f"/proc/{n}/environ").read_bytes())
+        os.kill(second, signal.SIGKILL)
+        assert process.wait(timeout=60) == 128 + signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+    text = (tmp_path / "said").read_text()
+    assert "error: process 1 of this machine was killed by SIGKILL (out of memory?)" in text
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    assert damage(saved) is None and int(saved.name[-6:]) == len(losses(run_dir)), text
+    assert f"the newest checkpoint is {saved}; the same command with resume=auto goes on" in text
+
+
+def wait_for_steps(run_dir: Path, steps: int, process: subprocess.Popen, said: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not ((run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) >= steps):
+        assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_a_killed_run_leaves_nothing_behind(arguments, tmp_path):
     """Each kill left two workers of 330 MB, deaf to SIGTERM, and about 22 segments in /dev/shm."""
