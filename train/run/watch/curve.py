@@ -23,8 +23,8 @@ _NO_SCORE = ("eval_loss", "eval_questions", "eval_cut")  # numbers of a validati
 def smooth(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
     """Mean of each value and the up to 10 on either side of it; as many after it as before, but at the end.
 
-    A window that reached back only would lag behind a loss that falls, and lie above all its points at the start. At the
-    end, where losses hardly fall any more, it may: else the line would end in the last loss, whatever that is.
+    A window that reached back only would lag behind a loss that falls, and lie above all its points at the start. At
+    the end, where losses hardly fall any more, it may: else the line would end in the last loss, whatever that is.
 
     [4, 2, 0, 0]  ->  [4, 2, 1.5, 1.5]
 
