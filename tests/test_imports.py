@@ -27,7 +27,7 @@ ALLOWED = {
     "train.page": ("train.machine", "train.config", "train.store", "data", *MODEL),
     "train.ask.scores": ("data", *MODEL),
     "train.ask": ("train.ask.scores", "train.machine", "train.config", "train.store", "train.page", "data", *MODEL),
-    "train.run.watch": ("train.machine", "train.config", "train.store", "data", "vl2"),
+    "train.run.watch": ("train.machine", "train.config", "train.store", "train.page", "data", "vl2"),
     "train.run.shard": ("train.config", "train.store", "vl2.checkpoint"),
     "train.run": (
         "train.run.shard",

@@ -53,6 +53,16 @@ def prepare(messages: Sequence[Message], images: Sequence[ImageRef], loaded: Loa
     return prompt
 
 
+def prompt_length(messages: Sequence[Message], images: Sequence[ImageRef], loaded: Loaded) -> int:
+    """Count the tokens of what `prepare` makes; of the pictures the headers are read.
+
+    Raises:
+        ImageError: a picture that cannot be opened.
+    """
+    grids = [tile_grid(loaded.images.size(image), len(images), loaded.candidates) for image in images]
+    return len(render(messages, grids, loaded.tokenizer, for_generation=True).input_ids)
+
+
 def check_text(messages: Sequence[Message], tokenizer: Tokenizer, context: int) -> None:
     """Refuse a conversation that cannot fit into the model's context, before it is encoded, which may take all memory.
 
@@ -79,6 +89,32 @@ def answer_limit(prompt_tokens: int, max_new_tokens: int, context: int) -> int:
     return min(max_new_tokens, context - prompt_tokens)
 
 
+def fits_together(lengths: Sequence[int], limits: Sequence[int]) -> bool:
+    """Whether prompts are answered at once.
+
+    Args:
+        lengths: tokens of each.
+        limits: most tokens of each answer.
+    """
+    return sum(lengths) <= BATCH_TOKENS and sum(lengths) + sum(limits) <= CACHE_TOKENS
+
+
+def answered_together(lengths: Sequence[int], limits: Sequence[int]) -> list[list[int]]:
+    """Which prompts `answer_all` computes together, by their numbers.
+
+    Args:
+        lengths, limits: see `fits_together`; in the order of the prompts.
+    """
+    groups: list[list[int]] = []
+    for i in range(len(lengths)):
+        last = [*groups[-1], i] if groups else []
+        if last and fits_together([lengths[j] for j in last], [limits[j] for j in last]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
 def answer_all(loaded: Loaded, prompts: Iterable[Mapping[str, np.ndarray]], *, max_new_tokens: int) -> Iterator[Answer]:
     """Greedy answers to many prompts, some of them computed together, in order.
 
@@ -101,8 +137,8 @@ def answer_all(loaded: Loaded, prompts: Iterable[Mapping[str, np.ndarray]], *, m
     for prompt in prompts:
         length = len(prompt["input_ids"])
         limit = answer_limit(length, max_new_tokens, context)
-        tokens = length + sum(len(other["input_ids"]) for other in batch)
-        if batch and (tokens > BATCH_TOKENS or tokens + limit + sum(limits) > CACHE_TOKENS):
+        lengths = [*(len(other["input_ids"]) for other in batch), length]
+        if batch and not fits_together(lengths, [*limits, limit]):
             yield from flush()
         batch.append(prompt)
         limits.append(limit)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,20 +85,26 @@ def permuted(questions: Sequence[Question]) -> list[Question]:
     return [replace(question, images=shown) for question, shown in zip(questions, images, strict=True)]
 
 
+def prompt_of(question: Question, loaded: Loaded) -> dict[str, np.ndarray]:
+    """A question as `generate` takes it.
+
+    Raises:
+        RecordError: an image that cannot be decoded.
+    """
+    try:
+        return prepare(question.messages, question.images, loaded)
+    except ImageError as error:
+        raise question.record.error("images", str(error)) from error
+
+
 def ask(loaded: Loaded, questions: Sequence[Question], *, max_new_tokens: int, title: str) -> list[Answer]:
     """Greedy answers, in order, with a progress bar on stderr.
 
     Raises:
         RecordError: an image that cannot be decoded.
     """
-
-    def prompt_of(question: Question) -> dict[str, np.ndarray]:
-        try:
-            return prepare(question.messages, question.images, loaded)
-        except ImageError as error:
-            raise question.record.error("images", str(error)) from error
-
-    answers = answer_all(loaded, map(prompt_of, questions), max_new_tokens=max_new_tokens)
+    prompts = (prompt_of(question, loaded) for question in questions)
+    answers = answer_all(loaded, prompts, max_new_tokens=max_new_tokens)
     return list(tqdm(answers, total=len(questions), desc=title, unit="question", file=sys.stderr, mininterval=1.0))
 
 
@@ -134,43 +139,3 @@ def score(
     """
     references = [question.references for question in questions]
     return score_answers(metrics, references, [answer.text for answer in answers], boxes)
-
-
-def ask_run(
-    loaded: Loaded,
-    records: Sequence[Record],
-    *,
-    limit: int,
-    max_new_tokens: int,
-    permute: bool,
-    metrics: Sequence[str] = ("exact_match",),
-) -> dict[str, float]:
-    """What a training run asks before and after.
-
-    Args:
-        loaded: the model under training.
-        records: held-out conversations; each of their turns is a question.
-        limit: most questions.
-        max_new_tokens: longest answer.
-        permute: ask again with the pictures exchanged.
-        metrics: what is scored, beside exact_match.
-
-    Returns:
-        `questions` (their number), `cut` (answers that were cut at max_new_tokens), `exact_match` and each metric that
-        has something to score, and with `permute` `exact_match_permuted` and so on.
-    """
-    every = (question for record in records for question in questions_of(record, loaded.images))
-    questions = list(itertools.islice(every, limit))
-    wanted = ("exact_match", *metrics)
-
-    def scored(questions: Sequence[Question], title: str) -> tuple[dict[str, float], int]:
-        answers = ask(loaded, questions, max_new_tokens=max_new_tokens, title=title)
-        boxes = box_scores(questions, answers, loaded.images)
-        return score(wanted, questions, answers, boxes).means, num_cut(answers)
-
-    means, cut = scored(questions, "questions")
-    found = {"questions": float(len(questions)), **means, "cut": float(cut)}
-    if permute and any(question.images for question in questions):
-        means, _ = scored(permuted(questions), "pictures exchanged")
-        found.update({f"{name}_permuted": mean for name, mean in means.items()})
-    return found

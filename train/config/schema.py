@@ -22,7 +22,7 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "gpu")
 MODEL_DOC = "Folder of a base model, a run, an adapter (PEFT's too) or an export; or a name (nano, tiny, ...)."
 BASE_DOC = "Base model of a run or an adapter, where it does not name it or it lies elsewhere now."
-# One for infer, eval and runs: an answer that one of them cuts and another does not looks like another model.
+# One for infer and eval: an answer that one of them cuts and the other does not looks like another model.
 MAX_NEW_TOKENS = 512
 TF32_DOC = "On a GPU from Ampere on: multiply float32 in TF32, which keeps 3 digits of 7; faster with precision=fp32."
 CHECK_DOC = "What is read of a model that has a manifest (an export) before it is used; adapters are read as a whole."
@@ -143,7 +143,13 @@ class EvalConfig:
         None, "End the run after that many validations without a new best; null: never.", low=1, high=MANY
     )
     questions: int = key(200, "How many are answered each time; 0: none.", unit="questions", low=0, high=MANY)
-    max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
+    max_new_tokens: int | None = key(
+        None,
+        "Longest answer; null: as long as the longest that is expected, and a quarter more.",
+        unit="tokens",
+        low=1,
+        high=LONGEST_TEXT,
+    )
     permuted: bool = key(True, "Ask again with the pictures exchanged: is it looking at them?")
     metrics: list[str] = key(factory=lambda: ["exact_match"], doc=METRICS_DOC, choices=METRICS)
 

@@ -94,15 +94,20 @@ def draw_picture(
     width = max(1, min(canvas[0], round(picture.width / picture.height * canvas[1])))
     height = max(1, min(canvas[1], round(picture.height / picture.width * canvas[0])))
     padded = ImageOps.pad(picture.resize((width, height), Image.Resampling.BILINEAR), canvas, color=PAD_COLOUR)
-    encoded = io.BytesIO()
-    padded.save(encoded, "JPEG", quality=_QUALITY)
     return replace(
         tiles,
         missing="",
         size=picture.size,
-        uri="data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode(),
+        uri=jpeg_uri(padded),
         boxes=tuple(_on_canvas(box, (width, height), canvas) for box in boxes),
     )
+
+
+def jpeg_uri(picture: Image.Image) -> str:
+    """A picture in RGB as a data URI."""
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
 
 
 def _canvas(grid: Grid) -> tuple[int, int]:

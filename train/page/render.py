@@ -23,7 +23,7 @@ _FOLDER = Path(__file__).parent
 def render_page(
     template: str,
     *,
-    script: str,
+    script: str | None = None,
     styles: Sequence[str],
     tests: Mapping[str, Callable[[Any], bool]] | None = None,
     **values: Any,
@@ -32,7 +32,7 @@ def render_page(
 
     Args:
         template: name of its file.
-        script: name of the script's file, the only one that may run.
+        script: name of the script's file, the only one that may run; None: none.
         styles: names of style sheets.
         tests: of its own, by name.
         values: what it is filled with.
@@ -40,7 +40,7 @@ def render_page(
     Returns:
         HTML that refers to nothing outside of it.
     """
-    code = (_FOLDER / script).read_text("utf-8")
+    code = (_FOLDER / script).read_text("utf-8") if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),

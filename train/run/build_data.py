@@ -20,6 +20,7 @@ from data.settings import SourceSettings
 from data.shapes.write import write_shapes
 from train.ask.data_settings import image_reader, read_settings, source_settings
 from train.config.schema import TrainConfig
+from train.config.validation import best_metric
 from train.run.by_source import Sources
 from vl2.checkpoint.model_folder import ModelFolder
 from vl2.errors import UserError
@@ -125,6 +126,8 @@ def build_data(
         validation = open_(held_of, trained=False, bad=bad_questions)
         questions, skipped_questions = validation.records[: config.eval.questions], validation.skipped
         facts = None if drawn else _facts(dataset, validation, len(validation.records), asked=len(questions))
+    if validation is not None and questions is not None:
+        check_held_out(config, validation, questions)
     mixture = mixture_of(dataset)
     plan = make_plan(
         dataset.sizes,
@@ -154,6 +157,29 @@ def build_data(
         held_out=facts,
         skipped_questions=skipped_questions,
     )
+
+
+def check_held_out(config: TrainConfig, rows: Dataset, questions: Sequence[Record]) -> None:
+    """Refuse held-out rows that cannot give what the run is to go by.
+
+    Args:
+        rows: held out.
+        questions: of them, those that are answered.
+
+    Raises:
+        UserError: no answer among them counts, or no box is expected where boxes decide which checkpoint is best.
+    """
+    if len(rows.records) and not rows.sizes.supervised.any():
+        raise UserError("the held-out rows: expected answers to compute the loss of, found none that is learned from")
+    metric = best_metric(config)
+    if not metric.startswith("box_"):
+        return
+    answers = (message.content for record in questions for message in record.messages if message.role == "assistant")
+    if not any(record.boxes for record in questions) and not any("<|det|>" in answer for answer in answers):
+        raise UserError(
+            f"eval.best={metric}: none of the {len(questions)} held-out rows that are asked expects a box; give "
+            "another metric, or loss"
+        )
 
 
 def mixture_of(dataset: Dataset) -> Mixture:

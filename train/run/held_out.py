@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle.distributed as dist
 from paddle import nn
+from tqdm import tqdm
 
+from data.images.files import ImageError
+from train.ask.answer import Answer, answer_all, answer_limit, answered_together, prompt_length
 from train.ask.load import Loaded
 from train.ask.losses import RowLosses, pack_rows, row_losses
-from train.ask.questions import ask_run
+from train.ask.questions import Question, box_scores, permuted, prompt_of, questions_of, score
 from train.ask.source import Source
 from train.config.schema import TrainConfig
+from train.config.validation import ALWAYS
 from train.run.build_data import Data
 from train.run.gather import gather_objects
 from train.run.gradients import gather_rows
+from train.run.samples import Answered
 from vl2.lora import VL2LoRAModel
+from vl2.tokenizer import Tokenizer
+
+# A run's limit, where none is given: room after the longest expected answer, and the most that is given room.
+MARGIN, LONGEST_ANSWER = 16, 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +47,10 @@ class Found:
 
 
 class HeldOut:
-    """The held-out rows of a run, dealt to the ranks once.
+    """The held-out rows of a run, shared over its ranks.
 
-    Which rows are computed together does not depend on the ranks, and what comes of it is put together in the order of
-    the rows: so one process and several find the same numbers.
+    What is computed together does not depend on the ranks, and what comes of it is put together in the order of the
+    rows: so one process and several find the same numbers. All methods but `loss_of` are collective.
 
     Args:
         config, data: of the run; rows are held out.
@@ -48,7 +59,7 @@ class HeldOut:
 
     def __init__(self, config: TrainConfig, data: Data, model: nn.Layer):
         assert data.validation is not None
-        self.config, self.data, self.model, self.rows = config, data, model, data.validation
+        self.metrics, self.rows = (*ALWAYS, *config.eval.metrics), data.validation
         lora = isinstance(model, VL2LoRAModel)
         inner = model.model if lora else model
         source = Source(kind="adapter" if lora else "weights", base=Path(config.model.path))
@@ -67,13 +78,15 @@ class HeldOut:
             on_bad_record=config.data.on_bad_record,  # type: ignore[arg-type]  # checked by the schema
             max_bad=config.data.max_bad,
         )
-        costs = [pack.cost for pack in self.packs.plan.packs]
-        self.own_packs = deal(costs, dist.get_world_size())[dist.get_rank()]
+        every = (question for record in data.questions for question in questions_of(record, data.images))
+        self.questions = list(islice(every, config.eval.questions))
+        self.max_new_tokens = config.eval.max_new_tokens or room_for(self.questions, data.tokenizer)
 
     def losses(self, asked_to_stop: Callable[[], bool]) -> RowLosses | None:
-        """Losses of all rows, in their order; None where a rank was asked to stop meanwhile. Collective."""
-        own = _until(asked_to_stop, self.own_packs)
-        found = row_losses(self.loaded.model, self.packs, own)
+        """Losses of all rows, in their order; None where a rank was asked to stop meanwhile."""
+        own = _own_share([pack.cost for pack in self.packs.plan.packs])
+        with _bar("held-out loss", len(own), "pack") as bar:
+            found = row_losses(self.loaded.model, self.packs, _until(asked_to_stop, own, bar))
         table = gather_rows(np.array([[*found.sums, *found.supervised, asked_to_stop()]], dtype="float64"))
         *both, stopped = table.sum(axis=0)  # of each row one rank has the numbers, the others 0
         sums, supervised = np.array(both).reshape(2, -1)
@@ -85,19 +98,55 @@ class HeldOut:
         of = {name: self.rows.source_of == number for number, name in enumerate(names)}
         return {name: losses.mean(rows) for name, rows in of.items() if rows.any()} if len(names) > 1 else {}
 
-    def answers(self, *, permute: bool) -> dict[str, float]:
-        """Greedy answers to the questions, scored; none where nothing is asked. Collective."""
-        found: dict[str, float] = {}
-        if self.data.questions and dist.get_rank() == 0:
-            found = ask_run(
-                self.loaded,
-                self.data.questions,
-                limit=self.config.eval.questions,
-                max_new_tokens=self.config.eval.max_new_tokens,
-                permute=permute,
-                metrics=self.config.eval.metrics,
-            )
-        return gather_objects(found)[0]
+    def answers(self, asked_to_stop: Callable[[], bool], *, exchanged: bool = False) -> Answered | None:
+        """Greedy answers to the questions, scored; None where a rank was asked to stop meanwhile.
+
+        Args:
+            exchanged: each question gets the pictures of another one.
+
+        Raises:
+            RecordError: a picture that cannot be opened.
+        """
+        loaded, questions = self.loaded, permuted(self.questions) if exchanged else self.questions
+        lengths = [prompt_length_of(question, loaded) for question in questions]
+        context = loaded.model.config.language.max_position_embeddings
+        limits = [answer_limit(length, self.max_new_tokens, context) for length in lengths]
+        groups = answered_together(lengths, limits)
+        own: list[tuple[int, str, bool]] = []
+        with _bar("answers" + " with pictures exchanged" * exchanged, len(groups), "batch") as bar:
+            for number in _until(asked_to_stop, _own_share([sum(lengths[i] for i in group) for group in groups]), bar):
+                group = groups[number]
+                prompts = (prompt_of(questions[i], loaded) for i in group)
+                answers = answer_all(loaded, prompts, max_new_tokens=self.max_new_tokens)
+                own += [(i, answer.text, answer.cut) for i, answer in zip(group, answers, strict=True)]
+        shares = gather_objects({"answers": own, "stopped": asked_to_stop()})
+        if any(share["stopped"] for share in shares):
+            return None
+        in_order = sorted((number, text, cut) for share in shares for number, text, cut in share["answers"])
+        found = [Answer(text=text, cut=cut) for _, text, cut in in_order]
+        boxes = box_scores(questions, found, loaded.images)
+        return Answered(questions=questions, answers=found, scores=score(self.metrics, questions, found, boxes))
+
+
+def room_for(questions: Sequence[Question], tokenizer: Tokenizer) -> int:
+    """Tokens that an answer may have: those of the longest expected one, and a quarter more, at least 16.
+
+    A model that has learned its task then comes to its end, and one that has not is not heard out.
+    """
+    longest = max((len(tokenizer.encode(question.expected)) for question in questions), default=0)
+    return min(longest + max(MARGIN, longest // 4), LONGEST_ANSWER)
+
+
+def prompt_length_of(question: Question, loaded: Loaded) -> int:
+    """Count the tokens of a question.
+
+    Raises:
+        RecordError: a picture that cannot be opened.
+    """
+    try:
+        return prompt_length(question.messages, question.images, loaded)
+    except ImageError as error:
+        raise question.record.error("images", str(error)) from error
 
 
 def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -114,5 +163,28 @@ def deal(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
     return [sorted(own) for own in dealt]
 
 
-def _until(asked_to_stop: Callable[[], bool], pieces: Sequence[int]) -> Iterator[int]:
-    return (piece for piece in pieces if not asked_to_stop())
+def _own_share(costs: Sequence[int]) -> list[int]:
+    return deal(costs, dist.get_world_size())[dist.get_rank()]
+
+
+def _until(asked_to_stop: Callable[[], bool], pieces: Sequence[int], bar: tqdm) -> Iterator[int]:
+    for piece in pieces:
+        if asked_to_stop():
+            return
+        yield piece
+        bar.update()
+
+
+def _bar(title: str, total: int, unit: str) -> tqdm:
+    """Progress of rank 0's share, which is gone when it is done."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=title,
+        unit=unit,
+        leave=False,
+        file=sys.stderr,
+        mininterval=0.2 if terminal else 10.0,
+        disable=dist.get_rank() != 0,
+        delay=0.2 if terminal else 10.0,  # what is over sooner is not worth a line
+    )

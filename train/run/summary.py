@@ -16,7 +16,7 @@ from train.run.watch.curve import ends_by_source, short_name
 from train.run.watch.lines import of_steps, read_metrics
 from train.store.checkpoints import checkpoint_path
 from train.store.names import CHECKPOINTS, CONFIG_FILE, CURVE, METRICS, NONFINITE
-from train.store.run_state import History
+from train.store.run_state import Best, History
 from train.store.versions import versions
 
 
@@ -43,6 +43,7 @@ class Summary:
     peak_memory_gb: float  # of rank 0
     paths: dict[str, str | None]
     versions: dict[str, str]
+    best: Best | None = None  # checkpoint
     loss_of: dict[str, list[float]] = field(default_factory=dict)  # source of a mixture -> at the start and at the end
     steps_left_out: int = 0  # for a loss or gradient that was not finite, see nonfinite.jsonl
 
@@ -58,6 +59,7 @@ def summarise(
     *,
     before: Mapping[str, float] | None,
     after: Mapping[str, float] | None,
+    best: Best | None,
     trained: Path,
 ) -> Summary:
     """The summary of a run at its end.
@@ -67,6 +69,7 @@ def summarise(
         history: of all its steps.
         before: numbers of the held-out questions before training.
         after: the same after.
+        best: checkpoint of the run.
         trained: folder of the trained weights.
     """
     run_dir = Path(config.run_dir)
@@ -99,12 +102,14 @@ def summarise(
         },
         versions=versions(),
         steps_left_out=count_left_out(run_dir),
+        best=best,
         loss_of=ends_by_source(of_steps(read_metrics(run_dir / METRICS))),
     )
 
 
 def end_text(summary: Summary) -> str:
     """The summary of a finished run as a table."""
+    best = summary.best
     losses = [f"{found['loss']:.4f}" for found in summary.evaluation.values() if found and "loss" in found]
     rows = {
         "recipe": summary.recipe + (" (REHEARSAL)" if summary.rehearsal else ""),
@@ -116,6 +121,7 @@ def end_text(summary: Summary) -> str:
             for name, (first, last) in summary.loss_of.items()
         },
         "held-out loss": " -> ".join(losses),
+        "best checkpoint": f"step {best.step}, {best.metric} {best.value:.4f}" if best else "",
         "accuracy": f"{_share(summary.accuracy_before)} -> {_share(summary.accuracy_after)}",
         "answers cut": f"{summary.answers_cut_before} -> {summary.answers_cut_after}",
         "with pictures exchanged": _share(summary.accuracy_with_pictures_exchanged),
@@ -127,6 +133,8 @@ def end_text(summary: Summary) -> str:
         del rows["held-out loss"]
     if not summary.steps_left_out:
         del rows["steps left out"]
+    if not best:
+        del rows["best checkpoint"]
     if summary.accuracy_before is None and summary.accuracy_after is None:
         del rows["accuracy"]
     if not (summary.answers_cut_before or summary.answers_cut_after):

@@ -202,8 +202,9 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
             write_folder(final, lambda folder: save_trained(model, folder, provenance, trained_values(model)))
         model.eval()
         after = validation.after(len(history.losses)) if validation else None
+        best = validation.state.best if validation and validation.state else None
     if first:
-        summary = summarise(config, history, before=before, after=after, trained=final)
+        summary = summarise(config, history, before=before, after=after, best=best, trained=final)
         write_fact(run_dir / SUMMARY, summary)
         update_marker(run_dir, status="finished", step=len(history.losses))  # fewer when a callback stopped it
         print("\n" + end_text(summary), flush=True)

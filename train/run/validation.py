@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,13 +14,16 @@ from paddle import nn
 from data.plan import Plan
 from train.config.schema import TrainConfig
 from train.config.validation import Every, best_metric, read_every
+from train.machine.disk import is_full
 from train.run.best import judge, patience_is_over
 from train.run.build_data import Data
 from train.run.gather import gather_objects
 from train.run.held_out import Found, HeldOut
+from train.run.samples import SampleTable
 from train.run.say import say
 from train.run.stop import StopRequest
 from train.run.watch.log import MetricsLog
+from train.run.watch.sink import Sample
 from train.store.run_dir import read_marker, update_marker
 from train.store.run_state import ValidationState
 
@@ -48,6 +51,7 @@ class Validation:
     ):
         self.config, self.model, self.log, self.state = config, model, log, state
         self.held_out = HeldOut(config, data, model)
+        self.samples = SampleTable(self.held_out.questions, data.images)
         self.due = due_steps(read_every(config.eval.every), data.plan)
         self.metric = best_metric(config)
         self._last: tuple[int, Found] | None = None  # step of the newest validation, and what it found
@@ -60,18 +64,18 @@ class Validation:
     def before(self) -> dict[str, float]:
         """Numbers of the model before training; kept through the run's interruptions. Collective."""
         kept = gather_objects(self._evaluation().get("before") if self.log is not None else None)[0]
-        return kept or self._at_an_end("before", 0, permute=False)
+        return kept or self._at_an_end("before", 0, exchanged=False)
 
     def after(self, step: int) -> dict[str, float]:
         """Numbers of the trained model, of its answers with the pictures exchanged too. Collective."""
-        return self._at_an_end("after", step, permute=self.config.eval.permuted)
+        return self._at_an_end("after", step, exchanged=self.config.eval.permuted)
 
     def during(self, step: int, stop: StopRequest) -> Found | None:
         """Validate after a step that is due, once; None where it is not, or a rank was asked to stop. Collective."""
         if step not in self.due or (self.state and self.state.step == step):
             return None
         started = time.perf_counter()
-        found = self._validate(step, stop, permute=False)
+        found = self._validate(step, lambda: stop.code != 0)
         if found is None:
             return None
         self.state = judge(self.state, step, found.numbers, self.metric)
@@ -86,34 +90,56 @@ class Validation:
         """Whether the newest validation was of this step, and found it to be the best so far."""
         return self.state is not None and self.state.best is not None and self.state.best.step == step
 
-    def _at_an_end(self, when: str, step: int, *, permute: bool) -> dict[str, float]:
+    def _at_an_end(self, when: str, step: int, *, exchanged: bool) -> dict[str, float]:
         started = time.perf_counter()
-        permute = permute and bool(self.held_out.data.questions)
-        known = self._last is not None and self._last[0] == step and not permute
-        found = self._last[1] if self._last and known else self._validate(step, None, permute=permute)
+        known = self._last[1] if self._last and self._last[0] == step else None
+        found = known or self._validate(step, lambda: False)
         assert found is not None  # nobody can ask to stop here
+        numbers = dict(found.numbers)
+        if exchanged and any(question.images for question in self.held_out.questions):
+            with evaluating(self.model):
+                answered = self.held_out.answers(lambda: False, exchanged=True)
+            assert answered is not None
+            numbers.update({f"{name}_permuted": mean for name, mean in answered.scores.means.items()})
         if self.log is not None:
-            update_marker(Path(self.config.run_dir), evaluation={**self._evaluation(), when: found.numbers})
+            update_marker(Path(self.config.run_dir), evaluation={**self._evaluation(), when: numbers})
         say(f"{when} training: {in_words(found)} ({time.perf_counter() - started:.0f} s)")
+        return numbers
+
+    def _validate(self, step: int, asked_to_stop: Callable[[], bool]) -> Found | None:
+        with evaluating(self.model):
+            losses = self.held_out.losses(asked_to_stop)
+            if losses is None:
+                return None
+            found = Found(numbers={"loss": losses.mean()}, loss_of=self.held_out.loss_of(losses))
+            answered = None
+            if self.held_out.questions:
+                answered = self.held_out.answers(asked_to_stop)
+                if answered is None:
+                    return None
+                counts = {"questions": float(len(answered.questions)), "cut": float(answered.num_cut)}
+                found.numbers.update({**answered.scores.means, **counts})
+        self._last = step, found
+        if self.log is not None:
+            self._tell(self.log, step, found, self.samples.rows(answered) if answered else ())
+        return found
+
+    def _tell(self, log: MetricsLog, step: int, found: Found, samples: Sequence[Sample]) -> None:
+        try:
+            log.validation(step, found.to_json())
+            if samples:
+                log.samples(step, samples)
+        except OSError as problem:
+            if not is_full(problem):
+                raise
+            # The log of the next step says it too, and then the run ends with that step saved.
+            say(f"warning: the validation of step {step} could not be written: the disk is full", sys.stderr)
         if found.numbers.get("cut"):
             say(
                 f"note: {found.numbers['cut']:.0f} of {found.numbers['questions']:.0f} answers were cut at "
-                f"eval.max_new_tokens={self.config.eval.max_new_tokens}, before they had ended",
+                f"eval.max_new_tokens={self.held_out.max_new_tokens}, before they had ended",
                 sys.stderr,
             )
-        return found.numbers
-
-    def _validate(self, step: int, stop: StopRequest | None, *, permute: bool) -> Found | None:
-        with evaluating(self.model):
-            losses = self.held_out.losses(lambda: stop is not None and stop.code != 0)
-            if losses is None:
-                return None
-            numbers = {"loss": losses.mean(), **self.held_out.answers(permute=permute)}
-        found = Found(numbers=numbers, loss_of=self.held_out.loss_of(losses))
-        self._last = step, found
-        if self.log is not None:
-            self.log.validation(step, found.to_json())
-        return found
 
     def _evaluation(self) -> dict[str, dict[str, float]]:
         marker = read_marker(Path(self.config.run_dir))

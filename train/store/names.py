@@ -13,3 +13,4 @@ MARKER = "run.json"
 METRICS, CURVE = "metrics.jsonl", "curve.png"
 NONFINITE = "nonfinite.jsonl"
 VISUALDL_FILE = "visualdl/vdlrecords.run.log"  # one, always the same: its reader takes the newest of a folder only
+SAMPLES = "samples"

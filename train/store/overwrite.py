@@ -21,6 +21,7 @@ from train.store.names import (
     NONFINITE,
     PAGE,
     REPORT,
+    SAMPLES,
     SUMMARY,
     VISUALDL_FILE,
     WEIGHTS,
@@ -32,6 +33,7 @@ from vl2.errors import UserError
 # Single files of a run; its marker, which tells that they are its, goes last.
 _FILES = (CONFIG_FILE, REPORT, PAGE, DRYRUN_PAGE, METRICS, NONFINITE, CURVE, VISUALDL_FILE, SUMMARY, MARKER)
 _CHECKPOINT = re.compile(r"(aside-(\d+-)?)?step-\d{6,}")
+_SAMPLES = re.compile(r"step-\d{6,}\.html")
 _EXPORT = re.compile(r"(export|adapter_peft|adapter_paddle)(-step-\d{6,})?")
 
 
@@ -56,7 +58,8 @@ def removable(run_dir: Path, wandb_id: str | None) -> list[Path]:
     if wandb:  # its links to the newest run
         wandb += [path for path in _entries(run_dir / "wandb") if path.is_symlink()]
     files = [path for name in _FILES if (path := run_dir / name).exists() or path.is_symlink()]
-    return [*folders, *wandb, *files]
+    pages = [path for path in _entries(run_dir / SAMPLES) if _SAMPLES.fullmatch(path.name)]
+    return [*folders, *wandb, *pages, *files]
 
 
 def remove(paths: Iterable[Path], run_dir: Path) -> None:

@@ -3,6 +3,7 @@
 run.json        marks the folder as a run's: recipe, status, steps
 config.yaml  report.json  report.html  metrics.jsonl  curve.png  summary.json  nonfinite.jsonl  wandb/  visualdl/
 checkpoints/step-000200/
+samples/step-000200.html  of each validation
 adapter/ or weights/     the trained weights
 data/           drawn pictures, when there is no data.path
 export/  adapter_peft/  adapter_paddle/  export-step-000200/

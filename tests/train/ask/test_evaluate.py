@@ -1,6 +1,5 @@
 """Questions of conversations, their answers counted, and what an evaluation writes."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from data.settings import ReadSettings, SourceSettings
 from train.ask.answer import Answer, answer_all
 from train.ask.load import Loaded, load
 from train.ask.predictions import check_predictions
-from train.ask.questions import Question, ask_run, permuted, questions_of, score
+from train.ask.questions import Question, permuted, questions_of, score
 from train.ask.scores.boxes import BoxScore
 from train.config.load import load_config
 from train.config.schema import EvaluateConfig, InferConfig
@@ -96,27 +95,13 @@ def test_the_best_of_several_right_answers_counts():
     assert score(["exact_match"], [first, last], answers, nothing).marks == {"exact_match": ((0.0,), (1.0,))}
 
 
-def test_infer_eval_and_runs_have_one_default_for_the_longest_answer():
+def test_infer_and_eval_have_one_default_for_the_longest_answer():
     """A finished run said 37.5 % of a model that eval gave 100 %: answers were cut at 8, 32, 128 and 512 tokens."""
     rehearsal = load_config(["conf=sft_tiny"], Machine(gpus=0))
     real = load_config(["conf=sft_tiny", "rehearse=false", "precision=fp32"], Machine(gpus=0))
     assert (rehearsal.rehearsal, real.rehearsal) == (True, False)
-    limits = [config.max_new_tokens for config in (rehearsal.eval, real.eval, EvaluateConfig(), InferConfig())]
-    assert len(set(limits)) == 1
-
-
-def test_cut_answers_of_a_run_are_counted(loaded, records, monkeypatch):
-    """Of a model of random numbers no answer ends, unless one of its tokens is taken for the end."""
-    found = ask_run(loaded, records, limit=3, max_new_tokens=3, permute=False)
-    assert (found["questions"], found["cut"]) == (3, 3)
-    original = answer.generate
-
-    def generate(*arguments, **options):
-        ids = original(*arguments, **options)
-        return [ids[0][:-1], *ids[1:]]
-
-    monkeypatch.setattr(answer, "generate", generate)
-    assert ask_run(loaded, records, limit=3, max_new_tokens=3, permute=False)["cut"] == 2
+    assert EvaluateConfig().max_new_tokens == InferConfig().max_new_tokens
+    assert rehearsal.eval.max_new_tokens is real.eval.max_new_tokens is None  # by the answers that are expected
 
 
 def test_eval_says_how_many_answers_were_cut(model_folder, data_file, tmp_path, capsys):
@@ -145,15 +130,6 @@ def test_conversation_beyond_the_context_is_refused(model_folder, data_file, arg
         build_data(load_config([*settings, f"data.eval_path={data_file}"]), open_folder(folder))
 
 
-def test_image_that_breaks_after_it_was_measured_names_its_row(loaded, records, tmp_path):
-    (pictured, *_) = [record for record in records if record.images]
-    gone = dataclasses.replace(pictured, images=(ImageRef(kind="file", name=str(tmp_path / "gone.png")),))
-    with pytest.raises(
-        RecordError, match=rf"data\.jsonl, row {gone.row}, images: expected an image file, found none at"
-    ):
-        ask_run(loaded, [gone], limit=1, max_new_tokens=1, permute=False)
-
-
 def test_prompts_answered_together_leave_room_for_their_answers(loaded, monkeypatch):
     """A longer answer needs a larger cache: of 4,096 tokens of short prompts, each with 512 to come, it had 4 GB."""
     batches = []
@@ -167,3 +143,5 @@ def test_prompts_answered_together_leave_room_for_their_answers(loaded, monkeypa
     assert len(list(answer_all(loaded, prompts, max_new_tokens=512))) == 120
     assert all(a <= answer.BATCH_TOKENS and a + b <= answer.CACHE_TOKENS for a, b in batches)
     assert len(batches) == 7
+    groups = answer.answered_together([20] * 100 + [600] * 20, [512] * 120)
+    assert [20 * sum(i < 100 for i in g) + 600 * sum(i >= 100 for i in g) for g in groups] == [a for a, _ in batches]

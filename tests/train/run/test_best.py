@@ -12,6 +12,8 @@ from tests.train.run.test_run import metrics
 from train.config.load import load_config
 from train.export.merged import main as export_main
 from train.run.best import judge
+from train.run.build import open_base
+from train.run.build_data import build_data
 from train.run.held_out import HeldOut
 from train.store.checkpoints import checkpoints, chosen_checkpoint, prune, read_state
 from train.store.facts import read_fact
@@ -78,9 +80,9 @@ def given_losses(monkeypatch):
     """The held-out rows have the losses of LOSSES, whatever the model; the steps at which they were asked."""
     asked = []
 
-    def validate(self, step, stop, *, permute):
+    def validate(self, step, asked_to_stop):
         asked.append(step)
-        return original(self, step, stop, permute=permute)
+        return original(self, step, asked_to_stop)
 
     from train.run.validation import Validation
 
@@ -176,3 +178,10 @@ def test_the_best_counts_no_longer_where_its_checkpoint_is_gone(run, data_file, 
     assert run(run_dir, *settings, "max_steps=4", "resume=auto") == 0
     assert "the best checkpoint so far, of step 2, counts no longer" in capsys.readouterr().err
     assert read_marker(run_dir).best.step == 4
+
+
+def test_boxes_that_nobody_expects_decide_nothing(arguments, data_file, tmp_path):
+    settings = ("eval.every=2", "eval.best=box_iou", "eval.metrics=[box_iou]", f"data.eval_path={data_file}")
+    config = load_config(arguments(tmp_path / "run", *settings))
+    with pytest.raises(UserError, match=r"eval\.best=box_iou: none of the 20 held-out rows .* expects a box"):
+        build_data(config, open_base(config))

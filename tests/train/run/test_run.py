@@ -5,7 +5,6 @@ Runs are made in this process, which imports once; the runs that need a process 
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -21,9 +20,9 @@ from tests.train.conftest import write_data
 from train.config.load import load_config
 from train.run.build import open_base
 from train.run.build_data import build_data
-from train.run.held_out import HeldOut
 from train.run.report import StartReport
 from train.run.summary import Summary
+from train.run.watch.lines import of_steps, of_validation
 from train.run.watch.log import MetricsLog
 from train.store.facts import read_fact
 from train.store.whole_folder import damage
@@ -38,7 +37,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def losses(run_dir: Path) -> list[float]:
-    return [line["loss"] for line in metrics(run_dir)]
+    return [line["loss"] for line in of_steps(metrics(run_dir))]
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
@@ -310,6 +309,9 @@ def test_two_processes_equal_one(run, arguments, data_file, tmp_path):
     """
     run_dir, whole = tmp_path / "two", tmp_path / "one"
     settings = ("optim.aux_loss=0.1", f"data.path=[{data_file},{write_data(tmp_path, rows=5, images=0, seed=7)}]")
+    (tmp_path / "held").mkdir()
+    held_out = write_data(tmp_path / "held", rows=40, images=12, seed=9)  # in several packs
+    settings += (f"data.eval_path={held_out}", "eval.every=3", "eval.questions=14", "eval.max_new_tokens=4")
     assert run(whole, *settings) == 0
     config = load_config(arguments(run_dir, *settings))
     plan = build_data(config, open_base(config)).plan
@@ -322,17 +324,28 @@ def test_two_processes_equal_one(run, arguments, data_file, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert losses(run_dir) == pytest.approx(losses(whole), abs=1e-5)
     for key in ("grad_norm", "aux_loss"):
-        found = [[line[key] for line in metrics(folder)] for folder in (run_dir, whole)]
+        found = [[line[key] for line in of_steps(metrics(folder))] for folder in (run_dir, whole)]
         assert found[0] == pytest.approx(found[1], rel=1e-5) and min(found[1]) > 0, key
-    for two, one in zip(metrics(run_dir), metrics(whole), strict=True):
+    for two, one in zip(of_steps(metrics(run_dir)), of_steps(metrics(whole)), strict=True):
         assert two["supervised_of"] == one["supervised_of"]
         assert two["loss_of"] == pytest.approx(one["loss_of"], abs=1e-5)
     # By the norm, not the largest difference: AdamW moves a weight whose gradient is mere rounding by a whole lr.
     for name, weight in tensors(run_dir / "adapter" / "peft_model.safetensors").items():
         expected = tensors(whole / "adapter" / "peft_model.safetensors")[name]
         assert np.linalg.norm(weight - expected) < 1e-3 * np.linalg.norm(expected), name
+    # What is validated together does not depend on the ranks: before training, when the weights are the same, every
+    # digit is, and every answer.
+    first, *later = zip(of_validation(metrics(run_dir)), of_validation(metrics(whole)), strict=True)
+    assert first[0] == first[1] and first[0]["eval_questions"] == 14
+    assert [two["step"] for two, _ in later] == [3, 6]
+    for two, one in later:
+        assert two["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-5)
+    pages = [
+        (folder / "samples" / "step-000000.html").read_text().partition("<main>")[2] for folder in (run_dir, whole)
+    ]
+    assert pages[0] == pages[1] and pages[0].count("<tr>") == 9
     # Only rank 0 writes: one line a step, one of each file.
-    assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in of_steps(metrics(run_dir))] == [1, 2, 3, 4, 5, 6]
     assert json.loads((run_dir / "report.json").read_text())["run"]["processes"] == 2
 
 
@@ -351,28 +364,3 @@ def test_load_balance_is_reported_beside_the_loss(run, whole, tmp_path, capsys):
     assert 0.3 < line["aux_loss"] < 0.9
     assert line["loss"] == losses(whole)[0]
     assert f"aux {line['aux_loss']:.2e}" in capsys.readouterr().err
-
-
-# ---- what is asked before and after
-
-
-@pytest.mark.slow
-def test_questions_are_asked_once_before_and_once_after(run, data_file, tmp_path, capsys, monkeypatch):
-    asked = []
-
-    def answers(self, *, permute):
-        asked.append((len(self.data.questions), permute))
-        return {"exact_match": 0.25 * len(asked), "questions": 5.0, "cut": 7.0 - len(asked)}
-
-    monkeypatch.setattr(HeldOut, "answers", answers)
-    run_dir, settings = tmp_path / "run", ("max_steps=1", f"data.eval_path={data_file}", "eval.questions=5")
-    assert run(run_dir, *settings) == 0
-    assert asked == [(5, False), (5, True)]
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert (summary["accuracy_before"], summary["accuracy_after"]) == (0.25, 0.5)
-    out, err = capsys.readouterr()
-    assert "note: 5 of 5 answers were cut at eval.max_new_tokens=512" in err
-    assert re.search(r"^answers cut +6 -> 5$", out, re.MULTILINE)
-    assert run(run_dir, *settings, "resume=auto") == 0
-    assert len(asked) == 3  # before is what it was
-    assert [line["step"] for line in metrics(run_dir)] == [0, 1, 1]  # before, the step, after: none of them twice

@@ -2,14 +2,13 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from tests.train.run.test_run import losses, metrics, same_state
 from train.config.load import load_config
 from train.config.validation import Every, read_every
-from train.run.held_out import deal
 from train.run.validation import due_steps
+from train.store.overwrite import removable
 from vl2.errors import UserError
 
 
@@ -56,13 +55,6 @@ def test_rows_to_validate_on_are_missing(arguments, tmp_path):
     load_config(arguments(tmp_path, "eval.every=2", "data.path=null"))  # drawn shapes have their own
 
 
-def test_packs_are_dealt_by_cost():
-    assert deal([5, 3, 2, 2], 2) == [[0, 3], [1, 2]]
-    assert deal([7], 4) == [[0], [], [], []]
-    dealt = deal(np.random.default_rng(0).integers(1, 100, 50).tolist(), 4)
-    assert sorted(index for own in dealt for index in own) == list(range(50))
-
-
 # ---- a run that is validated
 
 
@@ -79,18 +71,14 @@ def held_out(tmp_path_factory, data_file):
 def validated(run, held_out, tmp_path_factory):
     """The run `whole`, validated every two steps: dropout on, a checkpoint every two steps."""
     run_dir = tmp_path_factory.mktemp("runs") / "validated"
-    assert run(run_dir, "save_steps=2", f"data.eval_path={held_out}", "eval.every=2", "eval.questions=0") == 0
+    assert run(run_dir, "save_steps=2", f"data.eval_path={held_out}", "eval.every=2", "eval.questions=4") == 0
     return run_dir
 
 
 @pytest.mark.slow
 def test_validation_changes_nothing_in_training(validated, whole):
-    assert losses_of_steps(validated) == losses(whole)
+    assert losses(validated) == losses(whole)
     same_state(validated, whole)
-
-
-def losses_of_steps(run_dir):
-    return [line["loss"] for line in metrics(run_dir) if "loss" in line]
 
 
 @pytest.mark.slow
@@ -108,3 +96,14 @@ def test_validation_says_what_eval_says(validated, held_out, tmp_path, capsys):
         arguments = [f"model={folder}", f"data.path={held_out}", f"out={tmp_path / 'out.jsonl'}", "device=cpu"]
         assert entry.main([*arguments, "max_new_tokens=1"]) == 0
         assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(found[step], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_samples_lie_in_the_run_and_go_with_it(validated):
+    """A page for each validation, with a question, its expected answer and the model's."""
+    pages = sorted(path.name for path in (validated / "samples").iterdir())
+    assert pages == [f"step-{step:06d}.html" for step in (0, 2, 4, 6)]
+    text = (validated / "samples" / pages[1]).read_text("utf-8")
+    assert text.count("<tr>") == 5 and "step 2" in text and "http" not in text.replace("http-equiv", "")
+    gone = removable(validated, None)
+    assert {validated / "samples" / name for name in pages} <= set(gone)

@@ -12,6 +12,7 @@ from train.config.schema import TrainConfig
 from train.run.watch.bar import ProgressBar
 from train.run.watch.lines import MetricsFile
 from train.run.watch.picture import CurvePicture
+from train.run.watch.samples_page import SamplesPages
 from train.run.watch.sink import Sample, Sink
 from train.run.watch.step_metrics import StepMetrics
 from train.run.watch.visualdl_log import VisualDLLog
@@ -107,9 +108,11 @@ def open_log(
     """
     file = MetricsFile(run_dir, first_step=first_step)
     sinks: list[Sink] = [file, ProgressBar(num_steps, first_step=first_step)]
+    title = f"{config.recipe}, {config.model.path}"
+    sinks.append(SamplesPages(run_dir, title=title, first_step=first_step))
     if "wandb" in config.log and (run := start_wandb(run_dir, config, wandb_id)):
         sinks.append(run)
     if "visualdl" in config.log:
         sinks.append(VisualDLLog(run_dir, first_step=first_step))
-    sinks.append(CurvePicture(run_dir, title=f"{config.recipe}, {config.model.path}"))
+    sinks.append(CurvePicture(run_dir, title=title))
     return MetricsLog(sinks, log_steps=config.log_steps, validated=file.validated)
