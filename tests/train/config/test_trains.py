@@ -43,9 +43,7 @@ def test_rates_of_groups():
     """An option of conf/optim may say something of a group that does not train; the user may not."""
     config = TrainConfig(optim=OptimConfig(groups={"vision": GroupConfig(lr_scale=0.1)}))
     check_groups(config, lambda group: False)
-    with pytest.raises(
-        UserError, match=r"^optim\.groups\.vision: vision does not train .*, or name it in lora\.gr"
-    ):
+    with pytest.raises(UserError, match=r"^optim\.groups\.vision: vision does not train .*, or name it in lora\.gr"):
         check_groups(config, lambda group: True)
     config.lora.also_train = ["norms"]
     config.optim.groups = {"norms": GroupConfig(weight_decay=0.1)}
