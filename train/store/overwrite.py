@@ -55,8 +55,8 @@ def removable(run_dir: Path, wandb_id: str | None) -> list[Path]:
     foreign += [run_dir / name for name in _FILES if (run_dir / name).is_dir()]
     _refuse(foreign, run_dir)
     wandb = [path for path in _entries(run_dir / "wandb") if wandb_id and path.name.endswith(f"-{wandb_id}")]
-    if wandb:  # its links to the newest run
-        wandb += [path for path in _entries(run_dir / "wandb") if path.is_symlink()]
+    if wandb:  # its links to the newest run, and pictures to be sent
+        wandb += [path for path in _entries(run_dir / "wandb") if path.is_symlink() or path.name == "artifacts"]
     files = [path for name in _FILES if (path := run_dir / name).exists() or path.is_symlink()]
     pages = [path for path in _entries(run_dir / SAMPLES) if _SAMPLES.fullmatch(path.name)]
     return [*folders, *wandb, *pages, *files]

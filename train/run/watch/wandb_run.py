@@ -66,6 +66,8 @@ def start_wandb(run_dir: Path, config: TrainConfig, run_id: str) -> WandbRun | N
         run_id: of the run on wandb, new or to be gone on with.
     """
     mode = config.wandb.mode
+    # Where pictures of tables wait until they are sent, which is in the user's home else.
+    os.environ.setdefault("WANDB_DATA_DIR", str(run_dir.resolve() / "wandb"))
     try:
         import wandb
 
