@@ -154,6 +154,45 @@ def test_a_dropped_picture_is_asked_about_and_drawn_on(page, tmp_path):
     assert message["boxes"][0]["label"] == "red circle"
 
 
+def test_two_models_answer_side_by_side(page):
+    """The base and an adapter of it; each goes on from what it said itself."""
+
+    async def steps(tab):
+        await start(tab)
+        await tab.js("document.getElementById('compare').click()")
+        assert await tab.js("[...document.querySelectorAll('select')].map((e) => e.value)") == ["nano", "cats"]
+        await tab.js("""window.sent = []; window.asked = window.fetch; window.fetch = (place, options) => {
+            if (options.body) sent.push(JSON.parse(options.body));
+            return asked(place, options);
+        }; 0""")
+        await drop(tab, ("circle.png", "image/png", picture()))
+        await tab.until("document.querySelector('#pictures img')")
+        both = "[...document.querySelectorAll('.turn:last-child .answer')]"
+        for question in ("What is this?", "Are you sure?"):
+            await ask(tab, question)
+            await tab.until(f"{both}.every((e) => e.dataset.state === 'done')")
+        assert await tab.js(f"{both}.map((e) => e.querySelector('h3').textContent)") == ["nano", "cats"]
+        first = "[...document.querySelectorAll('.turn:first-child .answer .text')].map((e) => e.textContent)"
+        left, right = await tab.js(first)
+        assert left == "red circle" and left != right
+        sent = {each["model"]: each["messages"] for each in (await tab.js("sent"))[2:]}
+        assert [(name, messages[1]["content"]) for name, messages in sorted(sent.items())] == [
+            ("cats", right),
+            ("nano", left),
+        ]
+        assert sent["cats"][0] == sent["nano"][0] and len(sent["nano"]) == 3
+        places = f"{both}.map((e) => e.getBoundingClientRect()).map((e) => [e.left, e.top])"
+        (x, y), (other_x, other_y) = await tab.js(places)
+        assert x < other_x and y == other_y
+        await tab.look(390, 844)
+        (x, y), (other_x, other_y) = await tab.js(places)
+        assert x == other_x and y < other_y
+        await tab.open(tab.home)  # the choice stays
+        await tab.until("!document.getElementById('against').hidden")
+
+    page(steps)
+
+
 def test_what_a_model_says_is_text(page):
     """Whatever it says; and the page's policy would not run it either."""
     hostile = "<img src=x onerror='window.owned=1'><script>window.owned=1</script> {{7*7}} <|ref|><b>x</b><|/ref|>"
