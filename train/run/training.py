@@ -24,6 +24,7 @@ from train.machine.devices import check_precision, use_device
 from train.page.page import make_page
 from train.page.render import write_page
 from train.page.sources import unread_notes
+from train.run.agreement import check_same_settings
 from train.run.barrier import barrier
 from train.run.best import carried_over
 from train.run.build import build_base, count_parts, make_trainable, open_base
@@ -95,6 +96,7 @@ def train(
     if dist.get_world_size() > 1 and not dist.is_initialized():
         dist.init_parallel_env()
     check_divides(config.packs_per_step, dist.get_world_size())
+    check_same_settings(config)
     say(notice)
     with hold_run_dir(Path(config.run_dir)) if dist.get_rank() == 0 else nullcontext():
         try:

@@ -34,6 +34,7 @@ def fill(folder: Path) -> None:
     (folder / "inner" / "weights").write_bytes(b"12345678")
     (folder / "state").write_text("x")
     write_fact(folder / "state.json", STATE)
+    (folder / "trainer_state.json").write_text('{"global_step": 2}\n')
     (folder / "config.yaml").write_text("optim: {lr: 0.1}\n")
 
 
@@ -112,6 +113,41 @@ def test_damage_is_named_and_passed_over(run_dir, spoil, expected):
     assert remarks == [f"checkpoint {newest} is damaged ({expected}); passed over"]
     with pytest.raises(ValueError, match="this checkpoint is damaged"):
         find_checkpoint(str(newest), run_dir)
+
+
+def cut(path: Path) -> None:
+    """Lose the end, as in a crash. (The last byte of a JSON file is a line break, without which it says the same.)"""
+    path.write_bytes(path.read_bytes().rstrip()[:-1])
+
+
+@pytest.mark.parametrize("spoil", [flip, cut, Path.unlink, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "name", ["inner/weights", "state", "state.json", "trainer_state.json", "config.yaml", "manifest.json"]
+)
+def test_damage_of_any_file_is_passed_over(run_dir, name, spoil):
+    newest = checkpoint_path(run_dir / "checkpoints", 6)
+    spoil(newest / name)
+    found, state, (remark,) = find_checkpoint("auto", run_dir)
+    assert (found.name, state) == ("step-000004", STATE)
+    assert name in remark and "passed over" in remark
+
+
+@pytest.mark.parametrize("name", ["inner/weights", "state.json", "trainer_state.json", "config.yaml"])
+def test_a_file_of_the_checkpoint_before_is_damage(run_dir, name):
+    """As long as the right one, and whole in its own place: two files that changed places."""
+    root = run_dir / "checkpoints"
+
+    def other(folder: Path) -> None:
+        fill(folder)
+        (folder / name).write_bytes(bytes(reversed((folder / name).read_bytes())))
+
+    write_folder(checkpoint_path(root, 5), other)
+    own, theirs = (checkpoint_path(root, step) / name for step in (6, 5))
+    kept = own.read_bytes()
+    own.write_bytes(theirs.read_bytes())
+    theirs.write_bytes(kept)
+    found, state, remarks = find_checkpoint("auto", run_dir)
+    assert (found.name, state, len(remarks)) == ("step-000004", STATE, 2)
 
 
 @pytest.mark.parametrize(
