@@ -28,8 +28,8 @@ _NOT_MULTIPLIED = ("embed_tokens.weight", "pos_embed", "mlp.gate.weight")  # loo
 SIZES = {"mid": (512, 6, 32, 352, 2736, 8, 384, 4), "toy": (64, 2, 4, 16, 64, 2, 48, 1)}
 
 
-def build(attention: str, size: str) -> VL2LoRAModel:
-    """The model with its adapters; attention is mha or mla, size one of SIZES."""
+def model_config(attention: str, size: str) -> dict:
+    """config.json of the model; attention is mha or mla, size one of SIZES."""
     hidden, layers, experts, expert_width, dense_width, heads, vision_width, vision_layers = SIZES[size]
     language = {
         "vocab_size": 8192,
@@ -47,13 +47,17 @@ def build(attention: str, size: str) -> VL2LoRAModel:
         "use_mla": False,
         **(LATENT if attention == "mla" else {}),
     }
-    raw = {
+    return {
         "language_config": language,
         "vision_config": {"width": vision_width, "layers": vision_layers, "heads": 6},
         "projector_config": {"input_dim": vision_width, "n_embed": hidden},
         "candidate_resolutions": [[384, 384], [768, 384]],
     }
-    model = init_model(VL2Config.from_dict(raw), IMAGE_ID, seed=0)
+
+
+def build(attention: str, size: str) -> VL2LoRAModel:
+    """The model with its adapters, see `model_config`."""
+    model = init_model(VL2Config.from_dict(model_config(attention, size)), IMAGE_ID, seed=0)
     return apply_lora(model, LoRASettings(groups=("attention", "experts", "shared_experts"), rank=8))
 
 

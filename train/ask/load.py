@@ -161,7 +161,7 @@ def stored_dtype(folder: ModelFolder) -> str:
 
 def load_with_bar(folder: ModelFolder, dtype: str) -> DeepseekVL2:
     """`load_model` with a progress bar on stderr, where there is enough to wait for; one of several ranks shows it."""
-    num_bytes = inference_memory(folder.config, dtype).num_bytes
+    num_bytes = inference_memory(folder.config, dtype)
     style = {"desc": "load weights", "unit": "B", "unit_scale": True, "mininterval": 1.0, "file": sys.stderr}
     with tqdm(total=num_bytes, disable=num_bytes < _BAR_BYTES or dist.get_rank() != 0, **style) as bar:
         return load_model(folder, dtype=dtype, done=bar.update)

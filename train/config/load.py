@@ -121,22 +121,13 @@ def _check_run(config: TrainConfig, machine: Machine, device: str) -> None:
             f"rank={config.rank}: the machines are numbered 0 to {config.nnodes - 1} (nnodes={config.nnodes})"
         )
     check_divides(config.packs_per_step, config.nproc * config.nnodes)
-    _check_sharding(config, device)
+    _check_sharding(config)
 
 
-def _check_sharding(config: TrainConfig, device: str) -> None:
+def _check_sharding(config: TrainConfig) -> None:
     stage, degree, ranks = config.sharding.stage, config.sharding.degree, config.nproc * config.nnodes
     if degree and not stage:
         raise UserError(f"sharding.degree={degree} with sharding.stage=0: nothing is shared; give sharding.stage too")
-    if stage > 1 and device == "cpu":
-        raise UserError(
-            f"sharding.stage={stage}: Paddle shares gradients and weights out on GPUs only; expected 0 or 1 on a CPU"
-        )
-    if stage > 1 and config.lora.rank:
-        raise UserError(
-            f"sharding.stage={stage} with lora.rank={config.lora.rank}: it is for full fine-tuning (lora.rank=0); "
-            "an adapter's gradients are small, and sharding.stage=1 shares its moments out"
-        )
     if stage and ranks == 1:
         raise UserError(
             f"sharding.stage={stage} with one process: there is no other one to share with; give nproc= or nnodes=, "

@@ -160,10 +160,10 @@ class ShardingConfig:
 
     stage: int = key(
         0,
-        "0: every process keeps all; 1: each keeps the optimizer's moments of some weights only; 2: their gradients "
-        "too; 3: every weight lies in pieces. 2 and 3 are for full fine-tuning on GPUs.",
+        "0: every process keeps all; 1: each keeps the optimizer's moments of some weights only. Gradients and weights "
+        "are whole in each: stages 2 and 3 are not there.",
         low=0,
-        high=3,
+        high=1,
     )
     degree: int = key(
         0,

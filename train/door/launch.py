@@ -40,6 +40,7 @@ BENCHMARKS = (
     "data",
     "images",
     "launches",
+    "memory",
     "packing",
     "random_checkpoint",
     "serve",

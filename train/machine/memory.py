@@ -25,7 +25,9 @@ class FreeMemory:
     where: str  # in words, for messages
 
 
-def check_memory(num_bytes: int, what: str, advice: str, free: FreeMemory | None = None) -> None:
+def check_memory(
+    num_bytes: int, what: str, advice: str, free: FreeMemory | None = None, *, estimated: bool = False
+) -> None:
     """Refuse to load what does not fit into memory.
 
     Args:
@@ -33,6 +35,7 @@ def check_memory(num_bytes: int, what: str, advice: str, free: FreeMemory | None
         what: what needs them, figures included.
         advice: what would need less.
         free: what can be had; None: look at this process's device.
+        estimated: the bytes are not certain.
 
     Raises:
         UserError: with the bytes needed and the bytes available.
@@ -40,8 +43,8 @@ def check_memory(num_bytes: int, what: str, advice: str, free: FreeMemory | None
     free = free or find_free_memory()
     if free is not None and num_bytes > free.num_bytes:
         raise UserError(
-            f"no room in memory: {what}, {gigabytes(num_bytes)} at the least, and {gigabytes(free.num_bytes)} are "
-            f"available ({free.where}); {advice}"
+            f"no room in memory: {what}, {gigabytes(num_bytes)} {'in all' if estimated else 'at the least'}, and "
+            f"{gigabytes(free.num_bytes)} are available ({free.where}); {advice}"
         )
 
 

@@ -13,12 +13,10 @@ from train.page.page import make_page
 from train.page.sources import source_facts
 from train.run.build import PartCount
 from train.run.build_data import Data
+from train.run.memory import TrainingMemory
 from train.run.report import PlanFacts, RunFacts, count_tables, pairs, plan_words, run_words, source_table
 from vl2.lora import GroupReport
 from vl2.tokenizer import Tokenizer
-
-_FLOAT32_BYTES = 4
-_MOMENTS = 2  # that Adam keeps of each number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +32,7 @@ class DryRun:
     tokenizer: Tokenizer | None
     parts: tuple[PartCount, ...] | None
     groups: tuple[GroupReport, ...]
+    need: TrainingMemory | None
     data: Data | None
     plan: PlanFacts | None
 
@@ -47,16 +46,10 @@ class DryRun:
 
 
 def byte_words(found: DryRun) -> dict[str, str]:
-    """Bytes of weights, gradients and optimizer in each process, in words."""
-    if found.parts is None:
+    """Bytes of a step on a full pack in each process, in words."""
+    if found.need is None:
         return {}
-    trained = sum(part.trainable for part in found.parts) * _FLOAT32_BYTES
-    frozen = sum(part.stored_bytes for part in found.parts) - trained
-    trains = "adapters" if found.groups else "trained weights"
-    sizes = {"frozen weights": frozen, trains: trained, "gradients": trained, "Adam's moments": _MOMENTS * trained}
-    total = sum(sizes.values())
-    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in sizes.items())
-    return {"memory": f"{gigabytes(total)} in each process, and activations: {parts}"}
+    return {"memory": f"{gigabytes(found.need.num_bytes)} in each process: {found.need}"}
 
 
 def header(found: DryRun) -> dict[str, str]:

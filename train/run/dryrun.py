@@ -27,7 +27,7 @@ from train.page.sources import unread_notes
 from train.run.build import check_settings, lora_settings
 from train.run.build_data import build_data
 from train.run.dry_report import DryRun, dry_page, dry_text
-from train.run.memory import check_training, plan_parts
+from train.run.memory import check_training, plan_parts, training_memory
 from train.run.report import plan_facts
 from train.store.hub import missing_files, resolve_model
 from train.store.names import DRYRUN_PAGE, PAGE
@@ -98,12 +98,13 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
     known = published(config.model.path)
     folder = attempt(lambda: open_folder(resolve_model(config.model.path, weights=False)))
     model = folder.config if folder else VL2Config.from_folder(known.config.parent) if known else None
-    counted = None
+    counted = need = None
     attempt(lambda: check_precision(DTYPE_OF_SETTING[config.precision]))
     if model:
         sharing = 1 if paddle.get_device().startswith("gpu") else config.nproc
         attempt(lambda: check_training(config, model, sharing))
         counted = attempt(lambda: plan_parts(model, config))
+        need = attempt(lambda: training_memory(model, config))
     if folder:
         check_weights(config, folder, attempt, notes)
     if folder and config.lora.init:
@@ -137,6 +138,7 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
         tokenizer=folder.tokenizer if folder else None,
         parts=counted[0] if counted else None,
         groups=counted[1] if counted else (),
+        need=need,
         data=data,
         plan=plan_facts(data) if data else None,
     )
@@ -177,7 +179,7 @@ def check_weights(
     if config.model.init == "random":
         return
     if not Path(config.model.path).is_dir() and missing_files(folder.path):
-        size = gigabytes(inference_memory(folder.config, "bfloat16").num_bytes)
+        size = gigabytes(inference_memory(folder.config, "bfloat16"))
         notes.append(f"the weights of {config.model.path} are not here: training fetches them, {size} in bfloat16")
         return
     attempt(lambda: folder.weights)

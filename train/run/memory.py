@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import paddle
 
-from train.ask.model_memory import MemoryNeed, weight_sizes
+from train.ask.model_memory import weight_sizes
 from train.config.schema import TrainConfig
+from train.machine.devices import CONTEXT_BYTES
 from train.machine.memory import check_memory, free_ram, gigabytes
+from train.run.activations import StepMemory, step_memory
 from train.run.build import PART_PREFIXES, PartCount, lora_settings, trained_names, whole_reports
 from train.run.gradients import reduction_slices
+from train.run.shard.group import shard_degree
+from train.run.shard.stage1 import heaviest_share
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
@@ -17,11 +23,11 @@ from vl2.lora_settings import is_factor, is_start
 from vl2.parameter_groups import whole_parameters
 from vl2.parameters import build_model
 
-# Trainable weights, gradients and Adam's two moments, all float32.
-TRAINED_BYTES = 16
-# Of these, what a checkpoint holds and is copied for it: all but the gradients.
-SAVED_BYTES = 12
-_FLOAT32_BYTES = 4
+FLOAT32_BYTES = 4
+SAVED_BYTES = 12  # of each number that trains: a checkpoint has it and Adam's two moments
+# Of a process on a CPU: Python, Paddle, PaddleNLP, and what they allocate beside a model. Seen: 0.66 to 0.72 GB.
+PROCESS_BYTES = 680_000_000
+CARD_BYTES = 80 * 10**9  # the card that recipes speak of
 
 
 def plan_weights(model: VL2Config, config: TrainConfig) -> tuple[dict[str, int], set[str], tuple[GroupReport, ...]]:
@@ -61,30 +67,111 @@ def plan_parts(model: VL2Config, config: TrainConfig) -> tuple[tuple[PartCount, 
         trainable = sum(size for name, size in own.items() if name in learned)
         frozen = sum(own.values()) - trainable
         starts = sum(size for name, size in own.items() if is_start(name))  # of PiSSA: frozen, in float32
-        stored = (trainable + starts) * _FLOAT32_BYTES + (frozen - starts) * frozen_bytes
+        stored = (trainable + starts) * FLOAT32_BYTES + (frozen - starts) * frozen_bytes
         counts.append(PartCount(part=part, trainable=trainable, frozen=frozen, stored_bytes=stored))
     return tuple(counts), groups
 
 
-def training_memory(model: VL2Config, config: TrainConfig) -> MemoryNeed:
+@dataclass(frozen=True, kw_only=True)
+class TrainingMemory:
+    """Bytes that training takes in one process, by what holds them."""
+
+    frozen: int  # weights that are only read
+    trained: int  # weights that learn, float32
+    gradients: int
+    moments: int  # Adam's two, of the parameters whose moments this process keeps
+    exchanged: int  # copies of gradients on their way to the other processes
+    step: StepMemory  # of a full pack
+    copied: int  # of the first process, on the host: a checkpoint on its way to the disk
+    on_gpu: bool
+
+    @property
+    def certain(self) -> int:
+        """Bytes on the device before a step."""
+        return self.frozen + self.trained + self.gradients + self.moments + self.exchanged
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the device in a step on a full pack."""
+        return self.certain + self.step.num_bytes
+
+    def process_bytes(self, *, first: bool) -> int:
+        """All that a process holds, libraries included; on a CPU with the first one's copy of a checkpoint."""
+        if self.on_gpu:
+            return self.num_bytes + CONTEXT_BYTES
+        return self.num_bytes + PROCESS_BYTES + (self.copied if first else 0)
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by name; what is not there is left out."""
+        sizes = {
+            "frozen weights": self.frozen,
+            "trained weights": self.trained,
+            "gradients": self.gradients,
+            "Adam's moments": self.moments,
+            "gradients on their way": self.exchanged,
+            "a step on a full pack": self.step.num_bytes,
+        }
+        return {name: size for name, size in sizes.items() if size}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {gigabytes(size)}" for name, size in self.parts().items())
+
+
+def training_memory(model: VL2Config, config: TrainConfig, *, on_gpu: bool | None = None) -> TrainingMemory:
     """What training a model takes, in each process.
+
+    Args:
+        model: the base model.
+        config: of the run.
+        on_gpu: None: as this process computes.
 
     Raises:
         UserError: a LoRA group that matches nothing in this model.
     """
-    sizes, learned, _ = plan_weights(model, config)
+    on_gpu = paddle.get_device() != "cpu" if on_gpu is None else on_gpu
+    return _memory(plan_weights(model, config), model, config, on_gpu)
+
+
+def _memory(
+    weights: tuple[dict[str, int], set[str], tuple[GroupReport, ...]],
+    model: VL2Config,
+    config: TrainConfig,
+    on_gpu: bool,
+) -> TrainingMemory:
+    """`training_memory`, with what `plan_weights` gave."""
+    sizes, learned, _ = weights
     trained = {name: size for name, size in sizes.items() if name in learned}
+    numbers, moments = sum(trained.values()), 2 * heaviest_share(trained, shard_degree(config))
     exchanged = 0
     if config.nproc * config.nnodes > 1:
-        gradients = {name: size * _FLOAT32_BYTES for name, size in trained.items()}
+        gradients = {name: size * FLOAT32_BYTES for name, size in trained.items()}
         exchanged = max(sum(map(gradients.__getitem__, names)) for names in reduction_slices(gradients))
-    starts = sum(size for name, size in sizes.items() if is_start(name))
-    frozen = sum(sizes.values()) - sum(trained.values()) - starts
-    return MemoryNeed(
-        frozen=frozen * item_bytes(DTYPE_OF_SETTING[config.precision]) + starts * _FLOAT32_BYTES,
-        trained=sum(trained.values()) * TRAINED_BYTES,
+    starts = sum(size for name, size in sizes.items() if is_start(name))  # of PiSSA: frozen, in float32
+    frozen = sum(sizes.values()) - numbers - starts
+    return TrainingMemory(
+        frozen=frozen * item_bytes(DTYPE_OF_SETTING[config.precision]) + starts * FLOAT32_BYTES,
+        trained=numbers * FLOAT32_BYTES,
+        gradients=numbers * FLOAT32_BYTES,
+        moments=moments * FLOAT32_BYTES,
         exchanged=exchanged,
+        step=step_memory(model, config, on_gpu=on_gpu),
+        copied=(numbers + moments) * FLOAT32_BYTES,
+        on_gpu=on_gpu,
     )
+
+
+def cards_needed(model: VL2Config, config: TrainConfig, card_bytes: int) -> int | None:
+    """The least number of GPUs of so many bytes on which a run fits with sharding.stage=1; None: none is enough.
+
+    Only numbers that divide `packs_per_step` are tried, since each process takes the same number of packs.
+    """
+    weights = plan_weights(model, config)
+    for cards in (n for n in range(1, config.packs_per_step + 1) if config.packs_per_step % n == 0):
+        sharding = replace(config.sharding, degree=0, stage=min(1, cards - 1))
+        on_cards = replace(config, nproc=cards, nnodes=1, sharding=sharding)
+        if _memory(weights, model, on_cards, True).process_bytes(first=True) <= card_bytes:
+            return cards
+    return None
 
 
 def check_published(config: TrainConfig, num_processes: int) -> None:
@@ -106,16 +193,29 @@ def check_training(config: TrainConfig, model: VL2Config, num_processes: int) ->
     """
     need = training_memory(model, config)
     each = f", in each of {num_processes} processes" if num_processes > 1 else ""
+    advice = _advice(config, model)
+    what = f"training {config.model.path} takes {need}{each}"
+    if need.on_gpu:
+        check_memory(need.num_bytes, what, advice, estimated=True)
+        copied = f"a checkpoint of {config.model.path} is copied to the host first"
+        check_memory(need.copied, copied, advice, free_ram())
+    else:
+        what += f", and {gigabytes(need.copied)} of a checkpoint on its way to the disk"
+        check_memory(need.num_bytes * num_processes + need.copied, what, advice, estimated=True)
+
+
+def _advice(config: TrainConfig, model: VL2Config) -> str:
+    """What would need less."""
     advice = "use a machine with more, or a smaller model"
     if config.lora.rank == 0:
+        card, cards = gigabytes(CARD_BYTES), cards_needed(model, config, CARD_BYTES)
+        if cards == 1:
+            advice = f"one GPU of {card} is enough, or a smaller model"
+        elif cards:
+            advice = f"use {cards} GPUs of {card} with sharding.stage=1, or a smaller model"
+        else:
+            why = "each holds all weights and gradients"
+            advice = f"no number of GPUs of {card} is enough, as {why}: use a smaller model"
         advice += ", or train adapters instead of all weights (lora.rank=8)"
-    if config.precision == "fp32":
-        advice += ", or precision=bf16"
-    copied = need.trained // TRAINED_BYTES * SAVED_BYTES  # by the first process, see train.run.saving
-    what = f"training {config.model.path} takes {need}{each}"
-    if paddle.get_device() == "cpu":
-        what += f", and {gigabytes(copied)} of a checkpoint on its way to the disk"
-        check_memory(need.num_bytes * num_processes + copied, what, advice)
-    else:
-        check_memory(need.num_bytes * num_processes, what, advice)
-        check_memory(copied, f"a checkpoint of {config.model.path} is copied to the host first", advice, free_ram())
+    advice += ", or shorter packs (data.max_tokens)"
+    return advice + (", or precision=bf16" if config.precision == "fp32" else "")

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from train.config.schema import TrainConfig
-from train.machine.memory import peak_memory_gb
+from train.machine.memory import gigabytes, peak_memory_gb
 from train.page.sources import SourceFacts, source_facts
 from train.run.build import PartCount
 from train.run.build_data import Data, HeldOutFacts
+from train.run.memory import TrainingMemory
 from vl2.lora import GroupReport
 
 
@@ -47,8 +48,9 @@ class PlanFacts:
 class MemoryFacts:
     """In GB (10^9 bytes), of one process."""
 
-    weights_gb: float
-    training_state_gb: float  # gradients and Adam's two moments, all float32
+    computed_gb: float  # in a step on a full pack, by train.run.memory
+    parts_gb: dict[str, float]  # of it, by what holds them
+    checkpoint_gb: float  # on the host, while a checkpoint is on its way to the disk; of the first process
     resident_gb: float  # held at the start
     machine_gb: float
 
@@ -66,11 +68,18 @@ class StartReport:
 
 
 def start_report(
-    config: TrainConfig, data: Data, *, parts: Sequence[PartCount], groups: Sequence[GroupReport], num_ranks: int
+    config: TrainConfig,
+    data: Data,
+    *,
+    need: TrainingMemory,
+    parts: Sequence[PartCount],
+    groups: Sequence[GroupReport],
+    num_ranks: int,
 ) -> StartReport:
     """The numbers a run starts with.
 
     Args:
+        need: of each process.
         num_ranks: processes.
     """
     return StartReport(
@@ -86,8 +95,9 @@ def start_report(
         plan=plan_facts(data),
         sources=tuple(source_facts(data.dataset)),
         memory=MemoryFacts(
-            weights_gb=sum(part.stored_bytes for part in parts) / 1e9,
-            training_state_gb=sum(part.trainable for part in parts) * 12 / 1e9,
+            computed_gb=need.num_bytes / 1e9,
+            parts_gb={name: size / 1e9 for name, size in need.parts().items()},
+            checkpoint_gb=need.copied / 1e9,
             resident_gb=peak_memory_gb(),
             machine_gb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
         ),
@@ -152,9 +162,11 @@ def plan_words(plan: PlanFacts) -> dict[str, str]:
 
 def memory_words(memory: MemoryFacts) -> dict[str, str]:
     """What a process holds at the start, in words."""
+    parts = ", ".join(f"{name} {gigabytes(size * 1e9)}" for name, size in memory.parts_gb.items())
     return {
-        "memory": f"weights {memory.weights_gb:.2f} GB, gradients and Adam {memory.training_state_gb:.2f} GB, "
-        f"held now {memory.resident_gb:.2f} GB, machine {memory.machine_gb:.1f} GB"
+        "memory": f"{gigabytes(memory.computed_gb * 1e9)} in each process: {parts}",
+        "on the host": f"{gigabytes(memory.checkpoint_gb * 1e9)} of a checkpoint that is being written; "
+        f"held now {memory.resident_gb:.2f} GB, machine {memory.machine_gb:.1f} GB",
     }
 
 

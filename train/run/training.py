@@ -31,7 +31,7 @@ from train.run.build import build_base, count_parts, make_trainable, open_base
 from train.run.build_data import Data, build_data
 from train.run.fit import fit
 from train.run.identity import fingerprint_of_records, identity
-from train.run.memory import check_published, check_training
+from train.run.memory import check_published, check_training, training_memory
 from train.run.next_commands import next_commands
 from train.run.report import StartReport, memory_words, plan_words, run_words, start_report
 from train.run.resume import choose_wandb_id, find_resumed, leave_later_checkpoints
@@ -139,7 +139,9 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     wandb_id = choose_wandb_id(resumed, previous)
 
     # 2. Claim the folder, say what will happen.
-    report = start_report(config, data, parts=count_parts(model), groups=groups, num_ranks=dist.get_world_size())
+    need = training_memory(folder.config, config)
+    counted = count_parts(model)
+    report = start_report(config, data, need=need, parts=counted, groups=groups, num_ranks=dist.get_world_size())
     barrier()  # all have looked at the checkpoints
     if first:
         if previous and config.overwrite:

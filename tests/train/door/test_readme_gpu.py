@@ -9,8 +9,7 @@ from tests.places import ROOT
 from train.config.load import load_config, load_infer_config
 from train.config.schema import TrainConfig
 from train.door.help import SCHEMAS
-from train.machine.devices import CONTEXT_BYTES, Machine
-from train.run.activations import activation_memory
+from train.machine.devices import Machine
 from train.run.memory import training_memory
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
@@ -25,6 +24,7 @@ SETTINGS = (
     (80, "conf=sft_small recompute=2", 1),
     (80, "conf=sft_tiny_full", 1),
     (80, "conf=sft_tiny_full", 8),
+    (40, "conf=sft_tiny_full sharding.stage=1", 8),
     (80, "conf=sft_base", 1),
 )
 
@@ -36,8 +36,10 @@ def row(card: int, keys: str, processes: int) -> tuple[str, float]:
     known = published(config.model.path)
     assert known is not None
     model = VL2Config.from_folder(known.config.parent)
-    need, step = training_memory(model, config).num_bytes / 1e9, activation_memory(model, config) / 1e9
-    total = need + step + CONTEXT_BYTES / 1e9
+    memory = training_memory(model, config, on_gpu=True)
+    need, step, total = (
+        size / 1e9 for size in (memory.certain, memory.step.num_bytes, memory.process_bytes(first=True))
+    )
     return f"| {card} GB | `{keys}` | {processes} | {need:.1f} | {step:.1f} | {total:.1f} |", total
 
 

@@ -71,12 +71,12 @@ def test_bytes_are_those_that_training_takes(dry, model_folder, arguments, tmp_p
     assert code == 0
     need = training_memory(VL2Config.from_folder(model_folder), load_config(arguments(tmp_path, "precision=bf16")))
     found = re.search(
-        r"^memory +(.*) in each process.*frozen weights (.*), adapters (.*), gradients (.*), Adam", said, re.M
+        r"^memory +(.*) in each process.*frozen weights (.*), trained weights (.*), gradients (.*), Adam", said, re.M
     )
     assert found
     assert found[1] == f"{need.num_bytes / 1e6:.1f} MB"
     assert found[2] == f"{need.frozen / 1e6:.1f} MB"
-    assert found[3] == found[4] == f"{need.trained / 4 / 1e6:.1f} MB"
+    assert found[3] == found[4] == f"{need.trained / 1e6:.1f} MB"
 
 
 def test_every_bad_row_is_listed(dry, tmp_path):

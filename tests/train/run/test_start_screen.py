@@ -38,7 +38,20 @@ def report(*, sources: int, held_out: bool, groups: int) -> StartReport:
             fingerprint="0" * 64,
             held_out=HeldOutFacts(rows=6000, asked=200, same_conversations=0, same_pictures=0) if held_out else None,
         ),
-        memory=MemoryFacts(weights_gb=6.74, training_state_gb=0.5, resident_gb=7.9, machine_gb=128.0),
+        memory=MemoryFacts(
+            computed_gb=61.25,
+            parts_gb={
+                "frozen weights": 0.03,
+                "trained weights": 13.42,
+                "gradients": 13.42,
+                "Adam's moments": 26.84,
+                "gradients on their way": 0.99,
+                "a step on a full pack": 4.62,
+            },
+            checkpoint_gb=40.26,
+            resident_gb=7.9,
+            machine_gb=128.0,
+        ),
         sources=tuple(
             SourceFacts(name=f"/data/{'very/' * 30}{i}.jsonl", kept=10, tokens=100 + i, repeat=2.5, **SOURCE)
             for i in range(sources)
@@ -54,7 +67,7 @@ def test_the_start_fits_a_screen(sources, held_out, groups):
     said = start_screen(config, report(sources=sources, held_out=held_out, groups=groups), first_step=25)
     lines = said.splitlines()
     assert len(lines) <= MOST_LINES and max(map(len, lines)) <= WIDTH
-    for word in ("sft_tiny", "outputs/mine", "deepseek-vl2-tiny", "123,456", "125, 25 of them made", "6.74 GB"):
+    for word in ("sft_tiny", "outputs/mine", "deepseek-vl2-tiny", "123,456", "125, 25 of them made", "61.25 GB"):
         assert word in said
     for word in ("metrics.jsonl", "config.yaml", "report.html", "resume=auto", "every 200 steps"):
         assert word in said

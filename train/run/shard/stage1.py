@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import paddle
 from paddle.distributed import fleet
@@ -34,6 +36,19 @@ class ShardedOptimizer(DygraphShardingOptimizer):
         strategy.hybrid_configs["sharding_configs"].use_reduce_avg = False  # NCCL's, and not asked for
         fleet.fleet._user_defined_strategy = strategy  # from where the class takes it; `fleet.init` would make groups
         super().__init__(optimizer, group)
+
+
+def heaviest_share(sizes: Mapping[str, int], degree: int) -> int:
+    """Numbers of the parameters that the process with the most of them owns, as fleet's optimizer gives them out.
+
+    Args:
+        sizes: numbers of each parameter.
+        degree: processes that share.
+    """
+    listed = [SimpleNamespace(name=name, shape=[size]) for name, size in sizes.items()]
+    all_of_them = SimpleNamespace(_sharding_world_size=degree, _parameter_list=listed)
+    given = DygraphShardingOptimizer._partition_parameters(all_of_them)
+    return max(sum(math.prod(p.shape) for p in own) for own in given.values())
 
 
 def owned(optimizer: Optimizer, parameters: Mapping[str, paddle.Tensor]) -> dict[str, paddle.Tensor]:
