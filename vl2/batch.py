@@ -5,7 +5,7 @@ Shape suffixes: B rows of logits, V vocabulary, T tokens of the stream, D model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class _Reading:
     def __init__(self, answer: Growing, number: int):
         self.answer, self.number, self.read = answer, number, 0
         self.x_TD: Any = None  # its embeddings, once they are made
+        self.making: Iterator[paddle.Tensor | None] | None = None  # makes them, a slice of tiles at a time
 
 
 class Batch:
@@ -109,6 +110,8 @@ class Batch:
             pieces = self._next_pieces()
             self._cache.make_room()
             order = self._cache.order()
+            if not (order or pieces):  # tiles were encoded, and nobody waits for a token
+                return []
             rows = ([self._last_ids(order)] if order else []) + [
                 reading.x_TD[reading.read : reading.read + count] for reading, count in pieces
             ]
@@ -163,14 +166,26 @@ class Batch:
         for reading in self._reading:
             if left == 0:
                 break
-            if reading.x_TD is None:
-                reading.x_TD = self.model.embed(reading.answer.prompt)
+            if not self._embedded(reading):
+                break
             count = reading.x_TD.shape[0] - reading.read
             if left is not None:
                 count = min(count, left)
                 left -= count
             pieces.append((reading, count))
         return pieces
+
+    def _embedded(self, reading: _Reading) -> bool:
+        """Whether a prompt is embedded; else a slice of its tiles is now, which is work enough for one step."""
+        if reading.making is None and reading.x_TD is None:
+            reading.making = self.model.embed_by_slices(reading.answer.prompt)
+        while reading.x_TD is None:
+            assert reading.making is not None
+            reading.x_TD = next(reading.making)
+            if reading.x_TD is None and self.chunk is not None:
+                return False
+        reading.making, reading.answer.prompt = None, {}  # its tiles are not needed any more
+        return True
 
     def _read(self, pieces: Sequence[tuple[_Reading, int]]) -> list[_Reading]:
         """Note what has been read; the prompts that have been read to their end."""

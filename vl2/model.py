@@ -5,7 +5,7 @@ Shape suffixes: T tokens of the stream, S segments (conversations), N tiles, D m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,16 +66,23 @@ class DeepseekVL2(nn.Layer):
 
         Equal tiles are encoded once: an image of one local tile has it twice, as its global view too.
         """
-        pixels = paddle.to_tensor(tiles_N3XX[plan.first])
         if any(not p.stop_gradient for p in self.vision.parameters()) and paddle.is_grad_enabled():
-            features_NPW = self.vision(pixels, self.compute_dtype)
+            parts = [self.vision(paddle.to_tensor(tiles_N3XX[plan.first]), self.compute_dtype)]
         else:
+            parts = list(self._frozen_features(tiles_N3XX, plan))
+        return self._arranged(parts, plan, order_R)
+
+    def _frozen_features(self, tiles_N3XX: np.ndarray, plan: ImagePlan) -> Iterator[paddle.Tensor]:
+        """Features of the distinct tiles, slice by slice, which no gradient goes through."""
+        pixels = paddle.to_tensor(tiles_N3XX[plan.first])
+        size = frozen_tile_slice(pixels.place)
+        for start in range(0, len(plan.first), size):
             with paddle.no_grad():
-                size = frozen_tile_slice(pixels.place)
-                slices = range(0, len(plan.first), size)
-                parts = [self.vision(pixels[i : i + size], self.compute_dtype) for i in slices]
-                features_NPW = parts[0] if len(parts) == 1 else paddle.concat(parts, axis=0)
-        projected_NGD = self.projector(features_NPW)
+                features_NPW = self.vision(pixels[start : start + size], self.compute_dtype)
+            yield features_NPW
+
+    def _arranged(self, parts: list[paddle.Tensor], plan: ImagePlan, order_R: paddle.Tensor) -> paddle.Tensor:
+        projected_NGD = self.projector(parts[0] if len(parts) == 1 else paddle.concat(parts, axis=0))
         return arrange(projected_NGD, self.image_newline, self.view_seperator, plan.rows, order_R)
 
     def plan_images(self, batch: Mapping) -> ImagePlan | None:
@@ -104,6 +111,26 @@ class DeepseekVL2(nn.Layer):
         """
         plan = self.plan_images(batch)
         return self._embed(batch, plan, send(_stream_numbers(batch, plan)))
+
+    def embed_by_slices(self, batch: Mapping) -> Iterator[paddle.Tensor | None]:
+        """`embed` in pieces of bounded work, without gradients: None after each slice of tiles, then the embeddings.
+
+        Raises:
+            UserError: see `embed`.
+        """
+        plan = self.plan_images(batch)
+        parts = []
+        if plan is not None:
+            for part in self._frozen_features(_array(batch["tiles"]), plan):
+                parts.append(part)
+                yield None
+        sent = send(_stream_numbers(batch, plan))
+        with paddle.no_grad():
+            x_TD = self.embed_text(sent["input_ids"])
+            if plan is not None:
+                rows = self._arranged(parts, plan, sent["image_order"])
+                x_TD = paddle.scatter(x_TD, sent["image_positions"], rows)
+        yield x_TD
 
     def _embed(self, batch: Mapping, plan: ImagePlan | None, sent: Mapping[str, paddle.Tensor]) -> paddle.Tensor:
         x_TD = self.embed_text(sent["input_ids"])

@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -118,6 +121,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bash launch.sh bench serve", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="nano")
     parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--alone", type=int, default=200, help="of them, how many are asked one at a time")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="most of an answer")
     parser.add_argument("--leave", type=int, default=32, help="clients of which half go mid-stream")
@@ -130,13 +134,13 @@ def main(arguments: list[str]) -> int:
     client = Client(running.url, "served")
     try:
         found["start_bytes"] = client.metrics()["vl2_resident_bytes"]
-        found |= measure(client, asked)
+        found |= measure(client, asked, running.process.pid)
         if asked.leave:
             found |= leave(client, asked)
         if asked.soak:
             found |= soak(client, asked)
         if asked.fuzz:
-            found |= fuzz(client.place, asked.fuzz * 60)
+            found |= fuzz(client.place, asked.fuzz * 60, client.model)
             found["fuzz_bytes"] = client.settle()["vl2_resident_bytes"]
     finally:
         running.process.terminate()
@@ -145,36 +149,44 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def measure(client: Client, asked: argparse.Namespace) -> dict[str, Any]:
+def measure(client: Client, asked: argparse.Namespace, process: int) -> dict[str, Any]:
     """Tokens a second one at a time and together, and whether the answers are `infer`'s."""
     mixed = questions(asked.requests, asked.tokens)
     client.ask(mixed[0])
-    began = time.perf_counter()
-    alone = [client.ask(question) for question in mixed]
-    alone_seconds = time.perf_counter() - began
-    began = time.perf_counter()
+    alone, alone_seconds, alone_work = timed(process, lambda: [client.ask(each) for each in mixed[: asked.alone]])
     with ThreadPoolExecutor(asked.clients) as clients:
-        together = list(clients.map(client.ask, mixed))
-    seconds = time.perf_counter() - began
-    tokens = sum(answer["tokens"] for answer in together)
+        together, seconds, work = timed(process, lambda: list(clients.map(client.ask, mixed)))
     expected = as_infer_says(asked.model, mixed)
     wrong = [
-        [(answer["text"], answer["tokens"]) != said for answer, said in zip(answers, expected, strict=True)]
+        sum((answer["text"], answer["tokens"]) != said for answer, said in zip(answers, expected, strict=False))
         for answers in (alone, together)
     ]
+    few, many = (sum(answer["tokens"] for answer in answers) for answers in (alone, together))
     firsts = [answer["first"] for answer in together]
     found = {
-        "requests": len(mixed),
-        "tokens": tokens,
-        "alone_tokens_a_second": round(tokens / alone_seconds, 1),
-        "together_tokens_a_second": round(tokens / seconds, 1),
-        "times_alone": round(alone_seconds / seconds, 2),
+        "requests": [len(alone), len(together)],
+        "tokens": [few, many],
+        "tokens_a_second": [round(few / alone_seconds, 1), round(many / seconds, 1)],
+        "times_alone": round(many / seconds / (few / alone_seconds), 2),
+        "tokens_a_cpu_second": [round(few / alone_work, 1), round(many / work, 1)],
         "first_token_p50": round(statistics.median(firsts), 3),
         "first_token_p95": round(statistics.quantiles(firsts, n=20)[-1], 3),
-        "unlike_infer": [sum(each) for each in wrong],
+        "unlike_infer": wrong,
     }
     print(f"{found}", file=sys.stderr)
     return found
+
+
+def timed(process: int, call: Callable[[], Any]) -> tuple[Any, float, float]:
+    """What a call gives, the seconds it took, and the processor's seconds that the service worked meanwhile."""
+    began, work = time.perf_counter(), cpu_seconds(process)
+    return call(), time.perf_counter() - began, cpu_seconds(process) - work
+
+
+def cpu_seconds(process: int) -> float:
+    """Seconds that a process has computed so far, on all cores together."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def leave(client: Client, asked: argparse.Namespace) -> dict[str, Any]:

@@ -49,12 +49,12 @@ FIELDS = ("model", "messages", "temperature", "top_p", "max_tokens", "stop", "se
 _REFUSED = frozenset({400, 404, 405, 408, 413, 415, 429})
 
 
-def request(draw: random.Random) -> dict[str, Any]:
+def request(draw: random.Random, model: str) -> dict[str, Any]:
     """A request that is right."""
     parts: list[Any] = [draw.choice(("What is this?", RAMBLING, "你好"))]
     if draw.random() < 0.3:
         parts.insert(0, shown(data_uri(picture("red", (64, 64)))))
-    fields: dict[str, Any] = {"model": "served", "messages": [user(*parts)], "max_tokens": draw.randint(1, 12)}
+    fields: dict[str, Any] = {"model": model, "messages": [user(*parts)], "max_tokens": draw.randint(1, 12)}
     if draw.random() < 0.5:
         fields |= {"stream": True}
     if draw.random() < 0.5:
@@ -96,12 +96,13 @@ def garble(body: bytes, draw: random.Random) -> bytes:
     return bytes(found[: draw.randrange(1, len(found) + 1)] * draw.choice((1, 1, 1, 3)))
 
 
-def fuzz(place: str, seconds: float) -> dict[str, Any]:
+def fuzz(place: str, seconds: float, model: str) -> dict[str, Any]:
     """Send nonsense for so long; a right question in between is always answered.
 
     Args:
         place: HOST:PORT on this machine.
         seconds: how long.
+        model: what right requests ask.
 
     Raises:
         AssertionError: an answer that is neither right nor a proper refusal.
@@ -111,7 +112,7 @@ def fuzz(place: str, seconds: float) -> dict[str, Any]:
     draw, statuses, slowest = random.Random(time.time_ns()), Counter[int](), 0.0
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        kind, document = draw.random(), request(draw)
+        kind, document = draw.random(), request(draw, model)
         for _ in range(draw.randint(0, 3)):
             document = spoil(document, draw)
         body = json.dumps(document).encode()
@@ -126,7 +127,7 @@ def fuzz(place: str, seconds: float) -> dict[str, Any]:
             assert status == 200 or (status in _REFUSED and said["error"]["message"]), (status, said, body[:2000])
             slowest = max(slowest, time.monotonic() - began)
         if draw.random() < 0.02:
-            good = {"model": "served", "messages": [user("What is this?")], "max_tokens": 3}
+            good = {"model": model, "messages": [user("What is this?")], "max_tokens": 3}
             assert _post(place, json.dumps(good).encode())[0] == 200
     return {"fuzzed": sum(statuses.values()), "statuses": dict(statuses), "slowest_seconds": round(slowest, 2)}
 

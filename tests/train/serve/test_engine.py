@@ -7,13 +7,16 @@ import time
 import numpy as np
 import pytest
 
+from data.images.ref import ImageRef
 from tests.train.serve.conftest import RAMBLING
+from tests.train.serve.conftest import picture as png
 from train.ask.answer import prepare
 from train.ask.load import load
 from train.config.schema import NANO
 from train.serve.engine import Engine, Job
 from train.serve.models import Served
 from vl2.adapter.switch import Switch
+from vl2.batch import Batch, Growing
 from vl2.generate import generate
 from vl2.prompt import Message
 
@@ -129,6 +132,31 @@ def test_a_long_prompt_delays_the_next_token_of_others_by_one_chunk(watched):
     assert max(one.passes) <= 8 + 256
     assert sum(n > 100 for n in one.passes) >= 4000 // 256
     assert ids_of(found[long]) and found[long][0][0] < found[short[0]][-1][0] + 20
+
+
+def test_tiles_are_encoded_slice_by_slice_between_tokens(loaded, monkeypatch):
+    """A picture of ten tiles comes while another answer grows, which gets its token at every step."""
+    picture = ImageRef(kind="bytes", name="a", data=png("red", (1152, 1152)))
+    seen = prepare([Message("user", "<image>\nWhat is this?")], [picture], loaded)
+    eos, tiles = loaded.tokenizer.eos_id, []
+    expected = generate(loaded.model, [seen], eos_id=eos, max_new_tokens=5)[0]
+    encode = type(loaded.model.vision).forward
+    monkeypatch.setattr(
+        type(loaded.model.vision), "forward", lambda self, x, *more: tiles.append(x.shape[0]) or encode(self, x, *more)
+    )
+    batch = Batch(loaded.model, eos_id=-1, chunk=300)
+    grows = Growing({"input_ids": np.arange(20, 40)}, limit=50, temperature=0.0, top_p=1.0, seed=[0])
+    looks = Growing(seen, limit=len(expected) or 1, temperature=0.0, top_p=1.0, seed=[0])
+    batch.add(grows)
+    batch.step()
+    batch.add(looks)
+    encoded = []
+    while not looks.done:
+        tiles.clear()
+        assert grows in batch.step()
+        encoded.append(sum(tiles))
+    assert [n for n in encoded if n] == [8, 2] and encoded[:2] == [8, 2]
+    assert looks.ids[: len(expected)] == expected
 
 
 def test_who_leaves_frees_the_place_at_the_next_token(watched):

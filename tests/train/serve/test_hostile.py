@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.bench.serve_fuzz import fuzz
 from tests.train.serve.conftest import RAMBLING, data_uri, picture, shown, user
 
 pytestmark = pytest.mark.slow
@@ -185,6 +186,12 @@ def test_a_picture_that_cannot_be_shown(post, service, media, address, message):
 
 def test_too_many_pictures(post):
     assert "at most 4 pictures, found 5" in refused(post(chat(*[shown("data:,")] * 5, "What?")), 400, "messages")
+
+
+def test_nonsense(service):
+    """A second of what `bench serve --fuzz` sends for minutes."""
+    found = fuzz(urlsplit(service.url).netloc, 1.0, "nano")
+    assert found["fuzzed"] > 0
 
 
 def test_a_client_that_leaves_frees_its_place(post, service):
