@@ -97,6 +97,8 @@ class Soak:
             run_dir, done = self.place / f"run-{self.runs}", False
             while not done:
                 done = self.make(run_dir, training.main, self.train(run_dir, how_to_go_on(run_dir)), self.run_seconds)
+            if self.lost:
+                return
             self.patience = 1.0
             if not self.make(run_dir, merged.main, self.export(run_dir), self.export_seconds):
                 assert self.attempt(run_dir, merged.main, self.export(run_dir), None) == 0
@@ -134,15 +136,12 @@ class Soak:
         return bool(self.lost)
 
     def look(self, run_dir: Path, before: int) -> None:
-        """What a kill may not have taken."""
+        """What a kill may not have taken. An old checkpoint may be half removed: it was being pruned."""
         now, marker = newest(run_dir), read_marker(run_dir)
         if now < before:
             self.lost.append(f"{run_dir}: the newest whole checkpoint was of step {before}, it is of step {now}")
         if marker is not None and marker.step > now:
             self.lost.append(f"{run_dir}: the marker names step {marker.step}, the newest whole checkpoint is of {now}")
-        for folder in checkpoints(run_dir / CHECKPOINTS):
-            if reason := damage(folder):
-                self.lost.append(f"{folder}: {reason}")
 
     def attempt(
         self,
