@@ -46,6 +46,7 @@ BENCHMARKS = (
     "serve",
     "soak",
     "step",
+    "watch",
 )  # tests/bench/NAME.py
 VERBS = (*LOADERS, "runs", "doctor", "config", "test", "bench", "help")
 HELP = ("-h", "--help")
