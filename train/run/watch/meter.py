@@ -130,7 +130,7 @@ def expert_load(counts_LE: np.ndarray) -> tuple[list[float], list[float]]:
         (share of the busiest expert, entropy over that of an even load), each by layer.
     """
     share_LE = counts_LE / counts_LE.sum(axis=1, keepdims=True)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # of experts that nobody chose
         terms_LE = np.where(share_LE > 0, share_LE * np.log(share_LE), 0.0)
     entropy_L = -terms_LE.sum(axis=1) / np.log(counts_LE.shape[1])
     return share_LE.max(axis=1).round(6).tolist(), (entropy_L + 0.0).round(6).tolist()  # + 0.0: no -0.0
