@@ -94,9 +94,9 @@ def _end(server: uvicorn.Server, chat: Chat) -> None:
         _end_now(server)
         return
     chat.draining = True
-    note(f"ending: {chat.active} requests are under way")
-    task = asyncio.ensure_future(_drain(server, chat))
-    _draining.add(task)
+    _draining.add(asyncio.ensure_future(_drain(server, chat)))
+    with contextlib.suppress(OSError):  # who read what it says may be gone: it ends all the same
+        note(f"ending: {chat.active} requests are under way")
 
 
 def _end_now(server: uvicorn.Server) -> None:
