@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any
 
 from train.door.cli import import_paddle_quietly
-from train.run.stop import PEER_LOST, stop_with_parent, write_or_detach
+from train.run.stop import PEER_LOST, TIME_IS_UP, stop_with_parent, write_or_detach
 from train.store.checkpoints import checkpoints
 from train.store.names import CHECKPOINTS
 
@@ -60,7 +60,11 @@ def watch(controller: Any) -> bool:
         time.sleep(0.1)
         tell_of_stopped(processes, stopped)
         # One that a signal ended comes first: another's error may be that its connection is gone.
-        failed = sorted((process.returncode > 0, rank) for rank, process in enumerate(processes) if process.poll())
+        failed = sorted(
+            (process.returncode > 0, rank)
+            for rank, process in enumerate(processes)
+            if process.poll() not in (None, 0, TIME_IS_UP)  # on which all of them agree
+        )
         if failed and not getattr(controller, "stopping", False):
             rank = failed[0][1]
             code = processes[rank].returncode

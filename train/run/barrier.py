@@ -8,7 +8,7 @@ import time
 import paddle.distributed as dist
 from paddle.distributed import collective
 
-from train.run.stop import PeerLost, peer_lost
+from train.run.stop import check_peers
 
 _POLL_SECONDS = (0.001, 0.05)  # the first wait, doubled up to the last: steps meet here as well as long evaluations
 _numbers = itertools.count()
@@ -31,8 +31,7 @@ def barrier() -> None:
     def wait_for_all(name: str) -> None:
         pause, longest = _POLL_SECONDS
         while store.add(name, 0) < world:
-            if peer_lost.is_set():
-                raise PeerLost("another process of the run is gone")
+            check_peers()
             time.sleep(pause)
             pause = min(2 * pause, longest)
 

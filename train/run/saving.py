@@ -18,6 +18,7 @@ from train.run.say import say
 from train.run.shard.group import shard_degree
 from train.run.shard.parts import leave_part, parts_folder, sweep_parts, take_parts
 from train.run.state import HostState, copy_state, save_state
+from train.run.stop import check_peers
 from train.run.trainer import VL2Trainer
 from train.run.validation import Validation
 from train.store.checkpoints import checkpoint_path, prune
@@ -136,4 +137,4 @@ class Saver:
             wandb_id=self.wandb_id,
             shard_degree=self.shard_degree,
         )
-        take_parts(parts_folder(self.run_dir / CHECKPOINTS, state.step), folder, self.shard_degree)
+        take_parts(parts_folder(self.run_dir / CHECKPOINTS, state.step), folder, self.shard_degree, check_peers)

@@ -22,6 +22,16 @@ class PeerLost(RuntimeError):
 peer_lost = Event()  # in this process, which ends soon
 
 
+def check_peers() -> None:
+    """Raise where there is no use in waiting for the other processes.
+
+    Raises:
+        PeerLost: the launcher says that one of them has failed.
+    """
+    if peer_lost.is_set():
+        raise PeerLost("another process of the run is gone")
+
+
 class StopRequest:
     """Context in which the signals are taken as a request.
 
@@ -39,7 +49,8 @@ class StopRequest:
         # nohup means that a hangup is ignored: that stays.
         taken = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._handle) for number in taken}
-        self._before[PEER_LOST] = signal.signal(PEER_LOST, lambda *_: peer_lost.set())
+        # Taken for good: the word may come while this process still writes its last lines, and would end it.
+        signal.signal(PEER_LOST, lambda *_: peer_lost.set())
         return self
 
     def __exit__(self, *_: object) -> None:

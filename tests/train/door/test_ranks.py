@@ -5,10 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from tests.places import ROOT
+from train.door.ranks import watch
+from train.run.stop import TIME_IS_UP
 
 pytestmark = pytest.mark.slow
 
@@ -118,3 +121,19 @@ def test_failed_process_takes_the_others_with_it(tmp_path):
     assert said.count("error: rank 1 cannot go on") == 1
     assert said.count("rank 0 waits") == 1
     assert "process 1 of this machine failed (exit 1)" in said
+
+
+def test_processes_whose_time_is_up_have_not_failed(capfd):
+    """All of them stop before max_minutes are over: the first that ended was reported as failed, with its log."""
+    processes = [subprocess.Popen(["sh", "-c", f"sleep {after}; exit {TIME_IS_UP}"]) for after in (0.3, 0)]
+    containers = [SimpleNamespace(_proc=SimpleNamespace(_proc=process)) for process in processes]
+    controller = SimpleNamespace(
+        pod=SimpleNamespace(containers=containers, logs=lambda: False), signal_handler=signal.SIG_DFL
+    )
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        assert watch(controller)  # the launcher then exits with the processes' code
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [process.returncode for process in processes] == [TIME_IS_UP, TIME_IS_UP]
+    assert capfd.readouterr().err == ""

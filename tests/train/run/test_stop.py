@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.places import ROOT
-from train.run.stop import WORKER_KILLED, StopRequest
+from train.run.stop import PEER_LOST, WORKER_KILLED, StopRequest, peer_lost
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -92,3 +92,14 @@ def test_a_signal_after_a_killed_worker_is_the_first_signal():
         assert stop.code == WORKER_KILLED
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.code == 143
+
+
+def test_word_of_a_lost_process_ends_nothing_after_the_steps():
+    """It came while the last lines were written, to a process that did not take it any more: no curve, no state."""
+    with StopRequest():
+        pass
+    try:
+        os.kill(os.getpid(), PEER_LOST)
+        assert peer_lost.is_set()
+    finally:
+        peer_lost.clear()

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -69,19 +69,19 @@ def write_part(path: Path, state: Mapping[str, np.ndarray]) -> None:
     write_safetensors(path, state, dict.fromkeys(state, "float32"))
 
 
-def take_parts(waiting: Path, folder: Path, degree: int) -> None:
+def take_parts(waiting: Path, folder: Path, degree: int, look: Callable[[], None]) -> None:
     """Move the parts of all processes but the first into a checkpoint's folder, each as soon as it is there.
-
-    A process that dies does not leave one: the launcher then ends this one too.
 
     Args:
         waiting: `parts_folder`, on the disk of `folder`.
         folder: that is being written.
         degree: processes that share.
+        look: raises where one of them is gone, whose part will not come.
     """
     for index in range(1, degree):
         part = waiting / part_name(index, degree)
         while not part.exists():
+            look()
             time.sleep(_POLL_SECONDS)
         os.replace(part, folder / part.name)
     shutil.rmtree(waiting, ignore_errors=True)

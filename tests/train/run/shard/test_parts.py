@@ -11,6 +11,7 @@ from train.run.optim import build_optimizer, optimizer_state
 from train.run.shard.group import ShardGroup
 from train.run.shard.parts import leave_part, part_name, parts_folder, stored_state, sweep_parts, take_parts, write_part
 from train.run.shard.stage1 import ShardedOptimizer
+from train.run.stop import PeerLost, check_peers, peer_lost
 
 SHAPES = {"table": [60, 2], "wide": [10, 5], "narrow": [10, 4], "bias": [10]}
 
@@ -40,13 +41,23 @@ def test_more_processes_than_parameters():
     assert optimizer_state(optimizer, parameters) == {}
 
 
+def test_a_part_that_will_not_come_is_not_waited_for(tmp_path):
+    """Another process could not write its part: the first one hung until it was killed."""
+    peer_lost.set()
+    try:
+        with pytest.raises(PeerLost):
+            take_parts(parts_folder(tmp_path, 20), tmp_path, 2, check_peers)
+    finally:
+        peer_lost.clear()
+
+
 def test_parts_come_together(tmp_path):
     """The first waits for the others, whose files appear whole."""
     state = {name: np.full(3, i, "float32") for i, name in enumerate("abcd")}
     waiting, folder = parts_folder(tmp_path, 20), tmp_path / "step"
     folder.mkdir()
     write_part(folder / part_name(0, 3), {"a": state["a"]})
-    taking = threading.Thread(target=take_parts, args=(waiting, folder, 3))
+    taking = threading.Thread(target=take_parts, args=(waiting, folder, 3, check_peers))
     taking.start()
     leave_part(waiting, {"b": state["b"], "d": state["d"]}, 2, 3)
     leave_part(waiting, {"c": state["c"]}, 1, 3)
