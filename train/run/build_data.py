@@ -125,7 +125,7 @@ def build_data(
     elif held_of:
         validation = open_(held_of, trained=False, bad=bad_questions)
         questions, skipped_questions = validation.records[: config.eval.questions], validation.skipped
-        facts = None if drawn else _facts(dataset, validation, len(validation.records), asked=len(questions))
+        facts = _facts(dataset, validation, len(validation.records), asked=len(questions))
     if validation is not None and questions is not None:
         check_held_out(config, validation, questions)
     mixture = mixture_of(dataset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from train.config.schema import TrainConfig
 from train.machine.memory import gigabytes, peak_memory_gb
@@ -65,6 +66,17 @@ class StartReport:
     plan: PlanFacts
     memory: MemoryFacts
     sources: tuple[SourceFacts, ...] = ()
+
+    @staticmethod
+    def from_format_1(document: Mapping[str, Any]) -> dict[str, Any]:
+        """It counted weights and what learns of them, not the step, nor the copy of a checkpoint."""
+        fields, memory = dict(document), document.get("memory")
+        if isinstance(memory, Mapping) and "weights_gb" in memory:
+            parts = {"weights": memory["weights_gb"], "gradients and moments": memory.get("training_state_gb", 0.0)}
+            rest = {name: memory.get(name, 0.0) for name in ("resident_gb", "machine_gb")}
+            computed = sum(parts.values())
+            fields["memory"] = {"computed_gb": computed, "parts_gb": parts, "checkpoint_gb": 0.0, **rest}
+        return fields
 
 
 def start_report(

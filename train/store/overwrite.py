@@ -69,7 +69,7 @@ def remove(paths: Iterable[Path], run_dir: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for folder in (run_dir / CHECKPOINTS, run_dir / "wandb", (run_dir / VISUALDL_FILE).parent):
+    for folder in (run_dir / CHECKPOINTS, run_dir / SAMPLES, run_dir / "wandb", (run_dir / VISUALDL_FILE).parent):
         if not folder.is_symlink():
             with suppress(OSError):  # not there, or something is left
                 folder.rmdir()

@@ -167,7 +167,7 @@ def test_a_published_model_that_cannot_be_had_is_counted_by_its_config(dry, tmp_
     monkeypatch.setattr(dryrun, "resolve_model", fail)
     code, said, errors = dry(tmp_path / "run", "model.path=deepseek-ai/deepseek-vl2-tiny", "precision=bf16")
     assert code == 2
-    assert "frozen weights 6.74 GB, adapters " in said
+    assert "frozen weights 6.74 GB, trained weights " in said
     assert "training would refuse: the model deepseek-ai/deepseek-vl2-tiny cannot be had" in errors
     assert "cannot be had" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
@@ -263,5 +263,5 @@ def test_nothing_is_drawn_into_run_dir(dry, tmp_path):
     shapes = ("data.path=null", "data.shapes.train=4", "data.shapes.test=2", "data.max_tokens=4096")
     code, said, _ = dry(tmp_path / "run", *shapes)
     assert code == 0
-    assert "4 samples" in said
+    assert "4 samples" in said and "2 rows, 2 of them asked" in said  # the shapes' own are held out
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["report.html"]

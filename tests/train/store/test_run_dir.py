@@ -48,6 +48,8 @@ def used(tmp_path):
     (run_dir / "data").mkdir()
     (run_dir / "notes.txt").write_text("mine")
     (run_dir / "metrics.jsonl").write_text("{}\n")
+    (run_dir / "samples").mkdir()
+    (run_dir / "samples" / "step-000002.html").write_text("")
     (run_dir / "visualdl").mkdir()
     (run_dir / "visualdl" / "vdlrecords.run.log").write_bytes(b"")
     (run_dir / "wandb" / "offline-run-20261125_1-a1b2c3d4").mkdir(parents=True)

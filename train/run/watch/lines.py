@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,17 @@ class MetricsFile(Sink):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The lines of a metrics.jsonl but for one that was cut off: the disk was full, or it is being written."""
+    return [line for _, line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line that can be read, as text and as what it says."""
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                yield text, line
 
 
 def of_steps(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -62,14 +71,10 @@ def keep_steps(path: Path, last: int) -> list[dict[str, Any]]:
     if not path.is_file():
         return kept
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-            if line["step"] <= last:
-                lines.append(text + "\n")
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # cut off in the middle
+    for text, line in _whole_lines(path):
+        if line["step"] <= last:
+            lines.append(text + "\n")
+            kept.append(line)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
     os.replace(temporary, path)

@@ -41,3 +41,10 @@ def test_a_number_of_a_validation_is_said_once(tmp_path):
                 log.validation(2, found)
     lines = of_validation(read_metrics(tmp_path / "metrics.jsonl"))
     assert lines == [{"step": 2, "eval_loss": 1.0}, {"step": 2, "eval_permuted": 0.1}]
+
+
+def test_a_line_that_was_cut_off_is_passed_over(tmp_path):
+    """A full disk cut one in the middle: the error of the last picture took the place of the disk's."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
+    assert keep_steps(tmp_path / "metrics.jsonl", 2) == [{"step": 1, "loss": 2.0}]
