@@ -165,7 +165,7 @@ class Shelf:
             for j, flat in enumerate(buffers):
                 size = flat.shape[0] // self.slots * slots
                 if size < flat.shape[0]:
-                    buffers[j] = flat[:size].clone()
+                    buffers[j] = paddle.assign(flat[:size])
                 else:
                     new = paddle.zeros([size - flat.shape[0], flat.shape[1]], flat.dtype)
                     buffers[j] = paddle.concat([flat, new])

@@ -20,6 +20,7 @@ HALF = (paddle.bfloat16, paddle.float16)
 FLOATS = (*HALF, paddle.float32, paddle.float64)
 # Their result's dtype is an argument, or they have a CPU kernel that only moves data.
 AS_IS = {"cast", "full_like", "empty_like", "assign", "assign_out_", "memcpy", "memcpy_h2d", "memcpy_d2h", "copy_to"}
+IN_PLACE = {"scatter_"}  # into the first operand; only generation, which asks for no gradients, writes in place
 BINARY = ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "pow", "rpow")
 COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 UNARY = ("neg", "abs", "getitem")
@@ -84,9 +85,11 @@ def _emulated(name: str, function, ran: dict[str, int]):
             return function(*args, **kwargs)
         if len(found) > 1:
             raise MixedOperands(describe(name, found))
-        if name.endswith("_"):
+        if name.endswith("_") and name not in IN_PLACE:
             raise NotImplementedError(f"{name}: no emulation of in-place operators")
         ran[name] = ran.get(name, 0) + 1
+        if name in IN_PLACE:
+            return paddle.assign(in_float32(getattr(_C_ops, name.removesuffix("_")), args, kwargs), output=args[0])
         return in_float32(function, args, kwargs)
 
     return call
