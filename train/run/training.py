@@ -192,7 +192,8 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     with log or nullcontext():
         validation = Validation(config, data, model, log, validated) if validate and data.validation else None
         before = validation.before() if validation else None
-        if first_step == data.plan.num_steps and checkpoint is not None:
+        owed = validation is not None and validation.owes(first_step)
+        if first_step == data.plan.num_steps and checkpoint is not None and not owed:
             say(f"already at step {first_step} of {first_step}; raise max_steps or epochs to train further")
             load_trained(model, trained_folder(checkpoint, model))
         elif code := fit(

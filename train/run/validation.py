@@ -72,7 +72,7 @@ class Validation:
 
     def during(self, step: int, stop: StopRequest) -> Found | None:
         """Validate after a step that is due, once; None where it is not, or a rank was asked to stop. Collective."""
-        if step not in self.due or (self.state and self.state.step == step):
+        if not self.owes(step):
             return None
         started = time.perf_counter()
         found = self._validate(step, lambda: stop.code != 0)
@@ -85,6 +85,10 @@ class Validation:
         if self.is_over:
             say(f"no better {self.metric} in {self.state.without_best} validations (eval.patience): the run ends here")
         return found
+
+    def owes(self, step: int) -> bool:
+        """Whether a step is due that was not validated yet, or only until a signal came."""
+        return step in self.due and not (self.state and self.state.step == step)
 
     def is_best(self, step: int) -> bool:
         """Whether the newest validation was of this step, and found it to be the best so far."""

@@ -170,6 +170,28 @@ def test_a_run_ends_early_and_an_interrupted_validation_is_made_up_for(
 
 
 @pytest.mark.slow
+def test_an_interrupted_validation_of_the_last_step_is_made_up_for(run, data_file, tmp_path, given_losses, monkeypatch):
+    """A run whose steps are all made was finished without it, so that an earlier checkpoint stayed the best."""
+
+    def interrupted(self, asked_to_stop):
+        if given_losses[-1] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return None
+        return original(self, asked_to_stop)
+
+    original = HeldOut.losses
+    run_dir, settings = tmp_path / "run", (*SETTINGS, f"data.eval_path={data_file}", "max_steps=2")
+    monkeypatch.setattr(HeldOut, "losses", interrupted)
+    assert run(run_dir, *settings) == 128 + signal.SIGTERM
+    assert read_marker(run_dir).best.step == 1
+    monkeypatch.setattr(HeldOut, "losses", original)
+    assert run(run_dir, *settings, "resume=auto") == 0
+    assert given_losses == [0, 1, 2, 2]
+    assert read_marker(run_dir).best.step == 2 and read_marker(run_dir).status == "finished"
+    assert read_state(run_dir / "checkpoints" / "step-000002").validation.step == 2
+
+
+@pytest.mark.slow
 def test_the_best_counts_no_longer_where_its_checkpoint_is_gone(run, data_file, tmp_path, given_losses, capsys):
     """Going on from step 3, whose best was pruned for a later one that is given up: the next validation is the best."""
     run_dir, settings = tmp_path / "run", (*SETTINGS, f"data.eval_path={data_file}", "max_steps=3")
