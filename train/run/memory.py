@@ -83,6 +83,7 @@ class TrainingMemory:
     exchanged: int  # copies of gradients on their way to the other processes
     step: StepMemory  # of a full pack
     copied: int  # of the first process, on the host: a checkpoint on its way to the disk
+    copied_by_others: int  # of each other process, likewise: its part of the moments, where they are shared
     on_gpu: bool
 
     @property
@@ -96,10 +97,14 @@ class TrainingMemory:
         return self.certain + self.step.num_bytes
 
     def process_bytes(self, *, first: bool) -> int:
-        """All that a process holds, libraries included; on a CPU with the first one's copy of a checkpoint."""
+        """All that a process holds, libraries included; on a CPU with its copy of a checkpoint."""
         if self.on_gpu:
             return self.num_bytes + CONTEXT_BYTES
-        return self.num_bytes + PROCESS_BYTES + (self.copied if first else 0)
+        return self.num_bytes + PROCESS_BYTES + (self.copied if first else self.copied_by_others)
+
+    def copied_by(self, num_processes: int) -> int:
+        """Bytes on the host of a machine with so many processes, the first among them, while a checkpoint is saved."""
+        return self.copied + (num_processes - 1) * self.copied_by_others
 
     def parts(self) -> dict[str, int]:
         """Bytes by name; what is not there is left out."""
@@ -156,6 +161,7 @@ def _memory(
         exchanged=exchanged,
         step=step_memory(model, config, on_gpu=on_gpu),
         copied=(numbers + moments) * FLOAT32_BYTES,
+        copied_by_others=moments * FLOAT32_BYTES if shard_degree(config) > 1 else 0,
         on_gpu=on_gpu,
     )
 
@@ -198,10 +204,11 @@ def check_training(config: TrainConfig, model: VL2Config, num_processes: int) ->
     if need.on_gpu:
         check_memory(need.num_bytes, what, advice, estimated=True)
         copied = f"a checkpoint of {config.model.path} is copied to the host first"
-        check_memory(need.copied, copied, advice, free_ram())
+        check_memory(need.copied_by(config.nproc), copied, advice, free_ram())
     else:
-        what += f", and {gigabytes(need.copied)} of a checkpoint on its way to the disk"
-        check_memory(need.num_bytes * num_processes + need.copied, what, advice, estimated=True)
+        on_its_way = need.copied_by(num_processes)
+        what += f", and {gigabytes(on_its_way)} of a checkpoint on its way to the disk"
+        check_memory(need.num_bytes * num_processes + on_its_way, what, advice, estimated=True)
 
 
 def _advice(config: TrainConfig, model: VL2Config) -> str:

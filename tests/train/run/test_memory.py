@@ -107,6 +107,10 @@ def test_moments_are_shared_out():
     )
     assert whole.moments / 4 <= shared.moments < 1.01 * whole.moments / 4
     assert whole.num_bytes - shared.num_bytes == whole.copied - shared.copied == whole.moments - shared.moments
+    # What they save together is the same; each copies its part.
+    assert whole.copied_by(4) == whole.copied <= shared.copied_by(4) < 1.01 * whole.copied
+    others = shared.process_bytes(first=False) - whole.process_bytes(first=False)
+    assert others == shared.moments - (whole.moments - shared.moments)
 
 
 def test_cards_that_a_run_takes():
