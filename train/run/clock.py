@@ -50,15 +50,16 @@ class Deadline:
     Args:
         minutes: that the run has; None: it has all the time.
         saved_bytes: that a checkpoint holds.
+        validation: seconds that one on the way may take; the first one comes after turns that had none.
         clock: seconds since the start of the process; for tests.
     """
 
-    def __init__(self, minutes: float | None, *, saved_bytes: int, clock: Clock | None = None):
+    def __init__(self, minutes: float | None, *, saved_bytes: int, validation: float = 0.0, clock: Clock | None = None):
         self.seconds = None if minutes is None else 60 * minutes
         self.clock = clock or seconds_since_start
         self._saving = saved_bytes / _DISK_BYTES_A_SECOND
         self._measured = False
-        self._turn_began, self._longest_turn = self.clock(), 0.0
+        self._turn_began, self._longest_turn = self.clock(), validation
 
     def saving_took(self, seconds: float) -> None:
         """Take in how long a checkpoint took to be written."""

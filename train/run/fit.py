@@ -56,7 +56,11 @@ def fit(
     root = run_dir / CHECKPOINTS
 
     trained = sum(int(parameter.size) for parameter in trainable_parameters(model).values())
-    deadline = Deadline(config.max_minutes, saved_bytes=SAVED_BYTES * trained)
+    deadline = Deadline(
+        config.max_minutes,
+        saved_bytes=SAVED_BYTES * trained,
+        validation=validation.seconds if validation and validation.due else 0.0,
+    )
     save = Saver(
         config,
         model=model,

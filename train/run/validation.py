@@ -39,6 +39,7 @@ class Validation:
 
     Attributes:
         state: how far it is now; a checkpoint keeps it.
+        seconds: that the newest one took; 0 before the first of this attempt.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Validation:
         self.samples = SampleTable(self.held_out.questions, data.images)
         self.due = due_steps(read_every(config.eval.every), data.plan)
         self.metric = best_metric(config)
+        self.seconds = 0.0
         self._last: tuple[int, Found] | None = None  # step of the newest validation, and what it found
 
     @property
@@ -111,6 +113,7 @@ class Validation:
         return numbers
 
     def _validate(self, step: int, asked_to_stop: Callable[[], bool]) -> Found | None:
+        started = time.perf_counter()
         with evaluating(self.model):
             losses = self.held_out.losses(asked_to_stop)
             if losses is None:
@@ -123,7 +126,7 @@ class Validation:
                     return None
                 counts = {"questions": float(len(answered.questions)), "cut": float(answered.num_cut)}
                 found.numbers.update({**answered.scores.means, **counts})
-        self._last = step, found
+        self._last, self.seconds = (step, found), time.perf_counter() - started
         if self.log is not None:
             self._tell(self.log, step, found, self.samples.rows(answered) if answered else ())
         return found

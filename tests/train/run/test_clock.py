@@ -51,6 +51,15 @@ def test_a_run_ends_while_there_is_time_for_another_turn_the_checkpoint_and_the_
     assert quick.ends_turn()
 
 
+def test_the_first_validation_on_the_way_is_reckoned_with():
+    """No turn had one yet, and it may take longer than all of them: the run was killed in the middle of it."""
+    hand = Hand()
+    deadline = Deadline(100 / 60, saved_bytes=10**9, validation=40.0, clock=hand)
+    while not deadline.ends_turn():
+        hand.now += 8.0
+    assert hand.now == 48.0
+
+
 def test_a_run_without_a_limit_goes_on():
     hand = Hand()
     deadline = Deadline(None, saved_bytes=10**9, clock=hand)
