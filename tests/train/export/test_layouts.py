@@ -202,7 +202,7 @@ def test_arguments_that_cannot_be_meant_are_refused(tmp_path, make_base):
     base = make_base("nano_tiny", tmp_path / "base", shards=1)
     with pytest.raises(ValueError, match="run= or model=, not both"):
         load_export_config(["run=a", "model=b", "out=c"])
-    with pytest.raises(ValueError, match="adapter= and base= are for what was trained"):
+    with pytest.raises(ValueError, match="adapter=, base= and checkpoint= are for what was trained"):
         load_export_config(["model=b", "out=c", "adapter=peft"])
     with pytest.raises(ValueError, match="needs out=FOLDER"):
         load_export_config([f"model={base}"])
