@@ -131,8 +131,13 @@ def load_beside(loaded: Loaded, folder: str | Path) -> Loaded:
         folder: adapter, run or checkpoint.
 
     Raises:
-        UserError: no adapter, or one of another base.
+        UserError: no adapter, or one of another base; the base has weights that were trained beside it.
     """
+    if loaded.source.kind == "weights":  # whose base is in its folder, and what is in memory is not that
+        raise UserError(
+            f"{folder}: an adapter goes on the model that it was trained on, found the trained weights of "
+            f"{loaded.source.trained}; serve it with its own base"
+        )
     source = find_source(resolve_model(folder), str(loaded.source.base))
     if source.kind != "adapter":
         raise UserError(f"{folder}: expected an adapter, found trained weights; give that as model=")

@@ -41,6 +41,9 @@ class Counted:
         self._chat.active += 1
         try:
             await self._app(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
         finally:
             self._chat.active -= 1
             self._chat.metrics.requests[scope.get("outcome", status)] += 1

@@ -24,6 +24,7 @@ from train.serve.models import load_models
 from vl2.errors import UserError
 
 _LONGEST_KEY = 4096  # characters
+_CLOSING_SECONDS = 5.0  # connections may take so long to close once all is answered
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -107,11 +108,16 @@ _draining: set[asyncio.Future] = set()
 
 
 async def _drain(server: uvicorn.Server, chat: Chat) -> None:
-    """Wait for the requests that are under way; none takes longer than its deadline."""
+    """Wait for the requests that are under way; none takes longer than its deadline.
+
+    A client that does not read what it was sent keeps its connection open for ever: it is not waited for.
+    """
     stop = time.monotonic() + chat.config.deadline
     while chat.active and time.monotonic() < stop:
         await asyncio.sleep(0.05)
     server.should_exit = True
+    await asyncio.sleep(_CLOSING_SECONDS)
+    server.force_exit = True
 
 
 def read_key(path: str) -> str:

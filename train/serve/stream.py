@@ -45,7 +45,6 @@ class Answering(Response):
     Args:
         job: waits in the engine.
         pieces: what comes of it.
-        model: its name, as the answer has it.
         boxes: reads the boxes of a whole answer.
         streamed: piece by piece.
         usage: a last event of a stream counts the tokens.

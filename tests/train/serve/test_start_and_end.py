@@ -11,6 +11,8 @@ import pytest
 
 from tests.train.provenance import provenance
 from tests.train.serve.conftest import RAMBLING, ready, start, user
+from train.ask.load import Loaded, load_beside
+from train.ask.source import Source
 from train.config.schema import NANO
 from train.serve.service import listen, main, read_key
 from vl2.errors import UserError
@@ -71,6 +73,13 @@ def test_an_adapter_of_another_base(tmp_path):
     save_adapter(lora, tmp_path, provenance(NANO, base_fingerprint="0" * 64))
     with pytest.raises(UserError, match=r"^adapters\.cats: .*this adapter was trained on another base model"):
         main([f"model={NANO}", f"adapters.cats={tmp_path}", "port=0", "device=cpu"])
+
+
+def test_an_adapter_beside_trained_weights():
+    """Their base is in its folder, and would let the adapter pass; what is in memory is another model."""
+    trained = Source(kind="weights", base=NANO, trained=NANO)
+    with pytest.raises(UserError, match=r"^cats: an adapter goes on the model that it was trained on, found the tr"):
+        load_beside(Loaded(source=trained, model=None, tokenizer=None, candidates=()), "cats")
 
 
 @pytest.mark.slow
