@@ -125,6 +125,8 @@ def fit(
             raise
         finally:
             trainer.close()
+            if log is not None:
+                log.end()
         # Once more, for a signal that came after the last step had agreed.
         code = int(gather_rows(np.array([[stop.code]], dtype="float64")).max())
     if code:

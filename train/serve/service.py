@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +118,10 @@ async def _drain(server: uvicorn.Server, chat: Chat) -> None:
     while chat.active and time.monotonic() < stop:
         await asyncio.sleep(0.05)
     server.should_exit = True
+    # Requests that such a client has sent one after another start while the loop cancels those before: it never ends.
+    hard_end = threading.Timer(_CLOSING_SECONDS + 1, os._exit, [0])
+    hard_end.daemon = True
+    hard_end.start()
     await asyncio.sleep(_CLOSING_SECONDS)
     server.force_exit = True
 

@@ -61,7 +61,7 @@ def test_a_hangup_is_taken_like_sigterm(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(MetricsLog, "write", hang_up_then_write)
     assert run(tmp_path / "run", "save_steps=0") == 129
     assert (
-        f"stopped by SIGHUP after step 2 of 6; saved {tmp_path}/run/checkpoints/step-000002" in capsys.readouterr().out
+        f"stopped by SIGHUP after step 1 of 6; saved {tmp_path}/run/checkpoints/step-000001" in capsys.readouterr().out
     )
 
 

@@ -50,7 +50,7 @@ class ProgressBar(Sink):
         )
         self._bar.update()
 
-    def close(self, failed: bool) -> None:
+    def end(self) -> None:
         """Leave it as it stands."""
         if self._bar is not None:
             self._bar.close()

@@ -39,6 +39,11 @@ class MetricsLog:
         for sink in self.sinks:
             sink.begin()
 
+    def end(self) -> None:
+        """No step follows in this attempt; what is said from now on stands below the progress bar."""
+        for sink in self.sinks:
+            sink.end()
+
     def write(self, metrics: StepMetrics) -> None:
         """One optimizer step."""
         values = metrics.to_json()

@@ -31,6 +31,9 @@ class Sink:
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """An optimizer step: StepMetrics as JSON has it."""
 
+    def end(self) -> None:
+        """No step follows in this attempt."""
+
     def validation(self, step: int, numbers: Mapping[str, Any]) -> None:
         """What the held-out rows gave after that many steps."""
 

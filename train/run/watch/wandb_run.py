@@ -38,7 +38,7 @@ class WandbRun(Sink):
         self._run.log(dict(numbers), step=step)
 
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
-        """A table, with a column for each score."""
+        """A table, with a column for each score; `samples` is a number of each step already."""
         import wandb
 
         scores = list(dict.fromkeys(name for row in rows for name in row.scores))
@@ -50,7 +50,7 @@ class WandbRun(Sink):
                 small.thumbnail(_LARGEST_PICTURE)
                 picture = wandb.Image(small)
             table.add_data(picture, row.question, row.expected, row.answer, *(row.scores.get(name) for name in scores))
-        self._run.log({"samples": table}, step=step)
+        self._run.log({"eval_samples": table}, step=step)
 
     def close(self, failed: bool) -> None:
         """Send what is left."""

@@ -40,7 +40,9 @@ def test_a_run_writes_for_both_services(run, data_file, tmp_path):
     rows = {row["_step"]: row for row in history(folder)}
     assert rows.keys() == expected.keys() == {0, 1}
     for step, numbers in expected.items():
-        found = {name.replace(".", "/"): value for name, value in rows[step].items() if not name.startswith("_")}
+        assert rows[step]["eval_samples._type"] == "table-file"
+        kept = {name: value for name, value in rows[step].items() if not name.startswith(("_", "eval_samples."))}
+        found = {name.replace(".", "/"): value for name, value in kept.items()}
         assert {"step": step, **found} == pytest.approx(numbers)
     assert {"loss", "grad_norm_of/experts", "expert_entropy_of/1", "eval_loss", "eval_exact_match"} <= expected[
         1
@@ -75,11 +77,11 @@ def test_wandb_takes_samples_and_goes_on(tmp_path, monkeypatch):
     found = [[row["_step"] for row in history(folder) if "loss" in row] for folder in folders]
     assert found == [[1, 2], [3, 4]] or found == [[1, 2, 3, 4]]
     last = history(folders[-1])[-1]
-    assert (last["eval_loss"], last["samples._type"], last["samples.nrows"]) == (0.5, "table-file", 2)
+    assert (last["eval_loss"], last["eval_samples._type"], last["eval_samples.nrows"]) == (0.5, "table-file", 2)
     tables = [one.artifact for one in messages(folders[0]) if one.WhichOneof("record_type") == "artifact"]
     table = tables[0]
     places = {entry.path: Path(entry.local_path) for entry in table.manifest.contents}
-    content = json.loads(places.pop("samples.table.json").read_text())
+    content = json.loads(places.pop("eval_samples.table.json").read_text())
     assert content["columns"] == ["picture", "question", "expected", "answer", "exact_match"]
     picture, *rest = content["data"][0]
     assert rest == ["What is this?", "a square", "a circle", 0.0]
