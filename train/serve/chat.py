@@ -37,7 +37,8 @@ from vl2.tiles import num_image_tokens, tile_grid
 
 _FETCHED_TOGETHER = 16
 _MOST_PREPARING = 4  # threads; each may hold a decoded picture
-_HELD_BODIES = 16  # bodies of the largest size, whose bytes all requests that wait may hold together
+_MOST_HELD = 2**30  # bytes of bodies and tiles that all requests that wait may hold together,
+_HELD_BODIES = 16  # or as many bodies of the largest size
 _RETRY_SECONDS = 2
 
 
@@ -104,6 +105,7 @@ class Chat:
             job, sizes = await self._job(asked, arrived)
         finally:
             self._held -= size
+        self._check_memory(job.num_bytes)
         pieces = Pieces()
 
         def take(piece: Piece) -> None:
@@ -129,8 +131,15 @@ class Chat:
     def _check_room(self) -> None:
         if self.draining:
             raise ApiError(503, "this service is ending", code="ending", retry_after=_RETRY_SECONDS)
-        if self.num_waiting > self.config.max_waiting or self._held > _HELD_BODIES * self.config.max_body:
-            raise ApiError(429, "too many requests are waiting", code="overloaded", retry_after=_RETRY_SECONDS)
+        if self.num_waiting > self.config.max_waiting:
+            raise _overloaded()
+        self._check_memory(0)
+
+    def _check_memory(self, more: int) -> None:
+        """Refuse a request that would wait with `more` bytes beside those of all that wait."""
+        waiting = self._held + self.engine.waiting_bytes
+        if waiting and waiting + more > max(_MOST_HELD, _HELD_BODIES * self.config.max_body):
+            raise _overloaded()
 
     async def _job(self, asked: ChatRequest, arrived: float) -> tuple[Job, list[tuple[int, int]]]:
         served = self.models.get(asked.model)
@@ -179,6 +188,10 @@ class Chat:
             stops=asked.stops,
             deadline=arrived + self.config.deadline,
         ), sizes
+
+
+def _overloaded() -> ApiError:
+    return ApiError(429, "too many requests are waiting", code="overloaded", retry_after=_RETRY_SECONDS)
 
 
 def _prepare(

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from train.serve.answer_text import AnswerText
 from train.serve.models import Served
 from vl2.batch import Batch, Growing
@@ -50,6 +52,11 @@ class Job:
     def room(self) -> int:
         """Tokens that it may come to."""
         return len(self.prompt["input_ids"]) + self.limit
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its prompt; the tiles of a picture are a few megabytes."""
+        return sum(value.nbytes for value in self.prompt.values() if isinstance(value, np.ndarray))
 
 
 class Engine:
@@ -107,6 +114,12 @@ class Engine:
     def num_waiting(self) -> int:
         """Jobs that have not begun."""
         return len(self._waiting)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of the prompts of jobs that have not begun."""
+        with self._changed:
+            return sum(job.num_bytes for job in self._waiting)
 
     @property
     def num_running(self) -> int:

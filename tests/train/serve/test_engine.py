@@ -12,8 +12,12 @@ from tests.train.serve.conftest import RAMBLING
 from tests.train.serve.conftest import picture as png
 from train.ask.answer import prepare
 from train.ask.load import load
+from train.config.load import load_serve_config
 from train.config.schema import NANO
+from train.serve.chat import Chat
 from train.serve.engine import Engine, Job
+from train.serve.errors import ApiError
+from train.serve.metrics import Metrics
 from train.serve.models import Served
 from vl2.adapter.switch import Switch
 from vl2.batch import Batch, Growing
@@ -209,3 +213,19 @@ def test_a_fault_ends_the_answers_it_is_in_and_no_others(watched, monkeypatch):
     one.engine.submit(sound)
     assert ids_of(one.run([sound])[sound])
     assert [t.name for t in threading.enumerate()].count("model") == 1
+
+
+def test_what_waits_is_counted_and_more_than_memory_allows_is_put_off(loaded, monkeypatch):
+    """256 requests of 16 pictures may wait: their tiles are 14 GB."""
+    watched = Watched(loaded, monkeypatch)
+    tiles = {"input_ids": np.zeros(10, np.int64), "tiles": np.zeros((2, 3, 384, 384), np.float32)}
+    engine, size = watched.engine, 80 + 2 * 3 * 384 * 384 * 4
+    chat = Chat(load_serve_config([f"model={NANO}"]), {}, engine, Metrics(), key="")
+    chat._check_memory(2**40)  # alone it may be as large as it likes
+    for count in range(1, 4):
+        engine.submit(watched.job(tiles))
+        assert engine.waiting_bytes == count * size
+    chat._check_memory(2**30 - 3 * size)
+    with pytest.raises(ApiError) as found:
+        chat._check_memory(2**30 - 3 * size + 1)
+    assert (found.value.status, found.value.headers["Retry-After"]) == (429, "2")
