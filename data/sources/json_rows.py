@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ class JsonRows:
         """
         self.name, self.folder, self.fingerprint = name, folder, fingerprint
         self._spans = spans
-        self._file = path.open("rb", buffering=0)  # the rows stay readable where the file is replaced by another
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY)  # rows stay readable where the file is replaced by another
+        weakref.finalize(self, os.close, self._descriptor)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Open the file once more in a worker that is no fork of this process, as on macOS."""
         again = functools.partial(JsonRows, name=self.name, folder=self.folder, fingerprint=self.fingerprint)
-        return again, (Path(self._file.name), self._spans)
+        return again, (self._path, self._spans)
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -48,7 +51,7 @@ class JsonRows:
     def content(self, index: int) -> bytes:
         """Text of a row, without the space around it."""
         start, stop, number = self._spans[index].tolist()
-        content = os.pread(self._file.fileno(), stop - start, start)
+        content = os.pread(self._descriptor, stop - start, start)
         if len(content) < stop - start:
             raise RecordError(
                 self.name, number, "row", "found the file cut short since it was opened; leave it alone and start again"
