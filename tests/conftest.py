@@ -56,5 +56,5 @@ def single_threaded_tokenizers(monkeypatch) -> None:
 @pytest.fixture(params=["loop", pytest.param("batches", marks=pytest.mark.slow)])
 def expert_way(request, monkeypatch) -> str:
     """Experts computed as on a CPU, then as on a GPU."""
-    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: request.param == "batches")
+    monkeypatch.setattr("vl2.ways.takes_batches", lambda place: request.param == "batches")
     return request.param

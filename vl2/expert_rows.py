@@ -16,6 +16,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer, PyLayerContext
 
+from vl2 import ways
 from vl2.constant_tensors import positions
 
 # What a layout costs beside its rows, in rows. One of Tiny (3 * 1280 * 896 multiplications, three times with recompute)
@@ -84,14 +85,6 @@ def choose_blocks(counts: Sequence[int]) -> Blocks:
     return Blocks(int(first_F[first]), int(part_G[part]) if num_parts else 0, num_parts)
 
 
-def takes_batches(place: paddle.base.core.Place) -> bool:
-    """Whether experts are multiplied in batches: on a GPU.
-
-    There each product of the loop is a launch. On a CPU a batch of products runs on one core, one product on all.
-    """
-    return place.is_gpu_place()
-
-
 def read_counts(bounds_E1: paddle.Tensor) -> list[int]:
     """Rows of each expert, from where those of each begin: the one time a layer that the host waits for the device."""
     bounds = bounds_E1.tolist()
@@ -113,7 +106,7 @@ def dispatch(experts_TC: paddle.Tensor, num_experts: int) -> Dispatch:
     bounds_E1 = paddle.searchsorted(sorted_R, positions(num_experts + 1, place))
     counts = read_counts(bounds_E1)
     index_R = positions(num_rows, place)
-    if not takes_batches(place):
+    if not ways.takes_batches(place):
         row_R = paddle.scatter(paddle.zeros_like(order_R), order_R, index_R)
         return Dispatch(experts_TC, Layout(counts=counts), order_R, order_R // num_choices, row_R)
     blocks = choose_blocks(counts)

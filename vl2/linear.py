@@ -12,6 +12,8 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer, PyLayerContext
 
+from vl2.casts import cast
+
 
 class _FrozenMatmul(PyLayer):
     """x @ w with w cast to x's dtype; keeps the stored weight for backward, not its cast copy."""
@@ -19,12 +21,12 @@ class _FrozenMatmul(PyLayer):
     @staticmethod
     def forward(ctx: PyLayerContext, x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
         ctx.save_for_backward(weight)  # a parameter, so contiguous
-        return paddle.matmul(x, weight.astype(x.dtype))
+        return paddle.matmul(x, cast(weight, x.dtype))
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> tuple[paddle.Tensor, None]:
         (weight,) = ctx.saved_tensor()
-        return paddle.matmul(grad, weight.astype(grad.dtype), transpose_y=True), None
+        return paddle.matmul(grad, cast(weight, grad.dtype), transpose_y=True), None
 
 
 def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None) -> paddle.Tensor:

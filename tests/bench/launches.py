@@ -218,7 +218,7 @@ def main(arguments: list[str]) -> None:
         prog="bash launch.sh bench launches", description=(__doc__ or "").partition("\n")[0]
     ).parse_args(arguments)
     found: dict[str, int] = {}
-    with mock.patch("vl2.expert_rows.takes_batches", lambda place: True):
+    with mock.patch("vl2.ways.takes_batches", lambda place: True):
         print("a step of 6 layers, one block for the experts of each of five")
         alone: dict[str, int] = {}
         with mock.patch("vl2.expert_rows.choose_blocks", blocks_of(ONE)):

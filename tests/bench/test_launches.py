@@ -10,7 +10,7 @@ from train.run.optim import build_optimizer
 
 @pytest.fixture(autouse=True)
 def batches(monkeypatch):
-    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: True)
+    monkeypatch.setattr("vl2.ways.takes_batches", lambda place: True)
 
 
 @pytest.fixture(params=[(ONE, 150), (BOTH, 300)], ids=["one block", "further parts"])
@@ -34,7 +34,7 @@ def test_experts_of_a_layer(most):
 
 def test_the_loop_is_what_is_counted_against(monkeypatch):
     """The same count of the loop grows with the experts, so the count sees what it should."""
-    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: False)
+    monkeypatch.setattr("vl2.ways.takes_batches", lambda place: False)
     few, many = (last_experts(prepare(narrow(2, experts, 1))) for experts in (8, 16))
     assert few > 200 and many > 1.7 * few
 

@@ -124,7 +124,7 @@ def _tracing(trace: Trace, model: DeepseekVL2, ids_T: np.ndarray, ids, tiles, fl
         stack.enter_context(mock.patch("vl2.attention._has_flash", lambda place: flash))
         stack.enter_context(mock.patch.object(paddle, "to_tensor", input_or_constant))
         stack.enter_context(mock.patch("vl2.model.send", input_among))
-        stack.enter_context(mock.patch("vl2.expert_rows.takes_batches", lambda place: True))
+        stack.enter_context(mock.patch("vl2.ways.takes_batches", lambda place: True))
         stack.enter_context(mock.patch("vl2.expert_rows.read_counts", counts))
         apply = classmethod(lambda layer, *args: layer.forward(Context(), *args))
         stack.enter_context(mock.patch.object(PyLayer, "apply", apply))

@@ -65,7 +65,7 @@ def pack() -> dict[str, np.ndarray]:
 @pytest.fixture(autouse=True)
 def experts_in_batches(monkeypatch) -> None:
     """As on a GPU; the loop is for CPUs, which compute in float32."""
-    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: True)
+    monkeypatch.setattr("vl2.ways.takes_batches", lambda place: True)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def half_precision_on_cpu(flash: bool = True) -> Iterator[dict[str, int]]:
             wrapped = _emulated(name, getattr(paddle.Tensor, method), ran)
             stack.enter_context(mock.patch.object(paddle.Tensor, method, wrapped))
         # In batches, as on a GPU: the loop of the CPU adds in place.
-        stack.enter_context(mock.patch("vl2.expert_rows.takes_batches", lambda place: True))
+        stack.enter_context(mock.patch("vl2.ways.takes_batches", lambda place: True))
         if flash:
             stack.enter_context(mock.patch.object(_C_ops, "flash_attn_unpadded", _flash(ran)))
             stack.enter_context(mock.patch("vl2.attention._has_flash", lambda place: True))

@@ -21,7 +21,7 @@ LAYERS, DENSE = 4, 1  # of narrow(), which is Tiny with other numbers
 def step():
     """LoRA on a narrow Tiny, recomputed, with an image; experts in batches, as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vl2.expert_rows.takes_batches", lambda place: True)
+        patch.setattr("vl2.ways.takes_batches", lambda place: True)
         yield prepare(narrow(LAYERS, 8, 2))
 
 

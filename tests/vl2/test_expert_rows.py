@@ -78,7 +78,7 @@ def test_every_choice_has_its_row(monkeypatch, blocks):
     With Blocks(2, 2, 1):   experts 0 1 2 3 | 1     choices 0 2, 1 3, . ., 4 6 | 5 7
     """
     experts_TC = np.array([[0, 1], [0, 1], [3, 1], [3, 1]])
-    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: blocks is not None)
+    monkeypatch.setattr("vl2.ways.takes_batches", lambda place: blocks is not None)
     monkeypatch.setattr("vl2.expert_rows.choose_blocks", lambda counts: blocks)
     where = dispatch(paddle.to_tensor(experts_TC), 4)
     assert where.layout.counts == [2, 4, 0, 2]
@@ -116,7 +116,7 @@ def test_host_reads_once_and_no_operation_waits(monkeypatch):
         )
     experts_TC = paddle.to_tensor(np.random.default_rng(0).integers(0, 4, (50, 2)))
     for batched in (False, True):
-        monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place, batched=batched: batched)
+        monkeypatch.setattr("vl2.ways.takes_batches", lambda place, batched=batched: batched)
         ran.clear(), read.clear()
         dispatch(experts_TC, 4)
         assert (len(ran), read) == (1, [[5]])

@@ -47,7 +47,7 @@ def outcome(monkeypatch, load: str, way: Blocks | str, *, lora: bool, train: boo
     x_TD = paddle.to_tensor(rng.normal(0, 1, (len(experts_TC), D)).astype("float32"), stop_gradient=False)
     weights_TC = paddle.to_tensor(rng.random(experts_TC.shape).astype("float32"), stop_gradient=False)
     with monkeypatch.context() as patch:
-        patch.setattr("vl2.expert_rows.takes_batches", lambda place: way != "loop")
+        patch.setattr("vl2.ways.takes_batches", lambda place: way != "loop")
         if isinstance(way, Blocks):
             counts = np.bincount(experts_TC.ravel(), minlength=num_experts)
             num_parts = int((-(-np.maximum(counts - way.first, 0) // way.part)).sum())
@@ -91,7 +91,7 @@ def test_batches_are_deterministic(monkeypatch):
 def test_frozen_weights_get_no_gradient_and_are_not_kept_cast(monkeypatch):
     """A bfloat16 weight is cast in forward and again in backward; what is saved is the weight itself."""
     experts_TC, num_experts = LOADS["zipf 1"]
-    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: True)
+    monkeypatch.setattr("vl2.ways.takes_batches", lambda place: True)
     experts = Experts(num_experts, D, I)
     values = [parameter.astype("bfloat16") for parameter in experts.parameters()]
     exact = Experts(num_experts, D, I)
@@ -118,7 +118,7 @@ def test_frozen_weights_get_no_gradient_and_are_not_kept_cast(monkeypatch):
 def test_not_a_number_stays_with_its_expert(monkeypatch):
     """Padding is zeros, not a copy of some token: one bad token spoils its own experts' gradients and no others."""
     experts_TC = np.array([[0], [1], [1], [1], [2]])
-    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: True)
+    monkeypatch.setattr("vl2.ways.takes_batches", lambda place: True)
     experts = Experts(3, D, I)
     x = np.ones((5, D), "float32")
     x[0] = np.nan

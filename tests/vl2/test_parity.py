@@ -174,7 +174,7 @@ def test_batch_of_prompts_equals_the_rows_of_the_officially_padded_batch(model, 
 )
 @pytest.mark.parametrize("case", ["text", pytest.param("crop2x1", marks=pytest.mark.slow)])
 def test_gradients_equal_official(folder, family, case, recompute, batches, monkeypatch):
-    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: batches)
+    monkeypatch.setattr("vl2.ways.takes_batches", lambda place: batches)
     expected = golden(family, case)
     model = load_model(folder)
     train_parameters(model, [name for name, _ in model.named_parameters() if "attn_pool" not in name])

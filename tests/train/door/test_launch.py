@@ -237,6 +237,19 @@ def test_processes_share_the_cores(monkeypatch):
     assert launch.child_environment({"OMP_NUM_THREADS": "3"}, 2)["OMP_NUM_THREADS"] == "3"
 
 
+def test_compiled_kernels_are_kept_in_the_users_cache():
+    kept = [
+        launch.child_environment(environ, 1).get("NUMBA_CACHE_DIR")
+        for environ in (
+            {"HOME": "/h"},
+            {"HOME": "/h", "XDG_CACHE_HOME": "/c"},
+            {"HOME": "/h", "NUMBA_CACHE_DIR": "/k"},
+            {},
+        )
+    ]
+    assert kept == ["/h/.cache/deepseek-vl2-finetune/kernels", "/c/deepseek-vl2-finetune/kernels", "/k", None]
+
+
 def test_float32_is_exact_and_cards_are_numbered_as_by_nvidia_smi():
     """cublasLt does not look at Paddle's switch for TF32; and CUDA alone gives number 0 to the fastest card."""
     assert launch.child_environment({}, 1)["NVIDIA_TF32_OVERRIDE"] == "0"

@@ -28,7 +28,7 @@ def test_estimate_is_what_a_step_allocates(monkeypatch):
 
     The statistic is Paddle's own. On a CPU attention keeps its weights too, which flash attention does not.
     """
-    monkeypatch.setattr("vl2.expert_rows.takes_batches", lambda place: True)
+    monkeypatch.setattr("vl2.ways.takes_batches", lambda place: True)
     lora, data = build("mla", "mid"), batch(1024, 343)
     lora.train()
     lora.model.set_recompute(1)

@@ -1,0 +1,71 @@
+"""The kernels for CPU give what Paddle's operations give, bit for bit."""
+
+import numpy as np
+import paddle
+import pytest
+
+from vl2 import cpu_kernels, ways
+from vl2.casts import cast, from_nf4
+
+
+def counted(monkeypatch, name: str) -> list:
+    """Each call of a kernel, which still does its work."""
+    calls, function = [], getattr(cpu_kernels, name)
+    monkeypatch.setattr(cpu_kernels, name, lambda *args: calls.append(name) or function(*args))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_number_of_16_bits_is_widened_as_by_paddle(dtype, monkeypatch):
+    calls = counted(monkeypatch, f"widen_{dtype}")
+    every = paddle.to_tensor(np.arange(1 << 16, dtype=np.uint16).view(np.int16)).view(dtype).reshape([256, 256])
+    found, plain = cast(every, paddle.float32), every.astype("float32")
+    same = found.numpy().view(np.uint32) == plain.numpy().view(np.uint32)
+    not_numbers = np.isnan(found.numpy()) & np.isnan(plain.numpy())  # a signalling one may be made quiet
+    assert len(calls) == 1 and found.dtype == paddle.float32 and (same | not_numbers).all()
+
+
+def test_a_slice_with_strides_is_widened(monkeypatch):
+    calls = counted(monkeypatch, "widen_bfloat16")
+    x = paddle.randn([6, 8]).astype("bfloat16")
+    part = x.transpose([1, 0])[2:5]
+    assert np.array_equal(cast(part, paddle.float32).numpy(), part.astype("float32").numpy()) and calls
+
+
+def test_other_types_are_paddles(monkeypatch):
+    calls = counted(monkeypatch, "widen_bfloat16")
+    x = paddle.randn([4]).astype("bfloat16")
+    assert cast(x, paddle.float16).dtype == paddle.float16
+    assert cast(paddle.ones([2], "float32"), paddle.float32).tolist() == [1, 1]
+    monkeypatch.setattr("vl2.ways.takes_batches", lambda place: True)
+    assert not ways.takes_kernels(x.place) and cast(x, paddle.float32).dtype == paddle.float32
+    assert not calls
+
+
+def test_nf4_by_hand_and_in_both_ways(monkeypatch):
+    low_first = np.zeros(64, np.uint8)
+    low_first[:2] = 0x2F, 0x70
+    scales = np.array([0.5, 0.0], np.float32)
+    calls, found = counted(monkeypatch, "nf4"), []
+    draw = np.random.default_rng(0)
+    codes, drawn = draw.integers(0, 256, 5 * 32).astype(np.uint8), draw.random(5, np.float32)
+    for kernels in (True, False):
+        monkeypatch.setattr("vl2.ways.takes_kernels", lambda place, kernels=kernels: kernels)
+        first = from_nf4(paddle.to_tensor(low_first), paddle.to_tensor(scales)).numpy()
+        assert np.allclose(first[:4], [0.5, -0.5250730514526367 / 2, -0.5, 0.0]) and not first[64:].any()
+        found.append(from_nf4(paddle.to_tensor(codes), paddle.to_tensor(drawn)).numpy())
+    assert len(calls) == 2 and found[0].shape == (320,) and np.array_equal(*found)
+
+
+def test_kernels_are_compiled_without_a_folder_to_keep_them_in(monkeypatch):
+    """Numba refuses `cache=True` where it can write nowhere: of a read-only installation nothing would have run."""
+    asked = []
+
+    def njit(**options):
+        asked.append(options.get("cache", False))
+        if asked[-1]:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr(cpu_kernels.numba, "njit", njit)
+    assert cpu_kernels.kernel(len) is len and asked == [True, False]
