@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer, PyLayerContext
 
+from vl2 import cpu_kernels, ways
+from vl2.arrays import read, tensor_of
 from vl2.cache import LayerStep
 from vl2.config import LanguageConfig
 from vl2.constant_tensors import causal_mask, segment_bounds
@@ -82,8 +85,14 @@ def _segments(q_lens: Sequence[int], k_lens: Sequence[int], causal: bool) -> Ite
 
 def _weights(q_HnK: paddle.Tensor, k_HmK: paddle.Tensor, causal: bool) -> paddle.Tensor:
     """Softmax weights [H, n, m] in float32 of n scaled queries that are the last of m keys."""
+    n, m = q_HnK.shape[1], k_HmK.shape[1]
+    if _takes_kernel(q_HnK):
+        scores = np.empty([q_HnK.shape[0], n, m], np.float32)
+        weights_Hnm = tensor_of(scores)
+        paddle.matmul(q_HnK, k_HmK, transpose_y=True, out=weights_Hnm)
+        cpu_kernels.softmax(scores.reshape(-1, m), n, n - 1 if causal else 0)
+        return weights_Hnm
     scores_Hnm = paddle.matmul(q_HnK, k_HmK, transpose_y=True).astype("float32")
-    n, m = scores_Hnm.shape[1:]
     if causal and n > 1:
         scores_Hnm = scores_Hnm.add_(causal_mask(n, m, scores_Hnm.place))
     return F.softmax_(scores_Hnm, axis=-1)
@@ -158,9 +167,7 @@ def _segment_grads(
     for rows, seen in blocks:
         weights_Hnm, grad = next(kept), grad_HnV[:, rows]
         part_v = paddle.matmul(weights_Hnm, grad, transpose_x=True)
-        scores_Hnm = paddle.matmul(grad, v_HmV[:, :seen], transpose_y=True).astype("float32")
-        scores_Hnm = scores_Hnm.subtract_(mean_Hn1[:, rows]).multiply_(weights_Hnm.astype("float32"))
-        scores_Hnm = scores_Hnm.astype(q_HnK.dtype)
+        scores_Hnm = _scores_grad(grad, v_HmV[:, :seen], weights_Hnm, mean_Hn1[:, rows])
         grad_q.append(paddle.matmul(scores_Hnm, k_HmK[:, :seen]))
         part_k = paddle.matmul(scores_Hnm, q_HnK[:, rows], transpose_x=True)
         if len(blocks) == 1:
@@ -170,6 +177,26 @@ def _segment_grads(
         grad_k[:, :seen] += part_k
         grad_v[:, :seen] += part_v
     return paddle.concat(grad_q, axis=1), grad_k, grad_v
+
+
+def _scores_grad(
+    grad_HnV: paddle.Tensor, v_HmV: paddle.Tensor, weights_Hnm: paddle.Tensor, mean_Hn1: paddle.Tensor
+) -> paddle.Tensor:
+    """Gradient of the scores, [H, n, m], from that of a block's result."""
+    if _takes_kernel(grad_HnV):
+        scores = np.empty(weights_Hnm.shape, np.float32)
+        scores_Hnm, keys = tensor_of(scores), v_HmV.shape[1]
+        paddle.matmul(grad_HnV, v_HmV, transpose_y=True, out=scores_Hnm)
+        weights = read(weights_Hnm).reshape(-1, keys)
+        cpu_kernels.softmax_grad(weights, scores.reshape(-1, keys), read(mean_Hn1).reshape(-1))
+        return scores_Hnm
+    scores_Hnm = paddle.matmul(grad_HnV, v_HmV, transpose_y=True).astype("float32")
+    scores_Hnm = scores_Hnm.subtract_(mean_Hn1).multiply_(weights_Hnm.astype("float32"))
+    return scores_Hnm.astype(grad_HnV.dtype)
+
+
+def _takes_kernel(x: paddle.Tensor) -> bool:
+    return ways.takes_kernels(x.place) and x.dtype == paddle.float32
 
 
 def attend_last(

@@ -25,15 +25,33 @@ NF4_VALUES = np.array(
     np.float32,
 )
 _FLOAT16_VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+# e^x is 2^n e^r; ln 2 in two parts, and a polynomial for |r| < 0.35. Source: Cephes, expf.
+_LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504088896341), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+_ROUND = np.float32(1.5 * 2**23)  # adding and subtracting it leaves whole numbers
+_LOWEST, _HIGHEST = np.float32(-87.0), np.float32(88.0)
+_ONE = np.float32(1.0)
 
 
-def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a function at its first call; where no folder can be written to, in every process again."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+def kernel(function: Callable[..., Any], *, reorder: bool = False) -> Callable[..., Any]:
+    """Compiles a function at its first call; where no folder can be written to, in every process again.
+
+    Args:
+        function: of numpy arrays and numbers.
+        reorder: a sum may be taken in several lanes, whose number depends on the processor only.
+    """
+    fastmath = {"contract", "reassoc", "nsz"} if reorder else {"contract"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:  # numba finds no folder for what it compiled
         return numba.njit(**options)(function)
+
+
+def sum_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel` of a sum in lanes."""
+    return kernel(function, reorder=True)
 
 
 @kernel
@@ -67,3 +85,124 @@ def _nf4(codes: np.ndarray, scales: np.ndarray, values: np.ndarray, out: np.ndar
 def nf4(codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
     """Packed codes uint8 [n / 2] and scales float32 [n / 64] -> float32 [n]; see `vl2.casts.from_nf4`."""
     _nf4(codes, scales, NF4_VALUES, out)
+
+
+@kernel
+def _exp(x: np.float32) -> np.float32:
+    """Within two units in the last place from -87 to 88, held there beyond; of no number it is no number."""
+    x = _LOWEST if x < _LOWEST else x
+    x = _HIGHEST if x > _HIGHEST else x
+    n = (x * _LOG2_E + _ROUND) - _ROUND
+    r = x - n * _LN2_HIGH - n * _LN2_LOW
+    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return (p * r * r + r + _ONE) * power
+
+
+@sum_kernel
+def _sum(x: np.ndarray) -> np.float32:
+    total = np.float32(0.0)
+    for i in range(x.size):
+        total += x[i]
+    return total
+
+
+@sum_kernel
+def _max(x: np.ndarray) -> np.float32:
+    top = x[0]
+    for i in range(x.size):
+        top = x[i] if x[i] > top else top
+    return top
+
+
+@kernel
+def softmax(scores: np.ndarray, queries: int, hidden: int) -> None:
+    """Softmax of each row in its place, float32 [H * n, m]; a row sees fewer of the last keys the earlier its query is.
+
+        3 queries of 4 keys, hidden 2      x x . .
+                                           x x x .
+                                           x x x x
+
+    Args:
+        scores: of H heads, in the order of the queries; zeros take the place of what is hidden.
+        queries: n.
+        hidden: keys that the first query does not see; 0: every query sees every key.
+    """
+    rows, keys = scores.shape
+    for row in range(rows):
+        seen = keys - max(hidden - row % queries, 0)
+        values = scores[row, :seen]
+        top = _max(values)
+        for i in range(seen):
+            values[i] = _exp(values[i] - top)
+        factor = _ONE / _sum(values)
+        for i in range(seen):
+            values[i] *= factor
+        scores[row, seen:] = 0
+
+
+@kernel
+def softmax_grad(weights: np.ndarray, grad: np.ndarray, mean: np.ndarray) -> None:
+    """Gradient of the scores in the place of that of the weights [rows, m]: weights * (grad - mean), mean [rows]."""
+    rows, keys = grad.shape
+    for row in range(rows):
+        for i in range(keys):
+            grad[row, i] = weights[row, i] * (grad[row, i] - mean[row])
+
+
+@kernel
+def gated(gate: np.ndarray, up: np.ndarray, stride: int, weights: np.ndarray, out: np.ndarray) -> None:
+    """SiLU of the gate times up times the row's weight, float32 [P, I].
+
+    Args:
+        gate: flat; row p begins at p * stride.
+        up: likewise.
+        stride: numbers from row to row.
+        weights: [P].
+        out: [P, I].
+    """
+    rows, inner = out.shape
+    for row in range(rows):
+        g, u = gate[row * stride : row * stride + inner], up[row * stride : row * stride + inner]
+        for i in range(inner):
+            out[row, i] = g[i] / (_ONE + _exp(-g[i])) * u[i] * weights[row]
+
+
+@kernel
+def gated_grad(
+    gate: np.ndarray,
+    up: np.ndarray,
+    stride: int,
+    weights: np.ndarray,
+    grad: np.ndarray,
+    grad_gate: np.ndarray,
+    grad_up: np.ndarray,
+    grad_weights: np.ndarray,
+) -> None:
+    """Gradients of what `gated` takes, from that of what it gives, [P, I]; they lie as what they are of."""
+    rows, inner = grad.shape
+    parts = np.empty(inner, np.float32)
+    for row in range(rows):
+        start, stop, weight, d = row * stride, row * stride + inner, weights[row], grad[row]
+        g, u, to_gate, to_up = gate[start:stop], up[start:stop], grad_gate[start:stop], grad_up[start:stop]
+        for i in range(inner):
+            sigmoid = _ONE / (_ONE + _exp(-g[i]))
+            silu = g[i] * sigmoid
+            parts[i] = d[i] * silu * u[i]
+            to_up[i] = d[i] * weight * silu
+            to_gate[i] = d[i] * weight * u[i] * (sigmoid + silu * (_ONE - sigmoid))
+        grad_weights[row] = _sum(parts)
+
+
+@kernel
+def sum_rows(x: np.ndarray, index: np.ndarray, each: int, out: np.ndarray) -> None:
+    """Each row of `out` is the sum of so many rows of x that follow one another in the index, in their order."""
+    rows, width = out.shape
+    for row in range(rows):
+        first = x[index[row * each]]
+        for i in range(width):
+            out[row, i] = first[i]
+        for choice in range(1, each):
+            further = x[index[row * each + choice]]
+            for i in range(width):
+                out[row, i] += further[i]

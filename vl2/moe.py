@@ -11,11 +11,11 @@ from typing import NamedTuple
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.nn.functional import swiglu
 
 from vl2.balance import LoadBalance
 from vl2.config import LanguageConfig
 from vl2.expert_rows import Dispatch, combine, dispatch, spread
+from vl2.gated import gated, gated_pair
 from vl2.grouped_linear import grouped_linear
 from vl2.linear import Linear
 
@@ -95,7 +95,7 @@ class Experts(nn.Layer):
         weights_P1 = spread(weights_TC.reshape([-1, 1]), where, each=1).astype(x_TD.dtype)
         hidden_P2I = grouped_linear(x_PD, layout, self.gate_up, self.lora and self.lora.gate_up(x_PD))
         # The weight is applied before the down projection, where the rows are narrower; the product is the same.
-        inner_PI = swiglu(hidden_P2I) * weights_P1
+        inner_PI = gated_pair(hidden_P2I, weights_P1)
         y_PD = grouped_linear(inner_PI, layout, self.down, self.lora and self.lora.down(inner_PI))
         return combine(y_PD, where, each=weights_TC.shape[1])
 
@@ -111,7 +111,7 @@ class MLP(nn.Layer):
 
     def forward(self, x_TD: paddle.Tensor) -> paddle.Tensor:
         """[T, D] -> [T, D]."""
-        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return self.down_proj(gated(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class MoE(nn.Layer):

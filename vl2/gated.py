@@ -1,0 +1,76 @@
+"""The gated activation of every MLP, SwiGLU, where Paddle's operations or one pass over memory compute it.
+
+Shape suffixes: P rows, I inner channels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+from paddle.autograd import PyLayer, PyLayerContext
+from paddle.nn.functional import swiglu
+
+from vl2 import cpu_kernels, ways
+from vl2.arrays import read, tensor_of
+
+
+def gated(gate_PI: paddle.Tensor, up_PI: paddle.Tensor) -> paddle.Tensor:
+    """SiLU of the gate, times up: [P, I]."""
+    if _takes_kernel(gate_PI):
+        return _Gated.apply(gate_PI, up_PI, None)
+    return swiglu(gate_PI, up_PI)
+
+
+def gated_pair(hidden_P2I: paddle.Tensor, weights_P1: paddle.Tensor) -> paddle.Tensor:
+    """`gated` of rows that hold gate and up, times the weight of each row: [P, 2I] -> [P, I]."""
+    if _takes_kernel(hidden_P2I):
+        return _Gated.apply(hidden_P2I, None, weights_P1)
+    return swiglu(hidden_P2I) * weights_P1
+
+
+def _takes_kernel(x: paddle.Tensor) -> bool:
+    return ways.takes_kernels(x.place) and x.dtype == paddle.float32
+
+
+class _Gated(PyLayer):
+    """Keeps what it takes; autograd would keep what is between the two products as well."""
+
+    @staticmethod
+    def forward(
+        ctx: PyLayerContext, gate: paddle.Tensor, up: paddle.Tensor | None, weights_P1: paddle.Tensor | None
+    ) -> paddle.Tensor:
+        """Gate and up [P, I], or both in one [P, 2I] -> [P, I]."""
+        ctx.has_up, ctx.has_weights = up is not None, weights_P1 is not None
+        ctx.save_for_backward(*(t.contiguous() for t in (gate, up, weights_P1) if t is not None))
+        gates, ups, stride, inner = _flat(gate, up)
+        out = np.empty([*gate.shape[:-1], inner], np.float32)
+        cpu_kernels.gated(gates, ups, stride, _weights(weights_P1, out.size // inner), out.reshape(-1, inner))
+        return tensor_of(out)
+
+    @staticmethod
+    def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> tuple[paddle.Tensor, ...]:
+        """Gradients of gate, up and weights, of those that there are."""
+        gate, *rest = ctx.saved_tensor()
+        up = rest.pop(0) if ctx.has_up else None
+        gates, ups, stride, inner = _flat(gate, up)
+        weights = _weights(rest[0] if rest else None, grad.size // inner)
+        grads = [np.empty(t.shape, np.float32) for t in (gate, up) if t is not None]
+        to_gate = grads[0].reshape(-1)
+        to_up = to_gate[inner:] if up is None else grads[1].reshape(-1)
+        to_weights = np.empty([weights.size, 1], np.float32)
+        cpu_kernels.gated_grad(
+            gates, ups, stride, weights, read(grad).reshape(-1, inner), to_gate, to_up, to_weights.reshape(-1)
+        )
+        return tuple(tensor_of(array) for array in (*grads, *([to_weights] * ctx.has_weights)))
+
+
+def _flat(gate: paddle.Tensor, up: paddle.Tensor | None) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Gates and ups, each flat from its first number on; numbers from row to row; I."""
+    gates, stride = read(gate).reshape(-1), gate.shape[-1]
+    if up is None:
+        return gates, gates[stride // 2 :], stride, stride // 2
+    return gates, read(up).reshape(-1), stride, stride
+
+
+def _weights(weights_P1: paddle.Tensor | None, rows: int) -> np.ndarray:
+    return np.ones(rows, np.float32) if weights_P1 is None else read(weights_P1).reshape(-1)
