@@ -50,6 +50,7 @@ BENCHMARKS = (
 )  # tests/bench/NAME.py
 VERBS = (*LOADERS, "runs", "doctor", "config", "test", "bench", "help")
 HELP = ("-h", "--help")
+_MOST_TEST_PROCESSES = 4  # each holds some 2 GB
 # Of third parties, at import time; what this repository warns of is never among it.
 QUIET = (
     "ignore:No ccache found:UserWarning",
@@ -165,6 +166,8 @@ def child_environment(environ: Mapping[str, str], num_processes: int, *, tf32: b
 def check(arguments: Sequence[str]) -> int:
     """Linter, formatter, types and tests, all of them whatever fails; what CI runs.
 
+    Tests without arguments run in several processes, file by file, in order: most of them use one core.
+
     Args:
         arguments: of pytest. `quick` in front leaves out the slow tests, `lint` in front runs no test at all.
 
@@ -173,13 +176,14 @@ def check(arguments: Sequence[str]) -> int:
     """
     tier = arguments[0] if arguments and arguments[0] in ("quick", "lint") else "all"
     commands = [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]]
-    if tier == "all":
-        commands.append(["pytest", *arguments])
-    elif tier == "quick":
-        commands.append(["pytest", "-m", "not slow", *arguments[1:]])
-    elif rest := arguments[1:]:
+    rest = list(arguments if tier == "all" else arguments[1:])
+    processes = 1 if rest else min(physical_cores(), _MOST_TEST_PROCESSES)
+    if tier == "lint" and rest:
         raise UserError(f"test lint runs no test and takes no arguments, found {' '.join(rest)}")
-    environ, codes = child_environment(os.environ, 1), []
+    if tier != "lint":
+        share = ["-n", str(processes), "--dist", "loadfile", "--no-loadscope-reorder"] if processes > 1 else []
+        commands.append(["pytest", *share, *(["-m", "not slow"] if tier == "quick" else []), *rest])
+    environ, codes = child_environment(os.environ, processes), []
     for command in commands:
         print("+", *command, file=sys.stderr, flush=True)
         codes.append(subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environ).returncode)
