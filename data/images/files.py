@@ -60,7 +60,7 @@ def opened(path: Path, root: str = "") -> Iterator[BinaryIO]:
             raise ImageError(f"expected an image file, found {_kind(status.st_mode)} at {shown(path)}")
         if not status.st_size:
             raise ImageError(f"expected an image file, found an empty file (0 bytes) at {shown(path)}")
-        file = path.open("rb")
+        file = _open_inside(path, root) if root else path.open("rb")
     except ImageError:
         raise
     except FileNotFoundError:
@@ -103,6 +103,21 @@ def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _open_inside(path: Path, root: str) -> BinaryIO:
+    """Open a file without following any link, each folder from the one before: no link put there meanwhile counts."""
+    top = os.path.realpath(root)
+    folder = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        *names, name = Path(os.path.realpath(path)).relative_to(top).parts
+        for each in names:
+            inner = os.open(each, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder), "rb")
+    finally:
+        os.close(folder)
 
 
 def _inside(path: Path, root: str) -> bool:

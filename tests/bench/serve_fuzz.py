@@ -146,7 +146,7 @@ def _raw(host: str, port: int, body: bytes, draw: random.Random) -> None:
         draw.choice(("POST", "GET", "OPTIONS", "X" * 50))
         + " /v1/chat/completions "
         + draw.choice(("HTTP/1.1", "HTTP/9")),
-        "Host: x",
+        "Host: localhost",
         f"Content-Length: {draw.choice((0, -1, 5, len(body), 'x', 10**12))}",
         draw.choice(("Content-Type: application/json", "Transfer-Encoding: chunked", "X: " + "y" * 9000, "Broken")),
     ]

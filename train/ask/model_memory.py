@@ -11,7 +11,7 @@ from pathlib import Path
 from paddle import nn
 
 from train.machine.memory import check_memory, gigabytes
-from vl2.config import VL2Config
+from vl2.config import LanguageConfig, VL2Config
 from vl2.dtypes import item_bytes
 from vl2.parameters import build_model
 
@@ -39,6 +39,15 @@ def check_inference(model: str | Path, config: VL2Config, dtype: str) -> None:
     need = inference_memory(config, dtype)
     advice = "use a machine with more, or a smaller model" + (", or precision=bf16" if dtype == "float32" else "")
     check_memory(need, f"{model} in {dtype} takes {gigabytes(need)} of weights", advice)
+
+
+def cached_numbers(language: LanguageConfig) -> int:
+    """How many numbers are kept of a token while an answer grows: of MLA its compressed row, else keys and values."""
+    if language.use_mla:
+        width = (language.kv_lora_rank or 0) + language.qk_rope_head_dim
+    else:
+        width = 2 * language.num_key_value_heads * language.head_dim
+    return language.num_hidden_layers * width
 
 
 def weight_sizes(model: nn.Layer) -> dict[str, int]:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from train.serve.chat import Chat
+from train.serve.connection import LocalOnly, is_local
 from train.serve.errors import ApiError
 from train.serve.metrics import resident_bytes
 from train.serve.models import Served
@@ -58,6 +59,8 @@ def make_app(chat: Chat) -> FastAPI:
     # Its own pages of documentation would load scripts from elsewhere.
     app = FastAPI(title="DeepSeek-VL2", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Counted, chat=chat)
+    if not chat.has_key and is_local(chat.config.host):
+        app.add_middleware(LocalOnly, host=chat.config.host)
     started = int(time.time())
 
     @app.post("/v1/chat/completions")

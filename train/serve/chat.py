@@ -74,6 +74,11 @@ class Chat:
         """Requests that are not answered yet: being read, prepared or waiting for their turn."""
         return max(0, self.active - self.engine.num_running)
 
+    @property
+    def has_key(self) -> bool:
+        """Whether requests must have a key."""
+        return bool(self._key)
+
     def check_key(self, request: Request) -> None:
         """Refuse a request without the key; how long it takes tells nothing of it.
 
@@ -119,7 +124,7 @@ class Chat:
         return Answering(
             job,
             pieces,
-            boxes=lambda text: [box_row(each) for each in read_boxes(text, sizes).boxes],
+            boxes=lambda text: _boxes(text, sizes),
             streamed=bool(asked.stream),
             usage=bool(asked.stream_options and asked.stream_options.include_usage),
             finished=self._count_tokens,
@@ -188,6 +193,12 @@ class Chat:
             stops=asked.stops,
             deadline=arrived + self.config.deadline,
         ), sizes
+
+
+def _boxes(text: str, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """The fields of an answer's message that tell of its boxes, as `infer` names them."""
+    read = read_boxes(text, sizes)
+    return {"boxes": [box_row(each) for each in read.boxes], "malformed_boxes": read.malformed}
 
 
 def _overloaded() -> ApiError:

@@ -7,14 +7,20 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import paddle
+
 from data.images.reader import ImageReader
 from train.ask.load import Loaded, load_beside, load_opened, open_model
+from train.ask.model_memory import cached_numbers
 from train.ask.note import note
 from train.config.serve_schema import ServeConfig
+from train.machine.memory import FreeMemory, gigabytes
 from train.store.checkpoints import chosen_checkpoint
 from vl2.adapter.switch import Switch
+from vl2.dtypes import item_bytes
 from vl2.errors import UserError
 
+_SPARE_ROOM = 2
 _INSIDE_A_RUN = re.compile(r"(export|adapter)(_|-|$)")  # folders that are called by what they are, not by whose
 
 
@@ -63,6 +69,27 @@ def load_models(config: ServeConfig) -> dict[str, Served]:
             note("a model comes from a rehearsal on nano")
             break
     return {**adapters, **served} if base.source.kind == "adapter" else {**served, **adapters}
+
+
+def warn_of_memory(served: dict[str, Served], max_batch_tokens: int, free: FreeMemory | None) -> None:
+    """Say so where the answers that may run at the same time need more memory than there is.
+
+    Args:
+        served: all that is.
+        max_batch_tokens: of the settings.
+        free: what can be had once the weights are loaded; None: nobody knows.
+    """
+    model = next(iter(served.values())).loaded.model
+    # Activations are float32 on a CPU. A sequence that outgrows its place gets one of twice the room.
+    weights = str(model.language.lm_head.weight.dtype).removeprefix("paddle.")
+    dtype = "float32" if paddle.get_device() == "cpu" else weights
+    each = _SPARE_ROOM * item_bytes(dtype) * cached_numbers(model.config.language)
+    if free is not None and each * max_batch_tokens > free.num_bytes:
+        note(
+            f"max_batch_tokens={max_batch_tokens}: keys and values of so many tokens can take "
+            f"{gigabytes(each * max_batch_tokens)}, and {gigabytes(free.num_bytes)} are available ({free.where}); "
+            f"max_batch_tokens={free.num_bytes // each} fits"
+        )
 
 
 def name_of(model: str) -> str:

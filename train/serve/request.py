@@ -13,6 +13,7 @@ _TAG = "="  # begins the names of a union's members, which are no part of a fiel
 LEAST_TEMPERATURE = 0.001  # below it the softmax overflows; 0 is greedy
 _MAX_STOPS, _MAX_STOP = 16, 500
 _MAX_SHOWN = 200  # characters of a value in an error
+_MAX_VALUES = 1_000_000  # of the JSON: while Python decodes it, all other answers wait
 
 
 def _kind(value: Any) -> str | None:
@@ -88,7 +89,8 @@ class AssistantMessage(_Strict):
     audio: None = None
     function_call: None = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    boxes: Any = None  # read from the text again
+    boxes: Any = None  # read from the text again, as are those that cannot be read
+    malformed_boxes: Any = None
 
 
 Message = Annotated[
@@ -207,6 +209,9 @@ def _json(body: bytes) -> Any:
     def refuse(name: str) -> NoReturn:
         raise ValueError(f"{name} is no number of JSON")
 
+    marks = body.count(b",") + body.count(b"[") + body.count(b"{")  # those in texts are counted as well
+    if marks > _MAX_VALUES:
+        raise ApiError(413, f"expected at most {_MAX_VALUES:,} values, found {marks:,} , [ and {{", code="too_large")
     try:
         return json.loads(body.decode("utf-8"), parse_constant=refuse)
     except RecursionError:

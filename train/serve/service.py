@@ -18,11 +18,13 @@ from train.ask.note import note
 from train.config.load import load_serve_config
 from train.config.serve_schema import ServeConfig
 from train.machine.devices import use_device
+from train.machine.memory import find_free_memory
 from train.serve.app import make_app
 from train.serve.chat import Chat
+from train.serve.connection import Connection
 from train.serve.engine import Engine, Job, Piece
 from train.serve.metrics import Metrics
-from train.serve.models import load_models
+from train.serve.models import load_models, warn_of_memory
 from vl2.errors import UserError
 
 _LONGEST_KEY = 4096  # characters
@@ -34,11 +36,12 @@ def main(arguments: list[str]) -> int:
     """Entry script."""
     started = time.perf_counter()
     config = load_serve_config(arguments)
-    key = config.api_key or read_key(config.api_key_file)
+    key = check_key("api_key", config.api_key) if config.api_key else read_key(config.api_key_file)
     check_folder(config.media_root)
     use_device(config.device, tf32=config.tf32)
     with listen(config.host, config.port) as place:
         models = load_models(config)
+        warn_of_memory(models, config.max_batch_tokens, find_free_memory())
         return asyncio.run(serve(config, models, key, place, started))
 
 
@@ -59,7 +62,9 @@ async def serve(config: ServeConfig, models: dict, key: str, place: socket.socke
     )
     chat = Chat(config, models, engine, Metrics(), key=key)
     server = _Server(
-        uvicorn.Config(make_app(chat), log_level="warning", access_log=False, lifespan="off", server_header=False)
+        uvicorn.Config(
+            make_app(chat), http=Connection, log_level="warning", access_log=False, lifespan="off", server_header=False
+        )
     )
     for number in _SIGNALS:
         loop.add_signal_handler(number, _end, server, chat)
@@ -140,9 +145,22 @@ def read_key(path: str) -> str:
         raise UserError(f"api_key_file={path}: expected a key of ASCII characters, found other bytes") from None
     except OSError as error:
         raise UserError(f"api_key_file={path}: cannot be read ({error.strerror})") from error
+    return check_key(f"api_key_file={path}", key)
+
+
+def check_key(where: str, key: str) -> str:
+    """Refuse what a header cannot hold; the key.
+
+    Args:
+        where: it was given; the key itself is not shown.
+        key: as it was given.
+
+    Raises:
+        UserError: naming the place.
+    """
     if not key or len(key) > _LONGEST_KEY or any(not "!" <= character <= "~" for character in key):
         raise UserError(
-            f"api_key_file={path}: expected one key of 1 to {_LONGEST_KEY} characters, spaces not among them, found "
+            f"{where}: expected one key of 1 to {_LONGEST_KEY} ASCII characters, spaces not among them, found "
             f"{len(key)} characters"
         )
     return key

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from train.serve.engine import Job, Piece
 from train.serve.errors import ApiError
 
+_SENDING_SECONDS = 5.0  # beyond its deadline an answer may take so long to be read
 _HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 
 
@@ -45,7 +46,7 @@ class Answering(Response):
     Args:
         job: waits in the engine.
         pieces: what comes of it.
-        boxes: reads the boxes of a whole answer.
+        boxes: reads the boxes of a whole answer: the fields of its message that tell of them.
         streamed: piece by piece.
         usage: a last event of a stream counts the tokens.
         finished: called once with the number of tokens, however it ends.
@@ -56,7 +57,7 @@ class Answering(Response):
         job: Job,
         pieces: Pieces,
         *,
-        boxes: Callable[[str], list[dict[str, Any]]],
+        boxes: Callable[[str], dict[str, Any]],
         streamed: bool,
         usage: bool,
         finished: Callable[[int], None],
@@ -67,11 +68,12 @@ class Answering(Response):
         self.outcome, self.num_ids, self.background = 499, 0, None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; without a client there is nothing to answer."""
+        """Answer; without a client, or one that reads, there is nothing to answer."""
         answer = asyncio.ensure_future(self._stream(send) if self.streamed else self._whole(scope, receive, send))
         gone = asyncio.ensure_future(_gone(receive))
         try:
-            await asyncio.wait([answer, gone], return_when=asyncio.FIRST_COMPLETED)
+            rest = max(0.0, self.job.deadline - time.monotonic()) + _SENDING_SECONDS
+            await asyncio.wait([answer, gone], timeout=rest, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 answer.cancel()
             gone.cancel()
@@ -110,7 +112,7 @@ class Answering(Response):
             await JSONResponse(error.document, error.status, error.headers)(scope, receive, send)
             return
         self.outcome = 200
-        message = {"role": "assistant", "content": text, "refusal": None, "boxes": self.boxes(text)}
+        message = {"role": "assistant", "content": text, "refusal": None, **self.boxes(text)}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
         document = self._document("chat.completion", [choice], usage=self._usage())
         await JSONResponse(document)(scope, receive, send)
@@ -125,8 +127,8 @@ class Answering(Response):
                 if piece.text:
                     await self._send(send, self._chunk({"content": piece.text}))
                 if piece.finish:
-                    boxes = self.boxes(text)
-                    await self._send(send, self._chunk({"boxes": boxes} if boxes else {}, piece.finish))
+                    found = {key: value for key, value in self.boxes(text).items() if value}
+                    await self._send(send, self._chunk(found, piece.finish))
             if self.usage:
                 await self._send(send, self._document("chat.completion.chunk", [], usage=self._usage()))
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})

@@ -294,6 +294,40 @@ def test_a_file_may_not_lie_outside_its_root(tmp_path, noise):
     assert reader.size(ImageRef(kind="file", name=str(root / "in.png"), root=str(tmp_path / "shop3"))) == (90, 60)
 
 
+def test_a_link_put_there_while_a_file_is_opened(tmp_path, noise, monkeypatch):
+    """The look for links and the opening were two steps."""
+    root, outside = tmp_path / "shop", tmp_path / "outside"
+    (root / "inner").mkdir(parents=True)
+    outside.mkdir()
+    for folder in (root / "inner", outside):
+        noise.save(folder / "a.png")
+    picture = ImageRef(kind="file", name=str(root / "inner" / "a.png"), root=str(root))
+    real = os.open
+
+    def swapped(*names):
+        def open_after(path, *args, **options):
+            found = real(path, *args, **options)
+            if str(path) == str(root):  # the first step
+                for name in names:
+                    (root / name).rename(root / name.replace("a.png", "old.png").replace("inner", "old", 1))
+                    (root / name).symlink_to(outside if name == "inner" else outside / "a.png")
+            return found
+
+        return open_after
+
+    assert ImageReader().size(picture) == (90, 60)
+    for name in ("inner/a.png", "inner"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "open", swapped(name))
+            (root / "old").mkdir(exist_ok=True)
+            with pytest.raises(ImageError, match=r"expected the path of an image file, found .*a\.png: "):
+                ImageReader().size(picture)
+        if name != "inner":
+            (root / name).unlink()
+            (root / "old" / "old.png").rename(root / name)
+            (root / "old").rmdir()
+
+
 def test_bytes_are_read_like_a_file(tmp_path, noise):
     for suffix in ("png", "jpeg", "webp", "gif", "tiff"):
         stream = io.BytesIO()

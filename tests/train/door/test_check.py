@@ -24,15 +24,16 @@ def ran(monkeypatch) -> list[str]:
         return subprocess.CompletedProcess(command, 3 if command[2] == "mypy" else 0)
 
     monkeypatch.setattr(launch.subprocess, "run", run)
+    monkeypatch.setattr(launch, "physical_cores", lambda: 16)
     return commands
 
 
 @pytest.mark.parametrize(
     ("arguments", "tests"),
     [
-        ([], ["pytest"]),
+        ([], ["pytest -n 4 --dist loadfile --no-loadscope-reorder"]),
         (["-x", "tests/data"], ["pytest -x tests/data"]),
-        (["quick"], ["pytest -m not slow"]),
+        (["quick"], ["pytest -n 4 --dist loadfile --no-loadscope-reorder -m not slow"]),
         (["quick", "tests/data"], ["pytest -m not slow tests/data"]),
         (["lint"], []),
     ],
@@ -41,6 +42,12 @@ def test_tiers(ran, arguments, tests):
     """A failing check is the exit code, and those after it run all the same."""
     assert launch.main(["test", *arguments]) == 3
     assert ran == LINT + tests
+
+
+def test_one_core_runs_them_in_one_process(ran, monkeypatch):
+    monkeypatch.setattr(launch, "physical_cores", lambda: 1)
+    launch.main(["test"])
+    assert ran[-1] == "pytest"
 
 
 def test_lint_takes_no_tests(ran):

@@ -1,5 +1,6 @@
 """How the service starts, and refuses to; how it ends while requests are under way."""
 
+import contextlib
 import http.client
 import json
 import signal
@@ -11,11 +12,18 @@ import pytest
 
 from tests.train.provenance import provenance
 from tests.train.serve.conftest import RAMBLING, ready, start, user
-from train.ask.load import Loaded, load_beside
+from train.ask.answer import prepare
+from train.ask.load import Loaded, load, load_beside
+from train.ask.model_memory import cached_numbers
 from train.ask.source import Source
 from train.config.schema import NANO
+from train.machine.memory import FreeMemory
+from train.serve.models import Served, warn_of_memory
 from train.serve.service import listen, main, read_key
+from vl2.batch import Batch, Growing
+from vl2.cache import ROOM, SLOTS
 from vl2.errors import UserError
+from vl2.prompt import Message
 
 KEY = "a-key-of-our-own"
 
@@ -54,6 +62,37 @@ def test_a_file_without_a_key(tmp_path, content, problem):
     assert read_key(str(file)) == KEY
 
 
+@pytest.mark.parametrize("given", ["two keys", "schlüssel", "x" * 5000])
+def test_a_key_that_no_header_can_hold(given):
+    """A key in a file was looked at, and one that was typed was not: nobody could have given it."""
+    with pytest.raises(UserError, match=rf"^api_key: expected one key of 1 to 4096 .*, found {len(given)} characters$"):
+        main([f"model={NANO}", f"api_key={given}", "device=cpu"])
+
+
+def test_more_tokens_than_memory_are_said(capsys):
+    served = {"nano": Served(name="nano", loaded=load(NANO), switch=None, adapter=None)}
+    warn_of_memory(served, 1000, FreeMemory(num_bytes=10**9, where="RAM"))
+    assert not capsys.readouterr().err
+    warn_of_memory(served, 10**9, FreeMemory(num_bytes=10**9, where="RAM"))
+    said = capsys.readouterr().err
+    fits = int(said.rpartition("max_batch_tokens=")[2].split()[0])
+    language = served["nano"].loaded.model.config.language
+    assert fits == 10**9 // (2 * 4 * cached_numbers(language)) and "1.00 GB are available (RAM)" in said
+
+
+@pytest.mark.slow
+def test_what_is_kept_of_a_token_is_counted(golden_folder):
+    for family in ("nano_tiny", "nano_small"):  # MHA, MLA
+        loaded = load(golden_folder(family))
+        batch = Batch(loaded.model, eos_id=-1, chunk=64)
+        prompt = prepare([Message(role="user", content="a " * 60)], [], loaded)
+        assert len(prompt["input_ids"]) < ROOM
+        batch.add(growing := Growing(prompt, limit=9, temperature=0.0, top_p=1.0, seed=(0, 0)))
+        while len(growing.ids) < 2:
+            batch.step()
+        assert batch.num_bytes == SLOTS * ROOM * 4 * cached_numbers(loaded.model.config.language)
+
+
 def test_what_cannot_be_served(tmp_path, adapters):
     with pytest.raises(UserError, match=r"^media_root=.*none: no such folder"):
         main([f"model={NANO}", f"media_root={tmp_path}/none", "device=cpu"])
@@ -64,7 +103,6 @@ def test_what_cannot_be_served(tmp_path, adapters):
 
 
 def test_an_adapter_of_another_base(tmp_path):
-    from train.ask.load import load
     from vl2.adapter.folder import save_adapter
     from vl2.lora import apply_lora
     from vl2.lora_settings import LoRASettings
@@ -134,5 +172,10 @@ def test_more_than_may_wait_are_told_when_to_come_again():
         thread.join()
     assert {status for status, _ in found} == {200, 429}
     assert all(retry for status, retry in found if status == 429)
+    # It ends beside a client that reads nothing of thousands of answers; their sending held it open for ever.
+    unread = socket.create_connection((place.split(":")[0], int(place.split(":")[1])), timeout=60)
+    unread.settimeout(0.5)
+    with contextlib.suppress(TimeoutError):
+        unread.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20_000)
     service.process.terminate()
     assert service.process.wait(60) == 0
