@@ -24,6 +24,10 @@ from vl2.linear import Linear
 
 # A longer segment is computed in blocks of QUERY_BLOCK queries: with fewer the calls cost more than the work saved.
 MAX_ROWS, QUERY_BLOCK = 1024, 512
+# The same of a causal segment where kernels add up: MKL multiplies a transposed matrix twice as fast in such blocks.
+KERNEL_BLOCK = 256
+# Softmax weights of a segment that are kept for backward; those of a longer one are computed again.
+KEPT_WEIGHTS = 1 << 27
 FLASH_WIDTH = 256  # channels of a head, at most
 
 Block = tuple[slice, int]  # queries of a segment, number of its first keys that they see
@@ -66,15 +70,18 @@ def attention(
     return _PlainAttention.apply(q_THK, k_THK, v_THV, list(q_lens), list(k_lens), scale, causal)
 
 
-def _segments(q_lens: Sequence[int], k_lens: Sequence[int], causal: bool) -> Iterator[tuple[slice, slice, list[Block]]]:
+def _segments(
+    q_lens: Sequence[int], k_lens: Sequence[int], causal: bool, kernels: bool
+) -> Iterator[tuple[slice, slice, list[Block]]]:
     """Of every segment its queries and keys (slices of the stream) and its blocks.
 
     A segment of up to MAX_ROWS queries is one block; a longer causal one is cut, which skips the keys after each block
     and bounds the score matrix.
     """
+    longest, step_of_longer = (KERNEL_BLOCK, KERNEL_BLOCK) if kernels and causal else (MAX_ROWS, QUERY_BLOCK)
     q_start = k_start = 0
     for q_len, k_len in zip(q_lens, k_lens, strict=True):
-        step = q_len if q_len <= MAX_ROWS else QUERY_BLOCK
+        step = q_len if q_len <= longest else step_of_longer
         blocks = []
         for start in range(0, q_len, step):
             stop = min(start + step, q_len)
@@ -121,12 +128,13 @@ class _PlainAttention(PyLayer):
         # Asked now: under recompute the saved tensors come back as other objects, whose flag says nothing.
         ctx.needs_grad = [not x.stop_gradient for x in (q_THK, k_THK, v_THV)]
         outs, kept = [], []
-        for queries, keys, blocks in _segments(q_lens, k_lens, causal):
+        for queries, keys, blocks in _segments(q_lens, k_lens, causal, _takes_kernel(q_HTK)):
             q_HnK, k_HmK, v_HmV = q_HTK[:, queries], k_HTK[:, keys], v_HTV[:, keys]
+            keeps = any(ctx.needs_grad) and _keeps(q_HnK, blocks)
             for rows, seen in blocks:
                 weights_Hnm = _weights(q_HnK[:, rows], k_HmK[:, :seen], causal).astype(v_THV.dtype)
                 outs.append(paddle.matmul(weights_Hnm, v_HmV[:, :seen]))
-                if any(ctx.needs_grad):
+                if keeps:
                     kept.append(weights_Hnm)
         out_HTV = outs[0] if len(outs) == 1 else paddle.concat(outs, axis=1)
         ctx.args = q_lens, k_lens, scale, causal
@@ -142,9 +150,9 @@ class _PlainAttention(PyLayer):
         mean_HT1 = (grad_HTV * out_HTV).sum(axis=-1, keepdim=True).astype("float32")
         grads: tuple[list, list, list] = [], [], []
         kept = iter(kept)
-        for queries, keys, blocks in _segments(q_lens, k_lens, causal):
+        for queries, keys, blocks in _segments(q_lens, k_lens, causal, _takes_kernel(q_HTK)):
             segment = q_HTK[:, queries], grad_HTV[:, queries], mean_HT1[:, queries], k_HTK[:, keys], v_HTV[:, keys]
-            for total, part in zip(grads, _segment_grads(*segment, blocks, kept), strict=True):
+            for total, part in zip(grads, _segment_grads(*segment, blocks, kept, causal), strict=True):
                 total.append(part)
         grad_q, grad_k, grad_v = (parts[0] if len(parts) == 1 else paddle.concat(parts, axis=1) for parts in grads)
         arrived = zip((grad_q * scale, grad_k, grad_v), ctx.needs_grad, strict=True)
@@ -159,24 +167,44 @@ def _segment_grads(
     v_HmV: paddle.Tensor,
     blocks: list[Block],
     kept: Iterator[paddle.Tensor],
+    causal: bool,
 ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-    """Gradients of one segment's q, k and v; `kept` yields the softmax weights of its blocks."""
+    """Gradients of one segment's q, k and v; `kept` yields the softmax weights of its blocks, where they are kept."""
     grad_q: list[paddle.Tensor] = []
     grad_k: Any = None
     grad_v: Any = None
+    keeps = _keeps(q_HnK, blocks)
     for rows, seen in blocks:
-        weights_Hnm, grad = next(kept), grad_HnV[:, rows]
+        grad = grad_HnV[:, rows]
+        weights_Hnm = next(kept) if keeps else _weights(q_HnK[:, rows], k_HmK[:, :seen], causal).astype(grad.dtype)
         part_v = paddle.matmul(weights_Hnm, grad, transpose_x=True)
         scores_Hnm = _scores_grad(grad, v_HmV[:, :seen], weights_Hnm, mean_Hn1[:, rows])
         grad_q.append(paddle.matmul(scores_Hnm, k_HmK[:, :seen]))
         part_k = paddle.matmul(scores_Hnm, q_HnK[:, rows], transpose_x=True)
         if len(blocks) == 1:
             return grad_q[0], part_k, part_v
-        if grad_k is None:
-            grad_k, grad_v = paddle.zeros_like(k_HmK), paddle.zeros_like(v_HmV)
-        grad_k[:, :seen] += part_k
-        grad_v[:, :seen] += part_v
+        grad_k, grad_v = _add_first(grad_k, part_k, k_HmK), _add_first(grad_v, part_v, v_HmV)
+    grad_k, grad_v = (tensor_of(x) if isinstance(x, np.ndarray) else x for x in (grad_k, grad_v))
     return paddle.concat(grad_q, axis=1), grad_k, grad_v
+
+
+def _keeps(q_HnK: paddle.Tensor, blocks: list[Block]) -> bool:
+    """Whether the weights of a segment are kept for its backward."""
+    return q_HnK.shape[0] * sum((rows.stop - rows.start) * seen for rows, seen in blocks) <= KEPT_WEIGHTS
+
+
+def _add_first(total_HmK: Any, part_HsK: paddle.Tensor, like_HmK: paddle.Tensor) -> Any:
+    """The sum of a total, zeros where there is none yet, and of a part that is for its first rows; an array on CPU.
+
+    Paddle's addition to a slice takes longer there than the product that made the part.
+    """
+    if _takes_kernel(part_HsK):
+        total_HmK = np.zeros(like_HmK.shape, np.float32) if total_HmK is None else total_HmK
+        cpu_kernels.add_first(total_HmK, read(part_HsK))
+        return total_HmK
+    total_HmK = paddle.zeros_like(like_HmK) if total_HmK is None else total_HmK
+    total_HmK[:, : part_HsK.shape[1]] += part_HsK
+    return total_HmK
 
 
 def _scores_grad(

@@ -206,3 +206,13 @@ def sum_rows(x: np.ndarray, index: np.ndarray, each: int, out: np.ndarray) -> No
             further = x[index[row * each + choice]]
             for i in range(width):
                 out[row, i] += further[i]
+
+
+@kernel
+def add_first(total: np.ndarray, part: np.ndarray) -> None:
+    """Adds [H, s, K] to the first rows of [H, m, K]."""
+    for head in range(part.shape[0]):
+        for row in range(part.shape[1]):
+            to, what = total[head, row], part[head, row]
+            for i in range(part.shape[2]):
+                to[i] += what[i]

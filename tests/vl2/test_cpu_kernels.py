@@ -3,12 +3,14 @@
 Both ways differ by the order of sums and by the last place of the exponential function: some 1e-6 of the largest value.
 """
 
+from unittest import mock
+
 import numpy as np
 import paddle
 import pytest
 
 from vl2 import cpu_kernels
-from vl2.attention import attention
+from vl2.attention import _weights, attention
 from vl2.expert_rows import combine, dispatch
 from vl2.gated import gated, gated_pair
 
@@ -36,6 +38,7 @@ def test_attention(causal, q_lens, k_lens, monkeypatch):
     """Packs of one token, several segments, cached keys, and blocks of queries."""
     monkeypatch.setattr("vl2.attention.MAX_ROWS", 16)
     monkeypatch.setattr("vl2.attention.QUERY_BLOCK", 8)
+    monkeypatch.setattr("vl2.attention.KERNEL_BLOCK", 7)
 
     def work(q, k, v):
         return attention(q, k, v, q_lens, k_lens, scale=0.4, causal=causal)
@@ -43,6 +46,23 @@ def test_attention(causal, q_lens, k_lens, monkeypatch):
     shapes = [sum(q_lens), 2, 6], [sum(k_lens), 2, 6], [sum(k_lens), 2, 5]
     for kernel, plain in zip(*in_both_ways(monkeypatch, work, *shapes), strict=True):
         np.testing.assert_allclose(kernel, plain, **CLOSE)
+
+
+def test_weights_of_a_long_segment_are_computed_again(monkeypatch):
+    """To the same bits: what is kept is bounded, whatever the length of a segment."""
+    found = []
+    for kept in (10, 1 << 20):
+        monkeypatch.setattr("vl2.attention.KEPT_WEIGHTS", kept)
+        monkeypatch.setattr("vl2.attention.KERNEL_BLOCK", 4)
+        with mock.patch("vl2.attention._weights", wraps=_weights) as made:
+            paddle.seed(0)
+            q, k, v = (paddle.randn([9, 2, 4]) for _ in range(3))
+            for x in (q, k, v):
+                x.stop_gradient = False
+            attention(q, k, v, [9], [9], scale=0.5).square().sum().backward()
+        found.append([made.call_count, *(x.grad.numpy() for x in (q, k, v))])
+    assert (found[0][0], found[1][0]) == (6, 3)
+    assert all(np.array_equal(one, other) for one, other in zip(found[0][1:], found[1][1:], strict=True))
 
 
 def test_gated_activations(monkeypatch):

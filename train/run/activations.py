@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from train.config.schema import TrainConfig
 from train.config.trains import trained_groups
-from vl2.attention import MAX_ROWS
+from vl2.attention import KEPT_WEIGHTS, KERNEL_BLOCK
 from vl2.config import LanguageConfig, VisionConfig, VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
 from vl2.language import HEAD_CHUNK
@@ -80,8 +80,8 @@ def _saved(language: LanguageConfig, layer: int, tokens: int, on_gpu: bool) -> f
     attention = 4 * width + heads * (4 * _key_width(language) + 2 * _value_width(language))
     if language.use_mla:  # latents, and keys and values before they are put together
         attention += (language.kv_lora_rank or 0) + heads * (language.qk_nope_head_dim + language.v_head_dim)
-    if not on_gpu:  # weights of a conversation as long as the pack; beyond MAX_ROWS the half that is seen
-        attention += heads * (tokens if tokens <= MAX_ROWS else tokens // 2)
+    if not on_gpu:  # weights of a conversation as long as the pack, the half that is seen and half a block more
+        attention += min(heads * (tokens + KERNEL_BLOCK) // 2, KEPT_WEIGHTS // tokens)
     if not language.is_moe(layer):
         return tokens * (attention + 3 * language.intermediate_size)
     inner = language.moe_intermediate_size
