@@ -27,7 +27,7 @@ IGNORE = -100
 class ImagePlan(NamedTuple):
     """Where the images of a batch go."""
 
-    first: np.ndarray  # the distinct tiles, which are encoded
+    first: np.ndarray  # the distinct tiles, which are encoded, among all
     rows: Arrangement
     positions_R: np.ndarray  # of their rows in the stream
 
@@ -37,7 +37,8 @@ class DeepseekVL2(nn.Layer):
 
     A batch is a mapping of arrays or tensors (see `data`): `input_ids` [T], `position_ids` [T], `seq_lens` [S], for
     training `labels` [T] (already shifted, -100 where nothing is supervised), and with images `tiles` uint8
-    [N, 3, 384, 384] and `grids` [images, 2] (width, height in tiles).
+    [N, 3, 384, 384] and `grids` [images, 2] (width, height in tiles). In place of `tiles` there may be `seen`:
+    what `see` gave of the distinct ones.
 
     Args:
         config: sizes and switches.
@@ -61,29 +62,59 @@ class DeepseekVL2(nn.Layer):
         self.language.model.recompute_every = every
         self.vision.recompute_every = every
 
-    def image_rows(self, tiles_N3XX: np.ndarray, plan: ImagePlan, order_R: paddle.Tensor) -> paddle.Tensor:
+    def image_rows(self, batch: Mapping, plan: ImagePlan, order_R: paddle.Tensor) -> paddle.Tensor:
         """Rows of all images in stream order, [sum of image tokens, D].
 
         Equal tiles are encoded once: an image of one local tile has it twice, as its global view too.
         """
-        if any(not p.stop_gradient for p in self.vision.parameters()) and paddle.is_grad_enabled():
-            parts = [self.vision(paddle.to_tensor(tiles_N3XX[plan.first]), self.compute_dtype)]
+        trained = any(not p.stop_gradient for p in self.vision.parameters()) and paddle.is_grad_enabled()
+        if "seen" not in batch and trained:
+            features_NPW = self.vision(paddle.to_tensor(_array(batch["tiles"])[plan.first]), self.compute_dtype)
+            parts = [self.projector(features_NPW)]
         else:
-            parts = list(self._frozen_features(tiles_N3XX, plan))
+            parts = self._projected(list(self._frozen_features(batch, plan)))
         return self._arranged(parts, plan, order_R)
 
-    def _frozen_features(self, tiles_N3XX: np.ndarray, plan: ImagePlan) -> Iterator[paddle.Tensor]:
-        """Features of the distinct tiles, slice by slice, which no gradient goes through."""
-        pixels = paddle.to_tensor(tiles_N3XX[plan.first])
+    def see(self, tiles_N3XX: np.ndarray) -> Iterator[paddle.Tensor]:
+        """What the frozen parts make of tiles, slice by slice: [n, P, W], or [n, G, D] of a projector frozen as well.
+
+        What a tile becomes does not depend, on a CPU, on the tiles beside it: a slice there is one tile, since the
+        rounding of a matrix product changes with the number of its rows.
+        """
+        pixels = paddle.to_tensor(tiles_N3XX)
         size = frozen_tile_slice(pixels.place)
-        for start in range(0, len(plan.first), size):
+        for start in range(0, len(tiles_N3XX), size):
             with paddle.no_grad():
                 features_NPW = self.vision(pixels[start : start + size], self.compute_dtype)
-            yield features_NPW
+                part = self.projector(features_NPW) if self.projects_frozen() else features_NPW
+            yield part
+
+    def seen(self, tiles_N3XX: np.ndarray) -> np.ndarray:
+        """What `see` gives, on the host; bfloat16 as uint16."""
+        return np.concatenate([part.numpy() for part in self.see(tiles_N3XX)])
+
+    def projects_frozen(self) -> bool:
+        """Whether the projector's numbers are those of every step, so that `see` goes through it too."""
+        return all(p.stop_gradient for p in self.projector.parameters())
+
+    def _frozen_features(self, batch: Mapping, plan: ImagePlan) -> Iterator[paddle.Tensor]:
+        """What `see` gives of the distinct tiles; slices of it where the batch has it already."""
+        if "seen" not in batch:
+            yield from self.see(_array(batch["tiles"])[plan.first])
+            return
+        seen = _tensor(batch["seen"])
+        size = frozen_tile_slice(seen.place)
+        yield from (seen[start : start + size] for start in range(0, len(plan.first), size))
+
+    def _projected(self, parts: list[paddle.Tensor]) -> list[paddle.Tensor]:
+        """What `see` gave, through the projector where it was not yet."""
+        if self.projects_frozen():
+            return parts
+        # Together where a gradient needs them, which is one product then; else each part by itself, as in `see`.
+        return [self.projector(part) for part in ([_joined(parts)] if paddle.is_grad_enabled() else parts)]
 
     def _arranged(self, parts: list[paddle.Tensor], plan: ImagePlan, order_R: paddle.Tensor) -> paddle.Tensor:
-        projected_NGD = self.projector(parts[0] if len(parts) == 1 else paddle.concat(parts, axis=0))
-        return arrange(projected_NGD, self.image_newline, self.view_seperator, plan.rows, order_R)
+        return arrange(_joined(parts), self.image_newline, self.view_seperator, plan.rows, order_R)
 
     def plan_images(self, batch: Mapping) -> ImagePlan | None:
         """Where the images of a batch go; None where it has none.
@@ -92,12 +123,12 @@ class DeepseekVL2(nn.Layer):
             UserError: when the image positions in `input_ids` and the images given do not match.
         """
         positions_R = np.flatnonzero(_array(batch["input_ids"]) == self.image_token_id)
-        if "tiles" not in batch:
+        if "tiles" not in batch and "seen" not in batch:
             if positions_R.size:
                 raise UserError(f"{positions_R.size} image positions in input_ids, but the batch holds no tiles")
             return None
         grids = [(int(w), int(h)) for w, h in _array(batch["grids"])]
-        first, which = distinct_tiles(_array(batch["tiles"]), grids)
+        first, which = distinct_tiles(_array(batch["tiles"]) if "tiles" in batch else None, grids)
         rows = plan_rows(which, grids, -(-self.config.vision.grid // self.projector.ratio))
         if len(rows.order_R) != positions_R.size:
             raise UserError(f"{positions_R.size} image positions in input_ids, but the images fill {len(rows.order_R)}")
@@ -121,14 +152,14 @@ class DeepseekVL2(nn.Layer):
         plan = self.plan_images(batch)
         parts = []
         if plan is not None:
-            for part in self._frozen_features(_array(batch["tiles"]), plan):
+            for part in self._frozen_features(batch, plan):
                 parts.append(part)
                 yield None
         sent = send(_stream_numbers(batch, plan))
         with paddle.no_grad():
             x_TD = self.embed_text(sent["input_ids"])
             if plan is not None:
-                rows = self._arranged(parts, plan, sent["image_order"])
+                rows = self._arranged(self._projected(parts), plan, sent["image_order"])
                 x_TD = paddle.scatter(x_TD, sent["image_positions"], rows)
         yield x_TD
 
@@ -136,7 +167,7 @@ class DeepseekVL2(nn.Layer):
         x_TD = self.embed_text(sent["input_ids"])
         if plan is None:
             return x_TD
-        rows = self.image_rows(_array(batch["tiles"]), plan, sent["image_order"])
+        rows = self.image_rows(batch, plan, sent["image_order"])
         # Out of place: written into a view, the projector would get no gradient.
         return paddle.scatter(x_TD, sent["image_positions"], rows)
 
@@ -201,8 +232,15 @@ def _stream_numbers(batch: Mapping, plan: ImagePlan | None) -> dict[str, np.ndar
 
 
 def frozen_tile_slice(place: paddle.base.core.Place) -> int:
-    """Tiles that go through a frozen tower at once, which bounds its activations; a GPU outruns the host with few."""
-    return 32 if place.is_gpu_place() else 8
+    """Tiles that go through a frozen tower at once, which bounds its activations; a GPU outruns the host with few.
+
+    On a CPU more than one are no faster (0.6 to 0.95 of the speed at 384 and 1152 channels), and round differently.
+    """
+    return 32 if place.is_gpu_place() else 1
+
+
+def _joined(parts: list[paddle.Tensor]) -> paddle.Tensor:
+    return parts[0] if len(parts) == 1 else paddle.concat(parts, axis=0)
 
 
 def _array(x: Any) -> np.ndarray:

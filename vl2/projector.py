@@ -42,13 +42,13 @@ class Projector(nn.Layer):
         return self.layers[2](F.gelu(self.layers[0](x)))
 
 
-def distinct_tiles(tiles_N3XX: np.ndarray, grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+def distinct_tiles(tiles_N3XX: np.ndarray | None, grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
     """Which tiles need encoding: the local tile of a 1 x 1 grid is its global view again.
 
         grids (1, 1), (2, 1): tiles a a | b c d  ->  first 0 2 3 4, which 0 0 1 2 3
 
     Args:
-        tiles_N3XX: uint8 tiles of all images, each image's global view first.
+        tiles_N3XX: uint8 tiles of all images, each image's global view first; None: cut as `vl2.tiles.cut_tiles` does.
         grids: (width, height) in tiles of each image.
 
     Returns:
@@ -57,11 +57,12 @@ def distinct_tiles(tiles_N3XX: np.ndarray, grids: Sequence[tuple[int, int]]) -> 
     first, which, tile = [], [], 0
     for w, h in grids:
         for i in range(tile, tile + 1 + w * h):
-            if (w, h) != (1, 1) or i == tile or not np.array_equal(tiles_N3XX[i], tiles_N3XX[tile]):
+            equal = tiles_N3XX is None or np.array_equal(tiles_N3XX[i], tiles_N3XX[tile]) if (w, h) == (1, 1) else False
+            if i == tile or not equal:
                 first.append(i)
             which.append(len(first) - 1)
         tile += 1 + w * h
-    if tile != len(tiles_N3XX):
+    if tiles_N3XX is not None and tile != len(tiles_N3XX):
         raise UserError(f"{len(tiles_N3XX)} tiles were given, but the grids {[tuple(g) for g in grids]} need {tile}")
     return np.array(first), np.array(which)
 

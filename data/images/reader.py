@@ -79,6 +79,18 @@ class ImageReader:
             return None
         return f"{image.name} {image.root} {stat.st_size} {stat.st_mtime_ns} {way}"
 
+    def content_hash(self, image: ImageRef) -> str:
+        """Hash of the encoded picture and of the way it is read: the same wherever the picture lies.
+
+        Raises:
+            ImageError: a picture that cannot be had.
+        """
+        digest = hashlib.blake2b(self.exif.encode(), digest_size=16)
+        with self._open(image) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
     def prefetch(self, images: Iterable[ImageRef]) -> None:
         """Fetch the addresses among pictures that are not kept yet, several at a time.
 

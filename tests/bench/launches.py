@@ -185,7 +185,7 @@ def table(step: Step) -> dict[str, tuple[int, int]]:
     def tower() -> None:
         with paddle.no_grad():
             plan = model.plan_images(step.batch)
-            model.image_rows(step.batch["tiles"], plan, paddle.to_tensor(plan.rows.order_R))
+            model.image_rows(step.batch, plan, paddle.to_tensor(plan.rows.order_R))
 
     def loss() -> None:
         model.language.loss_sum(hidden, labels).backward()

@@ -12,7 +12,7 @@ from train.ask.load import Loaded
 from vl2.errors import UserError
 from vl2.generate import generate
 from vl2.prompt import Message, render
-from vl2.tiles import cut_tiles, tile_grid
+from vl2.tiles import Grid, cut_tiles, tile_grid
 from vl2.tokenizer import Tokenizer
 
 # Prompts that are answered together: tokens of the prompts, which enter the cache at once, and of the cache with room
@@ -40,17 +40,35 @@ def prepare(messages: Sequence[Message], images: Sequence[ImageRef], loaded: Loa
         images: in the order of the placeholders.
         loaded: the model, with its tokenizer, resolutions and way to read pictures.
     """
-    grids, tiles = [], []
-    for image in images:
-        opened = loaded.images.decode(image)  # one at a time: a large picture takes far more memory than its tiles
-        grids.append(tile_grid(opened.size, len(images), loaded.candidates))
-        tiles.append(cut_tiles(opened, grids[-1]))
-        del opened
-    prompt = {"input_ids": render(messages, grids, loaded.tokenizer, for_generation=True).input_ids}
-    if images:
-        prompt["tiles"] = np.concatenate(tiles)
-        prompt["grids"] = np.array(grids, np.int64)
-    return prompt
+    shown = _from_cache(images, loaded) if images and loaded.vision_cache else None
+    if shown is None:
+        grids, tiles = [], []
+        for image in images:
+            grid, cut = _cut(image, len(images), loaded)
+            grids.append(grid)
+            tiles.append(cut)
+        shown = {"tiles": np.concatenate(tiles), "grids": np.array(grids, np.int64)} if images else {}
+    grids = [(columns, rows) for columns, rows in shown["grids"].tolist()] if images else []
+    return {"input_ids": render(messages, grids, loaded.tokenizer, for_generation=True).input_ids, **shown}
+
+
+def _cut(image: ImageRef, num_images: int, loaded: Loaded) -> tuple[Grid, np.ndarray]:
+    """The tiles of a picture; one at a time: a large picture takes far more memory than its tiles."""
+    opened = loaded.images.decode(image)
+    grid = tile_grid(opened.size, num_images, loaded.candidates)
+    return grid, cut_tiles(opened, grid)
+
+
+def _from_cache(images: Sequence[ImageRef], loaded: Loaded) -> dict[str, np.ndarray] | None:
+    """What the vision cache has of some pictures, and takes of those that are new; None: one is there no more."""
+    cache = loaded.vision_cache
+    assert cache is not None
+    grids = [tile_grid(loaded.images.size(image), len(images), loaded.candidates) for image in images]
+    names = [cache.name(image, grid) for image, grid in zip(images, grids, strict=True)]
+    kept = [cache.holds(name, grid) for name, grid in zip(names, grids, strict=True)]
+    tiles = [_cut(image, len(images), loaded)[1] for image, here in zip(images, kept, strict=True) if not here]
+    seen = cache.gather(names, kept, grids, np.concatenate(tiles) if tiles else None, loaded.model.seen)
+    return None if seen is None else {"seen": seen, "grids": np.array(grids, np.int64)}
 
 
 def prompt_length(messages: Sequence[Message], images: Sequence[ImageRef], loaded: Loaded) -> int:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from data.images.pixels import Exif
 from data.images.reader import DEFAULT_READER, ImageReader
 from data.images.web_cache import default_folder
+from data.vision_cache import VisionCache
 from train.ask.model_memory import check_inference, inference_memory
 from train.ask.note import note
 from train.ask.processor import exif_in_force, resolutions_in_force
@@ -47,6 +48,7 @@ class Loaded:
     tokenizer: Tokenizer
     candidates: tuple[Resolution, ...]  # resolutions an image may be shown at
     images: ImageReader = DEFAULT_READER  # opens pictures as in training
+    vision_cache: VisionCache | None = None  # of the model's tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +166,12 @@ def stored_dtype(folder: ModelFolder) -> str:
     return dtype if dtype in WEIGHT_DTYPES else "bfloat16"
 
 
-def load_with_bar(folder: ModelFolder, dtype: str) -> DeepseekVL2:
+def load_with_bar(folder: ModelFolder, dtype: str, *, tower: bool = True) -> DeepseekVL2:
     """`load_model` with a progress bar on stderr, where there is enough to wait for; one of several ranks shows it."""
     num_bytes = inference_memory(folder.config, dtype)
     style = {"desc": "load weights", "unit": "B", "unit_scale": True, "mininterval": 1.0, "file": sys.stderr}
     with tqdm(total=num_bytes, disable=num_bytes < _BAR_BYTES or dist.get_rank() != 0, **style) as bar:
-        return load_model(folder, dtype=dtype, done=bar.update)
+        return load_model(folder, dtype=dtype, done=bar.update, tower=tower)
 
 
 def base_fingerprint(source: Source, folder: ModelFolder, model: DeepseekVL2) -> str:

@@ -16,6 +16,7 @@ from data.images.reader import ImageReader
 from data.packs import PackDataset
 from data.plan import make_plan
 from data.settings import OnBadRecord
+from data.vision_cache import VisionCache
 from train.ask.answer import BATCH_TOKENS
 from train.ask.load import Loaded
 from vl2.model import DeepseekVL2
@@ -49,6 +50,7 @@ def pack_rows(
     *,
     on_bad_record: OnBadRecord = "error",
     max_bad: int = 0,
+    vision_cache: VisionCache | None = None,
 ) -> PackDataset:
     """Lay out each row in one pack; neither ranks nor settings of a training change which rows lie together.
 
@@ -56,6 +58,7 @@ def pack_rows(
         dataset: the rows.
         tokenizer, candidates, images: see PackDataset.
         on_bad_record, max_bad: what is done with a picture that broke after it was measured.
+        vision_cache: of the model's tower.
     """
     plan = make_plan(
         dataset.sizes,
@@ -74,6 +77,7 @@ def pack_rows(
         images=images,
         on_bad_record=on_bad_record,
         max_bad=max_bad,
+        vision_cache=vision_cache,
     )
 
 
@@ -90,7 +94,7 @@ def row_losses(model: DeepseekVL2, packs: PackDataset, which: Iterable[int]) -> 
     """
     sums, supervised = np.zeros(len(packs.records)), np.zeros(len(packs.records))
     for index in which:
-        batch = packs[index]
+        batch = packs.complete(packs[index], model.seen)
         of_tokens: list[paddle.Tensor] = []
         with paddle.no_grad():
             model.loss(batch, of_tokens=of_tokens)

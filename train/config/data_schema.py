@@ -142,6 +142,11 @@ class DataConfig(RowsConfig):
         low=0,
         high=256,
     )
+    vision_cache: str = key(
+        "",
+        "Folder for what the frozen vision tower makes of each picture, which later epochs and runs read; empty: none.",
+        path=True,
+    )
     shapes: ShapesConfig = field(default_factory=ShapesConfig)
 
 

@@ -60,6 +60,12 @@ def check_trains(config: TrainConfig) -> None:
             f"lora.pissa=true with lora.dropout={lora.dropout}: it would drop the greatest part of the weights; give "
             "lora.dropout=0"
         )
+    if config.data.vision_cache and "vision" in trained_groups(config):
+        key = "trainable" if lora.rank == 0 else "lora.groups" if "vision" in lora.groups else "lora.also_train"
+        raise UserError(
+            f"data.vision_cache={config.data.vision_cache}: the vision tower trains in this run ({key} has vision), so "
+            "what it makes of a picture changes with every step; take vision out, or give no data.vision_cache"
+        )
     if both := [group for group in lora.also_train if group in lora.groups]:
         raise UserError(
             f"lora.also_train={lora.also_train}: {both[0]} has adapters by lora.groups, so it cannot train itself too; "

@@ -17,7 +17,7 @@ from vl2.language import HEAD_CHUNK
 
 # Rows that batches of experts hold for each row that there is, padding included: 1.2 to 1.5 with routers at random.
 _PADDING = 1.3
-TILES_AT_ONCE, TILES_ON_CPU = 32, 8  # that a frozen tower sees, see `vl2.model.frozen_tile_slice`
+TILES_AT_ONCE, TILES_ON_CPU = 32, 1  # that a frozen tower sees, see `vl2.model.frozen_tile_slice`
 _TOKENS_A_TILE = 200  # at the least, so that a pack's tokens bound its tiles
 
 

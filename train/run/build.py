@@ -50,8 +50,13 @@ def open_base(config: TrainConfig) -> ModelFolder:
     return open_folder(resolve_model(config.model.path))
 
 
-def build_base(config: TrainConfig, folder: ModelFolder) -> DeepseekVL2:
+def build_base(config: TrainConfig, folder: ModelFolder, *, tower: bool = True) -> DeepseekVL2:
     """The base model, all weights frozen and stored in the run's precision.
+
+    Args:
+        config: of the run.
+        folder: of the model.
+        tower: False leaves the vision tower out until it is called.
 
     Raises:
         UserError: a folder without weights, or with missing, unknown or wrongly shaped tensors.
@@ -60,7 +65,7 @@ def build_base(config: TrainConfig, folder: ModelFolder) -> DeepseekVL2:
     if config.model.init == "random":
         model = init_model(folder.config, folder.tokenizer.image_id, seed=config.seed, dtype=dtype)
     else:
-        model = load_with_bar(folder, dtype)
+        model = load_with_bar(folder, dtype, tower=tower)
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
     model.set_recompute(config.recompute)
@@ -215,7 +220,8 @@ def count_parts(model: nn.Layer) -> tuple[PartCount, ...]:
         parameters = {name: p for name, p in inner.named_parameters() if name.startswith(prefixes)}
         sizes = {name: int(p.size) for name, p in parameters.items()}
         learned = sum(size for name, size in sizes.items() if name in trainable)
-        stored = sum(size * parameters[name].element_size() for name, size in sizes.items())
+        there = {name: p for name, p in parameters.items() if p._is_initialized()}
+        stored = sum(sizes[name] * p.element_size() for name, p in there.items())
         counts.append(
             PartCount(part=part, trainable=learned, frozen=sum(sizes.values()) - learned, stored_bytes=stored)
         )

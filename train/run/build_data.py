@@ -18,6 +18,7 @@ from data.plan import Plan, make_plan
 from data.record import BadRecords, Record, RecordError
 from data.settings import SourceSettings
 from data.shapes.write import write_shapes
+from data.vision_cache import VisionCache
 from train.ask.data_settings import image_reader, read_settings, source_settings
 from train.config.schema import TrainConfig
 from train.config.validation import best_metric
@@ -63,6 +64,7 @@ class Data:
     questions: Sequence[Record]  # of them, those that are answered; empty when nothing is asked
     held_out: HeldOutFacts | None  # None: nothing is
     skipped_questions: tuple[RecordError, ...]  # rows left out of their file
+    vision_cache: VisionCache | None = None
 
 
 def build_data(

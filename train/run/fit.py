@@ -92,6 +92,7 @@ def fit(
         num_ranks=dist.get_world_size(),
         on_bad_record=config.data.on_bad_record,  # type: ignore[arg-type]  # checked by the schema
         max_bad=config.data.max_bad,
+        vision_cache=data.vision_cache,
     )
     with StopRequest() as stop:
         trainer = VL2Trainer(

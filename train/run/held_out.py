@@ -69,6 +69,7 @@ class HeldOut:
             tokenizer=data.tokenizer,
             candidates=inner.config.candidate_resolutions,
             images=data.images,
+            vision_cache=data.vision_cache,
         )
         self.packs = pack_rows(
             self.rows,
@@ -77,6 +78,7 @@ class HeldOut:
             data.images,
             on_bad_record=config.data.on_bad_record,  # type: ignore[arg-type]  # checked by the schema
             max_bad=config.data.max_bad,
+            vision_cache=data.vision_cache,
         )
         every = (question for record in data.questions for question in questions_of(record, data.images))
         self.questions = list(islice(every, config.eval.questions))

@@ -122,19 +122,26 @@ class TrainingMemory:
         return ", ".join(f"{name} {gigabytes(size)}" for name, size in self.parts().items())
 
 
-def training_memory(model: VL2Config, config: TrainConfig, *, on_gpu: bool | None = None) -> TrainingMemory:
+def training_memory(
+    model: VL2Config, config: TrainConfig, *, on_gpu: bool | None = None, tower: bool = True
+) -> TrainingMemory:
     """What training a model takes, in each process.
 
     Args:
         model: the base model.
         config: of the run.
         on_gpu: None: as this process computes.
+        tower: False: the vision cache has every picture, and the vision tower is not loaded.
 
     Raises:
         UserError: a LoRA group that matches nothing in this model.
     """
     on_gpu = paddle.get_device() != "cpu" if on_gpu is None else on_gpu
-    return _memory(plan_weights(model, config), model, config, on_gpu)
+    sizes, learned, groups = plan_weights(model, config)
+    if not tower:
+        sizes = {name: size for name, size in sizes.items() if not name.startswith(PART_PREFIXES["vision"])}
+    memory = _memory((sizes, learned, groups), model, config, on_gpu)
+    return memory if tower else replace(memory, step=replace(memory.step, seeing=0))
 
 
 def _memory(

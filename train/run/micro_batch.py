@@ -80,7 +80,7 @@ def train_pack(
         pack=pack,
         loss=loss_sum.detach(),
         aux_loss=aux_loss,
-        has_images=count > 0 and "tiles" in batch,
+        has_images=count > 0 and "grids" in batch,
         of_tokens=of_tokens,
         source_of_tokens=source_of_tokens,
     )

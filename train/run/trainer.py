@@ -225,7 +225,7 @@ class VL2Trainer(Trainer):
         model.train()
         return train_pack(
             model,
-            inputs,
+            self.train_dataset.complete(inputs, model.seen),
             plan=self.plan,
             step=self.state.global_step,
             seed=self.config.seed,

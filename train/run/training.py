@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +42,7 @@ from train.run.state import load_trained, save_trained, trained_folder, trained_
 from train.run.stop import PeerLost
 from train.run.summary import end_text, summarise
 from train.run.validation import Validation
+from train.run.vision_cache import open_vision_cache
 from train.run.watch.log import open_log
 from train.store.facts import write_fact
 from train.store.hub import resolve_model
@@ -51,7 +53,7 @@ from train.store.run_dir import RunMarker, check_run_dir, hold_run_dir, update_m
 from train.store.run_state import History
 from train.store.versions import versions
 from train.store.whole_folder import write_folder
-from vl2.checkpoint.fingerprint import model_fingerprint
+from vl2.checkpoint.fingerprint import model_fingerprint, stored_fingerprint
 from vl2.dtypes import DTYPE_OF_SETTING
 
 Built = TypeVar("Built")
@@ -124,8 +126,11 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     if first:
         check_training(config, folder.config, sharing)
     data = _first_rank_first(lambda: build_data(config, folder))
-    base = build_base(config, folder)
-    fingerprint = model_fingerprint(base)
+    vision = open_vision_cache(config, folder, data)
+    data, tower = replace(data, vision_cache=vision.cache), not vision.is_whole
+    base = build_base(config, folder, tower=tower)
+    stored = DTYPE_OF_SETTING[config.precision]
+    fingerprint = model_fingerprint(base) if tower else stored_fingerprint(folder.weights, stored)
     who = identity(config, fingerprint=fingerprint, tokenizer=data.tokenizer, plan=data.plan)
     resumed = find_resumed(
         config, who, data.plan.num_steps, lambda: fingerprint_of_records(data.dataset, data.tokenizer)
@@ -139,7 +144,7 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     wandb_id = choose_wandb_id(resumed, previous)
 
     # 2. Claim the folder, say what will happen.
-    need = training_memory(folder.config, config)
+    need = training_memory(folder.config, config, tower=tower)
     counted = count_parts(model)
     report = start_report(config, data, need=need, parts=counted, groups=groups, num_ranks=dist.get_world_size())
     barrier()  # all have looked at the checkpoints

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import paddle
@@ -36,10 +37,29 @@ def stored_fingerprint(stored: StoredModel, dtype: str) -> str:
     """`model_fingerprint` of a checkpoint as it would be loaded in `dtype`, reading only the numbers it takes."""
     digest = hashlib.sha256(json.dumps(stored.skeleton.config.to_dict(), sort_keys=True).encode())
     for path, shape in stored.shapes.items():
-        rounded = paddle.to_tensor(stored.numbers(path, _probed(shape))).astype(dtype).astype("float32")
-        digest.update(f"{path}{list(shape)}".encode())
-        digest.update(rounded.numpy().tobytes())
+        _update(digest, stored, path, shape, dtype)
     return digest.hexdigest()
+
+
+def vision_fingerprint(stored: StoredModel, dtype: str, *, projected: bool) -> str:
+    """sha256 hex of what decides the numbers of a checkpoint's vision tower, as it would be loaded in `dtype`.
+
+    Args:
+        projected: of the projector's too.
+    """
+    config, prefixes = stored.skeleton.config, ("vision.", "projector.") if projected else ("vision.",)
+    sizes = [asdict(config.vision), *([asdict(config.projector)] if projected else [])]
+    digest = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode())
+    for path, shape in stored.shapes.items():
+        if path.startswith(prefixes):
+            _update(digest, stored, path, shape, dtype)
+    return digest.hexdigest()
+
+
+def _update(digest: hashlib._Hash, stored: StoredModel, path: str, shape: Sequence[int], dtype: str) -> None:
+    rounded = paddle.to_tensor(stored.numbers(path, _probed(shape))).astype(dtype).astype("float32")
+    digest.update(f"{path}{list(shape)}".encode())
+    digest.update(rounded.numpy().tobytes())
 
 
 def _probed(shape: Sequence[int]) -> np.ndarray:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from paddle import nn
+
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
+from vl2.checkpoint.stored_model import StoredModel
 from vl2.model import DeepseekVL2
 from vl2.parameters import build_model, set_parameter
 
+logger = logging.getLogger(__name__)
+
+TOWER = "vision."  # begins the paths of its parameters
 _SCRATCH_BYTES = 500_000_000  # of weights, after which what reading them freed is given back
 
 
@@ -19,6 +26,7 @@ def load_model(
     *,
     dtype: str = "float32",
     done: Callable[[int], object] = lambda num_bytes: None,
+    tower: bool = True,
 ) -> DeepseekVL2:
     """Read a checkpoint in either layout straight into the model, tensor by tensor; all weights frozen.
 
@@ -26,6 +34,7 @@ def load_model(
         folder: of the model, or what was opened of it already.
         dtype: type that the weights get: float32, bfloat16 or float16.
         done: told the bytes of each parameter that is in place (a progress bar).
+        tower: False leaves the vision tower out until it is called.
 
     Returns:
         The model in eval mode. Mark what trains afterwards (`train_parameters`).
@@ -36,7 +45,11 @@ def load_model(
     opened = folder if isinstance(folder, ModelFolder) else open_folder(folder)
     weights, scratch = opened.weights, 0
     model = build_model(opened.config, opened.tokenizer.image_id)
+    if not tower:
+        _load_when_called(model, weights, dtype)
     for path in weights.parts:
+        if path.startswith(TOWER) and not tower:
+            continue
         value = weights.parameter(path, dtype)
         set_parameter(model, path, value)
         num_bytes = value.size * value.element_size()
@@ -47,6 +60,21 @@ def load_model(
             scratch = 0
     model.eval()
     return model
+
+
+def _load_when_called(model: DeepseekVL2, weights: StoredModel, dtype: str) -> None:
+    """Have the vision tower read its weights before its first call."""
+    for parameter in model.vision.parameters():
+        parameter.trainable, parameter.stop_gradient = False, True
+
+    def read(layer: nn.Layer, inputs: object) -> None:
+        hook.remove()
+        logger.warning("a picture is not in the vision cache: the vision tower is loaded after all")
+        for path in weights.parts:
+            if path.startswith(TOWER):
+                set_parameter(model, path, weights.parameter(path, dtype))
+
+    hook = model.vision.register_forward_pre_hook(read)
 
 
 def give_back_freed_memory() -> None:
