@@ -6,7 +6,7 @@ B sequences that go on by one token each, M room of their buffers in tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ def _segments(
 def _weights(q_HnK: paddle.Tensor, k_HmK: paddle.Tensor, causal: bool) -> paddle.Tensor:
     """Softmax weights [H, n, m] in float32 of n scaled queries that are the last of m keys."""
     n, m = q_HnK.shape[1], k_HmK.shape[1]
-    if _takes_kernel(q_HnK):
+    if ways.takes_float32_kernels(q_HnK):
         scores = np.empty([q_HnK.shape[0], n, m], np.float32)
         weights_Hnm = tensor_of(scores)
         paddle.matmul(q_HnK, k_HmK, transpose_y=True, out=weights_Hnm)
@@ -128,7 +128,7 @@ class _PlainAttention(PyLayer):
         # Asked now: under recompute the saved tensors come back as other objects, whose flag says nothing.
         ctx.needs_grad = [not x.stop_gradient for x in (q_THK, k_THK, v_THV)]
         outs, kept = [], []
-        for queries, keys, blocks in _segments(q_lens, k_lens, causal, _takes_kernel(q_HTK)):
+        for queries, keys, blocks in _segments(q_lens, k_lens, causal, ways.takes_float32_kernels(q_HTK)):
             q_HnK, k_HmK, v_HmV = q_HTK[:, queries], k_HTK[:, keys], v_HTV[:, keys]
             keeps = any(ctx.needs_grad) and _keeps(q_HnK, blocks)
             for rows, seen in blocks:
@@ -150,7 +150,7 @@ class _PlainAttention(PyLayer):
         mean_HT1 = (grad_HTV * out_HTV).sum(axis=-1, keepdim=True).astype("float32")
         grads: tuple[list, list, list] = [], [], []
         kept = iter(kept)
-        for queries, keys, blocks in _segments(q_lens, k_lens, causal, _takes_kernel(q_HTK)):
+        for queries, keys, blocks in _segments(q_lens, k_lens, causal, ways.takes_float32_kernels(q_HTK)):
             segment = q_HTK[:, queries], grad_HTV[:, queries], mean_HT1[:, queries], k_HTK[:, keys], v_HTV[:, keys]
             for total, part in zip(grads, _segment_grads(*segment, blocks, kept, causal), strict=True):
                 total.append(part)
@@ -198,7 +198,7 @@ def _add_first(total_HmK: Any, part_HsK: paddle.Tensor, like_HmK: paddle.Tensor)
 
     Paddle's addition to a slice takes longer there than the product that made the part.
     """
-    if _takes_kernel(part_HsK):
+    if ways.takes_float32_kernels(part_HsK):
         total_HmK = np.zeros(like_HmK.shape, np.float32) if total_HmK is None else total_HmK
         cpu_kernels.add_first(total_HmK, read(part_HsK))
         return total_HmK
@@ -211,7 +211,7 @@ def _scores_grad(
     grad_HnV: paddle.Tensor, v_HmV: paddle.Tensor, weights_Hnm: paddle.Tensor, mean_Hn1: paddle.Tensor
 ) -> paddle.Tensor:
     """Gradient of the scores, [H, n, m], from that of a block's result."""
-    if _takes_kernel(grad_HnV):
+    if ways.takes_float32_kernels(grad_HnV):
         scores = np.empty(weights_Hnm.shape, np.float32)
         scores_Hnm, keys = tensor_of(scores), v_HmV.shape[1]
         paddle.matmul(grad_HnV, v_HmV, transpose_y=True, out=scores_Hnm)
@@ -221,10 +221,6 @@ def _scores_grad(
     scores_Hnm = paddle.matmul(grad_HnV, v_HmV, transpose_y=True).astype("float32")
     scores_Hnm = scores_Hnm.subtract_(mean_Hn1).multiply_(weights_Hnm.astype("float32"))
     return scores_Hnm.astype(grad_HnV.dtype)
-
-
-def _takes_kernel(x: paddle.Tensor) -> bool:
-    return ways.takes_kernels(x.place) and x.dtype == paddle.float32
 
 
 def attend_last(
@@ -324,14 +320,24 @@ class _Rotate(PyLayer):
         ctx: PyLayerContext, x_THK: paddle.Tensor, cos_THK: paddle.Tensor, sin_THK: paddle.Tensor
     ) -> paddle.Tensor:
         ctx.save_for_backward(cos_THK.contiguous(), sin_THK.contiguous())
+        if ways.takes_float32_kernels(x_THK):
+            return _rotated(cpu_kernels.rotate, x_THK, cos_THK, sin_THK)
         x, half = x_THK.astype("float32"), x_THK.shape[-1] // 2
         return (x * cos_THK + paddle.roll(x, half, axis=-1) * sin_THK).astype(x_THK.dtype)
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad_THK: paddle.Tensor) -> tuple[paddle.Tensor, None, None]:
         cos_THK, sin_THK = ctx.saved_tensor()
+        if ways.takes_float32_kernels(grad_THK):
+            return _rotated(cpu_kernels.rotate_back, grad_THK, cos_THK, sin_THK), None, None
         grad, half = grad_THK.astype("float32"), grad_THK.shape[-1] // 2
         return (grad * cos_THK + paddle.roll(grad * sin_THK, half, axis=-1)).astype(grad_THK.dtype), None, None
+
+
+def _rotated(rotation: Callable[..., None], *tensors: paddle.Tensor) -> paddle.Tensor:
+    out = np.empty(tensors[0].shape, np.float32)
+    rotation(*(array.reshape(-1, out.shape[-1]) for array in (*map(read, tensors), out)))
+    return tensor_of(out)
 
 
 class MultiHeadAttention(nn.Layer):

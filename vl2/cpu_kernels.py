@@ -216,3 +216,58 @@ def add_first(total: np.ndarray, part: np.ndarray) -> None:
             to, what = total[head, row], part[head, row]
             for i in range(part.shape[2]):
                 to[i] += what[i]
+
+
+@kernel
+def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, out: np.ndarray) -> None:
+    """Rotates pairs (i, i + K/2) of [rows, K]; see `vl2.attention.rotate_half_split`."""
+    rows, width = x.shape
+    half = width // 2
+    for row in range(rows):
+        a, b, to_a, to_b = x[row, :half], x[row, half:], out[row, :half], out[row, half:]
+        for i in range(half):
+            to_a[i] = a[i] * cos[row, i] + b[i] * sin[row, i]
+            to_b[i] = b[i] * cos[row, half + i] + a[i] * sin[row, half + i]
+
+
+@kernel
+def rotate_back(grad: np.ndarray, cos: np.ndarray, sin: np.ndarray, out: np.ndarray) -> None:
+    """Gradient of what `rotate` takes, from that of what it gives."""
+    rows, width = grad.shape
+    half = width // 2
+    for row in range(rows):
+        a, b, to_a, to_b = grad[row, :half], grad[row, half:], out[row, :half], out[row, half:]
+        for i in range(half):
+            to_a[i] = a[i] * cos[row, i] + b[i] * sin[row, half + i]
+            to_b[i] = b[i] * cos[row, half + i] + a[i] * sin[row, i]
+
+
+@sum_kernel
+def _dot(x: np.ndarray, y: np.ndarray) -> np.float32:
+    total = np.float32(0.0)
+    for i in range(x.size):
+        total += x[i] * y[i]
+    return total
+
+
+@kernel
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: np.float32, scale: np.ndarray, out: np.ndarray) -> None:
+    """Rows [T, D] over the root of their mean square, times a weight [D]; `scale` takes the factor of each row."""
+    rows, width = x.shape
+    for row in range(rows):
+        scale[row] = _ONE / np.sqrt(_dot(x[row], x[row]) / np.float32(width) + eps)
+        for i in range(width):
+            out[row, i] = x[row, i] * scale[row] * weight[i]
+
+
+@kernel
+def rms_norm_grad(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, grad: np.ndarray, out: np.ndarray) -> None:
+    """Gradient of the rows that `rms_norm` takes, from that of what it gives."""
+    rows, width = x.shape
+    inner = np.empty(width, np.float32)
+    for row in range(rows):
+        for i in range(width):
+            inner[i] = grad[row, i] * weight[i]
+        mean = _dot(inner, x[row]) * scale[row] / np.float32(width)
+        for i in range(width):
+            out[row, i] = (inner[i] - x[row, i] * scale[row] * mean) * scale[row]

@@ -164,7 +164,7 @@ def _gather_padded(x_ND: paddle.Tensor, source_P: paddle.Tensor, padded: bool) -
 
 
 def _sum_of_choices(y_PD: paddle.Tensor, row_R: paddle.Tensor, each: int) -> paddle.Tensor:
-    if ways.takes_kernels(y_PD.place) and y_PD.dtype == paddle.float32:
+    if ways.takes_float32_kernels(y_PD):
         out = np.empty([row_R.shape[0] // each, y_PD.shape[-1]], np.float32)
         cpu_kernels.sum_rows(read(y_PD), read(row_R), each, out)
         return tensor_of(out)

@@ -16,20 +16,16 @@ from vl2.arrays import read, tensor_of
 
 def gated(gate_PI: paddle.Tensor, up_PI: paddle.Tensor) -> paddle.Tensor:
     """SiLU of the gate, times up: [P, I]."""
-    if _takes_kernel(gate_PI):
+    if ways.takes_float32_kernels(gate_PI):
         return _Gated.apply(gate_PI, up_PI, None)
     return swiglu(gate_PI, up_PI)
 
 
 def gated_pair(hidden_P2I: paddle.Tensor, weights_P1: paddle.Tensor) -> paddle.Tensor:
     """`gated` of rows that hold gate and up, times the weight of each row: [P, 2I] -> [P, I]."""
-    if _takes_kernel(hidden_P2I):
+    if ways.takes_float32_kernels(hidden_P2I):
         return _Gated.apply(hidden_P2I, None, weights_P1)
     return swiglu(hidden_P2I) * weights_P1
-
-
-def _takes_kernel(x: paddle.Tensor) -> bool:
-    return ways.takes_kernels(x.place) and x.dtype == paddle.float32
 
 
 class _Gated(PyLayer):

@@ -6,9 +6,13 @@ that writes a gradient for a frozen weight where there is no memory for it, and 
 
 from __future__ import annotations
 
+import numpy as np
 import paddle
 from paddle import nn
 from paddle.autograd import PyLayer, PyLayerContext
+
+from vl2 import cpu_kernels, ways
+from vl2.arrays import read, tensor_of
 
 
 class _RMSNorm(PyLayer):
@@ -16,10 +20,17 @@ class _RMSNorm(PyLayer):
 
     @staticmethod
     def forward(ctx: PyLayerContext, x_TD: paddle.Tensor, weight_D: paddle.Tensor, eps: float) -> paddle.Tensor:
-        x = x_TD.astype("float32")
-        scale_T1 = paddle.rsqrt(paddle.mean(x * x, axis=-1, keepdim=True) + eps)
         # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
         ctx.needs_grad = not x_TD.stop_gradient, not weight_D.stop_gradient
+        if ways.takes_float32_kernels(x_TD):
+            width = x_TD.shape[-1]
+            out, scale = np.empty(x_TD.shape, np.float32), np.empty([*x_TD.shape[:-1], 1], np.float32)
+            rows, weight = read(x_TD).reshape(-1, width), read(weight_D.astype("float32"))
+            cpu_kernels.rms_norm(rows, weight, np.float32(eps), scale.reshape(-1), out.reshape(-1, width))
+            ctx.save_for_backward(x_TD.contiguous(), weight_D, tensor_of(scale))
+            return tensor_of(out)
+        x = x_TD.astype("float32")
+        scale_T1 = paddle.rsqrt(paddle.mean(x * x, axis=-1, keepdim=True) + eps)
         ctx.save_for_backward(x_TD.contiguous(), weight_D, scale_T1)
         return ((x * scale_T1).astype(x_TD.dtype).astype("float32") * weight_D.astype("float32")).astype(x_TD.dtype)
 
@@ -27,6 +38,12 @@ class _RMSNorm(PyLayer):
     def backward(ctx: PyLayerContext, grad_TD: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
         x_TD, weight_D, scale_T1 = ctx.saved_tensor()
         x_needs_grad, weight_needs_grad = ctx.needs_grad
+        if ways.takes_float32_kernels(x_TD) and not weight_needs_grad:
+            out, width = np.empty(x_TD.shape, np.float32), x_TD.shape[-1]
+            rows, grads = (read(t).reshape(-1, width) for t in (x_TD, grad_TD))
+            weight, scale = read(weight_D.astype("float32")), read(scale_T1).reshape(-1)
+            cpu_kernels.rms_norm_grad(rows, weight, scale, grads, out.reshape(-1, width))
+            return tensor_of(out), None
         normed_TD = x_TD.astype("float32") * scale_T1
         grad = grad_TD.astype("float32")
         grad_x = None

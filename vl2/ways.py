@@ -13,6 +13,11 @@ def takes_batches(place: paddle.base.core.Place) -> bool:
     return place.is_gpu_place()
 
 
+def takes_float32_kernels(x: paddle.Tensor) -> bool:
+    """Whether what is computed with these numbers takes the kernels, which are for float32."""
+    return takes_kernels(x.place) and x.dtype == paddle.float32
+
+
 def takes_kernels(place: paddle.base.core.Place) -> bool:
     """Whether what memory bounds runs in `vl2.cpu_kernels`: on a CPU, with numbers at hand.
 

@@ -10,9 +10,10 @@ import paddle
 import pytest
 
 from vl2 import cpu_kernels
-from vl2.attention import _weights, attention
+from vl2.attention import _weights, attention, rope_tables, rotate_half_split
 from vl2.expert_rows import combine, dispatch
 from vl2.gated import gated, gated_pair
+from vl2.norm import RMSNorm
 
 CLOSE = {"rtol": 0, "atol": 4e-6}
 
@@ -75,6 +76,27 @@ def test_gated_activations(monkeypatch):
     for work, shapes in ((pair, ([7, 18], [7, 1])), (two, ([3, 4, 9], [3, 4, 9]))):
         for kernel, plain in zip(*in_both_ways(monkeypatch, work, *shapes), strict=True):
             np.testing.assert_allclose(kernel, plain, rtol=1e-6, atol=2e-5)  # of values up to 20
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_rotations(heads, monkeypatch):
+    """Tables with one head are views of those with all, as MLA's shared key takes them."""
+    cos, sin = rope_tables(paddle.arange(5), 8, 100.0, 3)
+
+    def work(x):
+        return rotate_half_split(x, cos[:, :heads], sin[:, :heads])
+
+    for kernel, plain in zip(*in_both_ways(monkeypatch, work, [5, heads, 8]), strict=True):
+        np.testing.assert_allclose(kernel, plain, **CLOSE)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_norms(trains, monkeypatch):
+    norm = RMSNorm(33, 1e-6)
+    norm.weight.set_value(paddle.linspace(-1, 2, 33))
+    norm.weight.stop_gradient = not trains
+    for kernel, plain in zip(*in_both_ways(monkeypatch, norm, [2, 7, 33]), strict=True):
+        np.testing.assert_allclose(kernel, plain, **CLOSE)
 
 
 def test_sums_of_choices(monkeypatch):
