@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import data, images, packing, soak, step
+from tests.bench import data, images, length, packing, soak, step
 from tests.places import ROOT
 from train.door.launch import BENCHMARKS, prepare_benchmark
 
@@ -23,6 +23,20 @@ def test_step(attention, capsys):
     assert f"{attention}: step " in said
     assert "tokens/s, peak " in said
     assert json.loads(said.splitlines()[-1]).keys() == {"seconds", "gemm_share", "peak_mb"}
+
+
+@pytest.mark.slow
+def test_length(capsys):
+    length.main(["--size=toy", "--tokens=700", "--conversations", "1", "2", "--repeats=1", "--one=800"])
+    said = capsys.readouterr().out
+    assert "one conversation of 800 tokens: " in said
+    assert json.loads(said.splitlines()[-1]).keys() == {"700", "1400", "excess", "one", "peak_mb"}
+
+
+def test_a_pack_of_conversations_shows_each_its_own_pictures():
+    both = length.pack(2, 700)
+    assert both["seq_lens"].tolist() == [700, 700] and both["position_ids"].max() == 699
+    assert both["tiles"].shape[0] == 6 and not (both["tiles"][:3] == both["tiles"][3:]).all()
 
 
 def test_products_of_a_step():

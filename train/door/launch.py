@@ -40,6 +40,7 @@ BENCHMARKS = (
     "data",
     "images",
     "launches",
+    "length",
     "memory",
     "packing",
     "random_checkpoint",
