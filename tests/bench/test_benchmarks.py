@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import data, images, length, packing, soak, step
+from tests.bench import data, images, length, packing, soak, step, vision_cache
 from tests.places import ROOT
 from train.door.launch import BENCHMARKS, prepare_benchmark
 
@@ -61,6 +61,14 @@ def test_data(capfd):
     assert min(found.values()) >= 0 and found["second_seconds"] < found["first_seconds"]
     with pytest.raises(SystemExit):
         data.main(["rows=many"])
+
+
+@pytest.mark.slow
+def test_vision_cache(capsys):
+    vision_cache.main(["nano", "--steps=1"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["same_losses"] and found["without"]["calls"] == found["filling"]["calls"] == 2
+    assert found["with"]["calls"] == 0 and found["tower_share"] > 0
 
 
 def test_packing(capsys):

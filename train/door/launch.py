@@ -47,6 +47,7 @@ BENCHMARKS = (
     "serve",
     "soak",
     "step",
+    "vision_cache",
     "watch",
 )  # tests/bench/NAME.py
 VERBS = (*LOADERS, "runs", "doctor", "config", "test", "bench", "help")
