@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import data, images, length, packing, soak, step, vision_cache
+from tests.bench import data, experts, images, length, packing, soak, step, vision_cache
 from tests.places import ROOT
 from train.door.launch import BENCHMARKS, prepare_benchmark
 
@@ -37,6 +37,14 @@ def test_a_pack_of_conversations_shows_each_its_own_pictures():
     both = length.pack(2, 700)
     assert both["seq_lens"].tolist() == [700, 700] and both["position_ids"].max() == 699
     assert both["tiles"].shape[0] == 6 and not (both["tiles"][:3] == both["tiles"][3:]).all()
+
+
+@pytest.mark.slow
+def test_experts(capsys):
+    experts.main(["--rows=200", "--repeats=1"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(found) == ["even", "zipf 0.3", "zipf 1"]
+    assert all(0 < weights < products for weights, products, *_ in found.values())
 
 
 def test_products_of_a_step():
@@ -116,7 +124,9 @@ def test_docstring_names_the_command(name):
 
 
 def test_benchmark_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"^bench stp: expected one of data, images, .*; did you mean step\?$"):
+    with pytest.raises(
+        ValueError, match=r"^bench stp: expected one of data, experts, images, .*; did you mean step\?$"
+    ):
         prepare_benchmark(["stp"])
 
 

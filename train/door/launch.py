@@ -38,6 +38,7 @@ MODULES = {
 }
 BENCHMARKS = (
     "data",
+    "experts",
     "images",
     "launches",
     "length",

@@ -1,0 +1,102 @@
+"""The experts of a layer beside their bare products, by hand: `bash launch.sh bench experts`.
+
+6,144 rows over 32 experts of the model of `bench step`, LoRA of rank 8, forward and backward on this CPU, for even and
+for skewed loads. The bare products are those of the weights (forward, and the gradient of the rows) and of the factors
+(forward, and the gradients of rows and factors), each written where it belongs, nothing added up. All of them in turns;
+the last line is JSON: for each load the seconds of the bare products of the weights, of all products and of ours, and
+the median of ours over all products of the same turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import paddle
+
+from tests.vl2.expert_loads import zipf
+from vl2.expert_rows import Layout
+from vl2.grouped_linear import GroupedLora, grouped_linear
+
+EXPERTS, WIDTH, INNER, RANK, ROWS = 32, 512, 352, 8, 6144
+LOADS = {"even": 0.0, "zipf 0.3": 0.3, "zipf 1": 1.0}  # powers of `zipf`
+
+
+class Product:
+    """One grouped product: rows, weight, factors, and what comes back."""
+
+    def __init__(self, into: int, out: int, rank: int, rows: int):
+        self.x, self.grad = paddle.randn([rows, into]), paddle.randn([rows, out])
+        self.weight = paddle.randn([EXPERTS, into, out])
+        self.a, self.b = paddle.randn([EXPERTS, into, rank]), paddle.randn([EXPERTS, rank, out])
+
+    def ours(self, counts: list[int]) -> None:
+        """Forward and backward as in training."""
+        leaves = [t.detach() for t in (self.x, self.a, self.b)]
+        for leaf in leaves:
+            leaf.stop_gradient = False
+        x, a, b = leaves
+        grouped_linear(x, Layout(counts=counts), self.weight, GroupedLora(x, a, b)).backward(self.grad)
+
+    def of_weights(self, counts: list[int]) -> None:
+        """The products of the weights alone."""
+        out, back = paddle.empty_like(self.grad), paddle.empty_like(self.x)
+        for e, rows in _slices(counts):
+            paddle.matmul(self.x[rows], self.weight[e], out=out[rows])
+            paddle.matmul(self.grad[rows], self.weight[e], transpose_y=True, out=back[rows])
+
+    def of_factors(self, counts: list[int]) -> None:
+        """The products of the factors alone."""
+        out, back, low = (paddle.empty_like(t) for t in (self.grad, self.x, self.x[:, : self.a.shape[2]]))
+        grad_low, grad_a, grad_b = (paddle.empty_like(t) for t in (low, self.a, self.b))
+        for e, rows in _slices(counts):
+            paddle.matmul(self.x[rows], self.a[e], out=low[rows])
+            paddle.matmul(low[rows], self.b[e], out=out[rows])
+            paddle.matmul(self.grad[rows], self.b[e], transpose_y=True, out=grad_low[rows])
+            paddle.matmul(low[rows], self.grad[rows], transpose_x=True, out=grad_b[e])
+            paddle.matmul(self.x[rows], grad_low[rows], transpose_x=True, out=grad_a[e])
+            paddle.matmul(grad_low[rows], self.a[e], transpose_y=True, out=back[rows])
+
+
+def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    bounds = itertools.pairwise(itertools.accumulate(counts, initial=0))
+    return ((e, slice(start, stop)) for e, (start, stop) in enumerate(bounds) if stop > start)
+
+
+def seconds_of(work: Callable[[list[int]], None], counts: list[int]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    work(counts)
+    return time.perf_counter() - start
+
+
+def main(arguments: list[str]) -> None:
+    """Entry script."""
+    parser = argparse.ArgumentParser(
+        prog="bash launch.sh bench experts", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--rows", type=int, default=ROWS, help=f"choices of all tokens (default {ROWS})")
+    parser.add_argument("--repeats", type=int, default=9, help="turns (default 9)")
+    asked = parser.parse_args(arguments)
+    rows = asked.rows
+    products = Product(WIDTH, 2 * INNER, 2 * RANK, rows), Product(INNER, WIDTH, RANK, rows)  # gate and up, down
+    kinds = ("of_weights", "of_factors", "ours")
+    found: dict[str, np.ndarray] = {}  # [turns, kinds] of each load
+    for turn in range(asked.repeats + 1):
+        for load, power in LOADS.items():
+            counts = zipf(EXPERTS, rows, power)
+            taken = [sum(seconds_of(getattr(one, kind), counts) for one in products) for kind in kinds]
+            if turn:  # the first one warms up
+                found[load] = np.vstack([*([found[load]] if load in found else []), taken])
+    said = {}
+    for load, seconds in found.items():
+        weights, factors, ours = seconds.T
+        ratio = float(np.median(ours / (weights + factors)))
+        said[load] = [float(weights.min()), float((weights + factors).min()), float(ours.min()), ratio]
+        print(f"{load:>8}: weights {weights.min():.3f} s, all products {said[load][1]:.3f} s, ours {ours.min():.3f} s")
+        print(f"{'':>8}  {ratio:.2f} times all products")
+    print(json.dumps(said))
