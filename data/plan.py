@@ -39,13 +39,16 @@ class PackSpec:
     supervised: int
     """Their supervised tokens."""
 
+    work: int | None = None
+    """What the model does with it, in any unit; None: not known."""
+
     @property
     def cost(self) -> int:
-        """Work in the unit of a token: language tokens and vision patches."""
-        return self.tokens + self.tiles * PATCHES_PER_TILE
+        """Work, by which packs are dealt to ranks; where it is not known, language tokens and vision patches."""
+        return self.tokens + self.tiles * PATCHES_PER_TILE if self.work is None else self.work
 
 
-EMPTY_PACK = PackSpec(samples=(), tokens=0, tiles=0, supervised=0)
+EMPTY_PACK = PackSpec(samples=(), tokens=0, tiles=0, supervised=0, work=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +164,7 @@ def make_plan(
     order: str = "random",
     mixture: Mixture | None = None,
     data_fingerprint: str = "",
+    work: np.ndarray | None = None,
 ) -> Plan:
     """Plan a run of so many epochs, of so many steps, or whichever ends first.
 
@@ -178,6 +182,7 @@ def make_plan(
         order: "random", or "file": neighbouring rows, from the first to the last, in every epoch.
         mixture: how often each row is taken in each epoch; None takes all of them once.
         data_fingerprint: `Dataset.fingerprint`, which becomes part of the plan's.
+        work: int [N], what the model does with each record; it decides which rank takes which pack, and nothing else.
 
     Raises:
         UserError: no records, a record over the budget, a setting out of range, or a source that gives no row.
@@ -228,6 +233,7 @@ def make_plan(
                     tokens=int(tokens[index].sum()),
                     tiles=int(tiles[index].sum()),
                     supervised=int(supervised[index].sum()),
+                    work=None if work is None else int(work[index].sum()),
                 )
             )
         packs.extend([EMPTY_PACK] * (num_steps * packs_per_step - len(members)))

@@ -37,6 +37,7 @@ MODULES = {
     "serve": "train.serve.service",
 }
 BENCHMARKS = (
+    "cost",
     "data",
     "experts",
     "images",

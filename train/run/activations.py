@@ -16,7 +16,7 @@ from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
 from vl2.language import HEAD_CHUNK
 
 # Rows that batches of experts hold for each row that there is, padding included: 1.2 to 1.5 with routers at random.
-_PADDING = 1.3
+PADDING = 1.3
 TILES_AT_ONCE, TILES_ON_CPU = 32, 1  # that a frozen tower sees, see `vl2.model.frozen_tile_slice`
 _TOKENS_A_TILE = 200  # at the least, so that a pack's tokens bound its tiles
 
@@ -49,7 +49,7 @@ def step_memory(model: VL2Config, config: TrainConfig, *, on_gpu: bool = True) -
     language, tokens = model.language, config.data.max_tokens
     tiles = max(1, min(config.data.max_tiles_per_pack, tokens // _TOKENS_A_TILE))
     layers = range(language.num_hidden_layers)
-    saved = [item * _saved(language, layer, tokens, on_gpu) for layer in layers]
+    saved = [item * saved_numbers(language, layer, tokens, on_gpu) for layer in layers]
     # Recomputed layers keep their input; one of them at a time has its activations, others have them all along.
     kept = sum(
         item * tokens * language.hidden_size if config.recompute and layer % config.recompute == 0 else saved[layer]
@@ -74,7 +74,7 @@ def activation_memory(model: VL2Config, config: TrainConfig) -> int:
     return step_memory(model, config).num_bytes
 
 
-def _saved(language: LanguageConfig, layer: int, tokens: int, on_gpu: bool) -> float:
+def saved_numbers(language: LanguageConfig, layer: int, tokens: int, on_gpu: bool) -> float:
     """Numbers that a decoder layer keeps for its backward."""
     heads, width = language.num_attention_heads, language.hidden_size
     attention = 4 * width + heads * (4 * _key_width(language) + 2 * _value_width(language))
@@ -85,7 +85,7 @@ def _saved(language: LanguageConfig, layer: int, tokens: int, on_gpu: bool) -> f
     if not language.is_moe(layer):
         return tokens * (attention + 3 * language.intermediate_size)
     inner = language.moe_intermediate_size
-    rows = (_PADDING if on_gpu else 1) * tokens * language.num_experts_per_tok
+    rows = (PADDING if on_gpu else 1) * tokens * language.num_experts_per_tok
     shared = 3 * inner * (language.n_shared_experts or 0)
     router = 2 * 3 * (language.n_routed_experts or 0)  # in float32: two of these numbers each
     return tokens * (attention + shared + router) + rows * (3 * width + 4 * inner)
@@ -96,7 +96,7 @@ def _sent_back(language: LanguageConfig, layer: int, tokens: int, on_gpu: bool) 
     width = language.hidden_size
     if not language.is_moe(layer):
         return tokens * (2 * width + 3 * language.intermediate_size)
-    rows = (_PADDING if on_gpu else 1) * tokens * language.num_experts_per_tok
+    rows = (PADDING if on_gpu else 1) * tokens * language.num_experts_per_tok
     inner = language.moe_intermediate_size
     copied = 0
     if on_gpu:  # weights of crowded experts, beside the stacked ones

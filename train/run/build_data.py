@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import paddle
 
 from data.cache import default_cache
 from data.dataset import Dataset, open_dataset
@@ -23,6 +24,7 @@ from train.ask.data_settings import image_reader, read_settings, source_settings
 from train.config.schema import TrainConfig
 from train.config.validation import best_metric
 from train.run.by_source import Sources
+from train.run.cost import pack_cost
 from vl2.checkpoint.model_folder import ModelFolder
 from vl2.errors import UserError
 from vl2.tiles import Resolution, limit_candidates
@@ -142,6 +144,7 @@ def build_data(
         order=config.data.order,
         mixture=mixture,
         data_fingerprint=dataset.fingerprint,
+        work=pack_cost(folder.config, config, on_gpu=paddle.get_device() != "cpu").of_samples(dataset.sizes),
     )
     several = len(mixture.names) > 1
     return Data(

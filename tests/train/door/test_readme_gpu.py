@@ -10,6 +10,7 @@ from train.config.load import load_config, load_infer_config
 from train.config.schema import TrainConfig
 from train.door.help import SCHEMAS
 from train.machine.devices import Machine
+from train.run.cost import BANDWIDTH_SHARE, CARDS, FLOPS_SHARE, LAUNCH_SECONDS, pack_cost
 from train.run.memory import training_memory
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
@@ -50,6 +51,30 @@ def test_figures_are_those_of_the_memory_model():
     table = "\n".join(line for _, line, _ in rows)
     assert table in TEXT, f"the table of README.gpu.md should be\n{table}"
     assert all(total < card for card, _, total in rows)
+
+
+def seconds_row(card: int, keys: str, processes: int) -> str:
+    """A line of the table of seconds, for a full pack of conversations as the page describes them."""
+    config: TrainConfig = load_config(shlex.split(keys), Machine(gpus=processes, driver="", gpu_paddle=True))
+    known = published(config.model.path)
+    assert known is not None
+    cost = pack_cost(VL2Config.from_folder(known.config.parent), config, on_gpu=True)
+    conversations = config.data.max_tokens // 1024
+    pack = cost.of([1024] * conversations, tiles=3 * conversations, supervised=256 * conversations)
+    work = pack + cost.update * (processes / config.packs_per_step)
+    figures = f"{work.flops / 1e12:.0f} | {work.num_bytes / 1e9:.0f} | {CARDS[card].seconds(work):.1f}"
+    return f"| {CARDS[card].name} | `{keys}` | {processes} | {figures} |"
+
+
+@pytest.mark.slow
+def test_seconds_are_those_of_the_model_of_cost():
+    """Printed here when they change: paste them into the page, which names the assumptions too."""
+    table = "\n".join(seconds_row(*setting) for setting in SETTINGS)
+    assert table in TEXT, f"the table of seconds in README.gpu.md should be\n{table}"
+    assumed = (
+        f"{FLOPS_SHARE:.0%} of the bf16 rate, {BANDWIDTH_SHARE:.0%} of the bandwidth, {LAUNCH_SECONDS * 1e6:.0f} µs"
+    )
+    assert assumed.replace("%", " %") in " ".join(TEXT.split())
 
 
 def test_commands_are_taken():
