@@ -44,11 +44,13 @@ class ExpertLoop(PyLayer):
                 paddle.matmul(x[rows], cast(weight[e], x.dtype), out=out[rows])
             ctx.save_for_backward(x, weight)
             return out
-        low_x, low = x if lora_x is None else lora_x, paddle.empty([x.shape[0], a.shape[2]], x.dtype)
+        low = paddle.empty([x.shape[0], a.shape[2]], x.dtype)
+        a_E, b_E = paddle.unbind(a), paddle.unbind(b)  # all views at once: one costs as much as a small product
         for e, rows in _slices(counts):
-            paddle.matmul(x[rows], cast(weight[e], x.dtype), out=out[rows])
-            paddle.matmul(low_x[rows], a[e], out=low[rows])
-            paddle.addmm_(out[rows], low[rows], b[e])
+            x_n, low_n, out_n = x[rows], low[rows], out[rows]
+            paddle.matmul(x_n, cast(weight[e], x.dtype), out=out_n)
+            paddle.matmul(x_n if lora_x is None else lora_x[rows], a_E[e], out=low_n)
+            paddle.addmm_(out_n, low_n, b_E[e])
         ctx.save_for_backward(x, weight, a, b, low, *([lora_x] * ctx.has_lora_x))
         return out
 
@@ -65,24 +67,25 @@ class ExpertLoop(PyLayer):
             for stacked, needed in ((weight, weight_needs), (a, a_needs), (b, b_needs))
         )
         if rest:
-            a_T = a.transpose([0, 2, 1]).contiguous()
+            b_E, a_T_E = paddle.unbind(b), paddle.unbind(a.transpose([0, 2, 1]).contiguous())
+            grad_a_E, grad_b_E = (grad if grad is None else paddle.unbind(grad) for grad in (grad_a, grad_b))
         for e, rows in _slices(ctx.counts):
-            g = grad[rows]
-            if grad_x is not None:
-                paddle.matmul(g, cast(weight[e], g.dtype), transpose_y=True, out=grad_x[rows])
+            g, grad_x_n = grad[rows], None if grad_x is None else grad_x[rows]
+            if grad_x_n is not None:
+                paddle.matmul(g, cast(weight[e], g.dtype), transpose_y=True, out=grad_x_n)
             if grad_w is not None:
                 paddle.matmul(x[rows], g, transpose_x=True, out=grad_w[e])
             if not rest:
                 continue
-            grad_low = paddle.matmul(g, b[e], transpose_y=True)
-            if grad_b is not None:
-                paddle.matmul(low[rows], g, transpose_x=True, out=grad_b[e])
-            if grad_a is not None:
-                paddle.matmul(lora_x[rows], grad_low, transpose_x=True, out=grad_a[e])
+            grad_low = paddle.matmul(g, b_E[e], transpose_y=True)
+            if grad_b_E is not None:
+                paddle.matmul(low[rows], g, transpose_x=True, out=grad_b_E[e])
+            if grad_a_E is not None:
+                paddle.matmul(lora_x[rows], grad_low, transpose_x=True, out=grad_a_E[e])
             if grad_lora_x is not None:
-                paddle.matmul(grad_low, a[e], transpose_y=True, out=grad_lora_x[rows])
-            elif grad_x is not None and not ctx.has_lora_x:  # the addition is of x itself
-                paddle.addmm_(grad_x[rows], grad_low, a_T[e])
+                paddle.matmul(grad_low, a_T_E[e], out=grad_lora_x[rows])
+            elif grad_x_n is not None and not ctx.has_lora_x:  # the addition is of x itself
+                paddle.addmm_(grad_x_n, grad_low, a_T_E[e])
         return grad_x, grad_w, *([grad_lora_x] * ctx.has_lora_x), *([grad_a, grad_b] * bool(rest))
 
 
