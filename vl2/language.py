@@ -19,6 +19,7 @@ from vl2.mla import LatentAttention
 from vl2.moe import MLP, MoE
 from vl2.norm import RMSNorm
 from vl2.recompute import recomputed
+from vl2.shared_weights import LayerWeights, computed_with
 
 # Supervised positions whose logits exist at the same time: 1024 x 129280 float32 is 0.5 GB.
 HEAD_CHUNK = 1024
@@ -85,6 +86,7 @@ class Decoder(nn.Layer):
         self.layers = nn.LayerList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.recompute_every = 0
+        self.shared_weights: LayerWeights | None = None  # brings and takes what other processes keep
 
     def forward(
         self,
@@ -114,7 +116,10 @@ class Decoder(nn.Layer):
                 continue
             again = self.recompute_every and i % self.recompute_every == 0 and paddle.is_grad_enabled()
             args = (x_TD, cos, sin, q_lens, None, balance)
-            x_TD = recomputed(layer, *args, []) if again else layer(*args)
+            if self.shared_weights is not None:
+                x_TD = computed_with(self.shared_weights, i, layer, *args, [])
+            else:
+                x_TD = recomputed(layer, *args, []) if again else layer(*args)
             if balance is not None:
                 x_TD, loss = x_TD
                 if loss is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import paddle
@@ -39,7 +39,16 @@ def train_parameters(model: nn.Layer, names: Iterable[str]) -> None:
     """Make the named parameters trainable, in float32; all others stay as they are."""
     parameters = dict(model.named_parameters())
     for name in names:
-        set_parameter(model, name, parameters[name].astype("float32"), trainable=True)
+        here = parameters[name]._is_initialized()
+        value = parameters[name].astype("float32") if here else absent(parameters[name].shape, "float32")
+        set_parameter(model, name, value, trainable=True)
+
+
+def absent(shape: Sequence[int], dtype: str) -> paddle.Tensor:
+    """A tensor of a shape and a type without memory, which another process keeps."""
+    value = paddle.empty(list(shape), dtype=dtype)
+    value._clear_data()
+    return value
 
 
 def initial_kind(path: str, num_dims: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,12 +167,14 @@ def stored_dtype(folder: ModelFolder) -> str:
     return dtype if dtype in WEIGHT_DTYPES else "bfloat16"
 
 
-def load_with_bar(folder: ModelFolder, dtype: str, *, tower: bool = True) -> DeepseekVL2:
+def load_with_bar(
+    folder: ModelFolder, dtype: str, keep: Callable[[str], bool] = lambda path: True, *, tower: bool = True
+) -> DeepseekVL2:
     """`load_model` with a progress bar on stderr, where there is enough to wait for; one of several ranks shows it."""
     num_bytes = inference_memory(folder.config, dtype)
     style = {"desc": "load weights", "unit": "B", "unit_scale": True, "mininterval": 1.0, "file": sys.stderr}
     with tqdm(total=num_bytes, disable=num_bytes < _BAR_BYTES or dist.get_rank() != 0, **style) as bar:
-        return load_model(folder, dtype=dtype, done=bar.update, tower=tower)
+        return load_model(folder, dtype=dtype, keep=keep, done=bar.update, tower=tower)
 
 
 def base_fingerprint(source: Source, folder: ModelFolder, model: DeepseekVL2) -> str:

@@ -138,6 +138,35 @@ def _check_sharding(config: TrainConfig) -> None:
         raise UserError(
             f"sharding.degree={degree}: expected a divisor of the {ranks} processes ({divisors}), or 0: all"
         )
+    if stage >= 2:
+        _check_shared_layers(config, ranks)
+
+
+def _check_shared_layers(config: TrainConfig, ranks: int) -> None:
+    """What the stages that divide the decoder layers do not go together with."""
+    stage = f"sharding.stage={config.sharding.stage}"
+    if config.sharding.degree not in (0, ranks):
+        raise UserError(
+            f"sharding.degree={config.sharding.degree} with {stage}: it divides layers among all {ranks} processes; "
+            "leave sharding.degree out, or give sharding.stage=1"
+        )
+    if config.recompute != 1:
+        raise UserError(
+            f"recompute={config.recompute} with {stage}: every layer is computed once more in backward, when its "
+            "weights and gradients are exchanged; leave recompute=1"
+        )
+    if config.precision == "fp16":
+        raise UserError(f"precision=fp16 with {stage}: its loss scaler looks at whole gradients; give precision=bf16")
+    if config.sharding.stage == 3 and config.lora.rank:
+        raise UserError(
+            f"lora.rank={config.lora.rank} with {stage}: it divides weights that train, and adapters are small; give "
+            "sharding.stage=1 or 2, or lora.rank=0 to train all weights"
+        )
+    if config.sharding.stage == 3 and config.eval.questions:
+        raise UserError(
+            f"eval.questions={config.eval.questions} with {stage}: no process has all weights to answer with; give "
+            "eval.questions=0, the held-out loss is computed all the same, and ask the checkpoints with `eval`"
+        )
 
 
 def check_divides(packs_per_step: int, num_ranks: int) -> None:

@@ -160,10 +160,10 @@ class ShardingConfig:
 
     stage: int = key(
         0,
-        "0: every process keeps all; 1: each keeps the optimizer's moments of some weights only. Gradients and weights "
-        "are whole in each: stages 2 and 3 are not there.",
+        "0: every process keeps all; 1: each keeps the optimizer's moments of some weights only; 2: and of the decoder "
+        "layers the gradients of those; 3: and these weights themselves, which the others get while they compute.",
         low=0,
-        high=1,
+        high=3,
     )
     degree: int = key(
         0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import paddle
@@ -14,22 +14,27 @@ from paddle import nn
 from tqdm import tqdm
 
 from train.ask.load import load_with_bar
+from train.ask.model_memory import weight_sizes
 from train.config.schema import TrainConfig
 from train.run.barrier import barrier
 from train.run.say import say
+from train.run.shard.layers import SharedLayers
+from train.run.shard.partition import layer_of, owners
 from train.run.state import trainable_parameters
 from train.store.hub import resolve_model
 from vl2.adapter.folder import check_base, load_factors, open_adapter
 from vl2.adapter.foreign import Piece, untuned_modules
 from vl2.adapter.weights import in_words, replacing
+from vl2.checkpoint.fingerprint import model_fingerprint, stored_fingerprint
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
+from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.lora import GroupReport, VL2LoRAModel, apply_lora, deltas
 from vl2.lora_settings import LoRASettings
 from vl2.model import DeepseekVL2
 from vl2.parameter_groups import group_of, is_trainable, whole_parameters
-from vl2.parameters import init_model, train_parameters
+from vl2.parameters import build_model, init_model, train_parameters
 from vl2.principal import start_from_principal
 from vl2.tiles import Resolution
 
@@ -65,11 +70,51 @@ def build_base(config: TrainConfig, folder: ModelFolder, *, tower: bool = True) 
     if config.model.init == "random":
         model = init_model(folder.config, folder.tokenizer.image_id, seed=config.seed, dtype=dtype)
     else:
-        model = load_with_bar(folder, dtype, tower=tower)
+        model = load_with_bar(folder, dtype, keeps(config, folder.config), tower=tower)
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
     model.set_recompute(config.recompute)
     return model
+
+
+def base_fingerprint(config: TrainConfig, folder: ModelFolder, model: DeepseekVL2, *, tower: bool = True) -> str:
+    """`model_fingerprint` of the base model, also where some of its weights are not here.
+
+    Args:
+        tower: the vision tower is.
+    """
+    if config.model.init != "random" and (config.sharding.stage == 3 or not tower):
+        return stored_fingerprint(folder.weights, DTYPE_OF_SETTING[config.precision])
+    return model_fingerprint(model)
+
+
+def keeps(config: TrainConfig, model: VL2Config) -> Callable[[str], bool]:
+    """Whether this process keeps a weight of the base: at sharding.stage=3 not those of a layer that others own."""
+    if config.sharding.stage < 3:
+        return lambda path: True
+    sizes = weight_sizes(build_model(model, 0))
+    trained = {name: sizes[name] for name in trained_names(sizes, config.trainable)}
+    owner = owners(trained, config.nproc * config.nnodes)
+    return lambda path: layer_of(path) is None or owner.get(path, dist.get_rank()) == dist.get_rank()
+
+
+def share_layers(model: nn.Layer, config: TrainConfig) -> SharedLayers | None:
+    """Let the processes share the decoder layers of a model that is ready to be trained; None below stage 2."""
+    if config.sharding.stage < 2:
+        return None
+    shared = SharedLayers(
+        trainable_parameters(model),
+        config.sharding.stage,
+        rank=dist.get_rank(),
+        num_ranks=dist.get_world_size(),
+        # gloo gives up after 30 seconds, and one process's pack may take longer than another's.
+        meet=barrier if paddle.get_device() == "cpu" else lambda: None,
+    )
+    if not shared.names:
+        return None  # nothing of them trains
+    inner = model.model if isinstance(model, VL2LoRAModel) else model
+    inner.language.model.shared_weights = shared
+    return shared
 
 
 def make_trainable(

@@ -21,6 +21,7 @@ from train.run.gradients import gather_rows
 from train.run.memory import SAVED_BYTES
 from train.run.saving import Saver
 from train.run.say import say
+from train.run.shard.layers import SharedLayers
 from train.run.state import trainable_parameters
 from train.run.stop import TIME_IS_UP, WORKER_KILLED, PeerLost, StopRequest, peer_lost
 from train.run.trainer import VL2Trainer
@@ -49,6 +50,7 @@ def fit(
     wandb_id: str,
     log: MetricsLog | None,
     validation: Validation | None,
+    shared: SharedLayers | None,
     callbacks: Sequence[TrainerCallback],
 ) -> int:
     """The optimizer steps. Returns the exit code of what stopped them, 0 when they came to their end."""
@@ -69,6 +71,7 @@ def fit(
         provenance=provenance,
         wandb_id=wandb_id,
         validation=validation,
+        shared=shared,
         took=deadline.saving_took,
     )
 
@@ -107,6 +110,7 @@ def fit(
             history=history,
             sources=data.sources,
             validation=validation,
+            shared=shared,
             callbacks=callbacks,
         )
         try:

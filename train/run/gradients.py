@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import paddle
@@ -103,19 +103,33 @@ def reduction_slices(sizes: Mapping[str, int]) -> list[list[str]]:
 
 @paddle.no_grad()
 def gradient_norm(
-    parameters: Mapping[str, paddle.Tensor], groups: Mapping[str, Sequence[str]] | None = None
+    parameters: Mapping[str, paddle.Tensor],
+    groups: Mapping[str, Sequence[str]] | None = None,
+    shared: Collection[str] = (),
 ) -> tuple[float, dict[str, float]]:
-    """2-norm of all gradients together, and of those of each group; every parameter must hold one.
+    """2-norm of all gradients together, and of those of each group.
 
     Squares are summed in float32 within a gradient and in float64 over gradients, in the order of `parameters`. The
     host waits for the device once.
 
     Args:
-        parameters: by name.
+        parameters: by name; each holds a gradient, but for those of `shared`, whose gradients their owners hold.
         groups: group -> names of parameters.
+        shared: names of parameters whose gradients are divided among the processes. Collective where there are some.
     """
-    squares = [paddle._C_ops.squared_l2_norm(p.grad.astype("float32")) for p in parameters.values()]
+    nothing = paddle.zeros([1], dtype="float32")
+    squares = [
+        nothing if p.grad is None else paddle._C_ops.squared_l2_norm(p.grad.astype("float32"))
+        for p in parameters.values()
+    ]
     each = paddle.concat(squares).astype("float64")
+    if shared:
+        divided = paddle.to_tensor([name in shared for name in parameters])
+        of_all = each * divided.astype("float64")
+        if paddle.get_device() == "cpu":
+            barrier()  # as in `gather_rows`
+        dist.all_reduce(of_all)  # one of the processes has a number, the others 0
+        each = paddle.where(divided, of_all, each)
     read = paddle.concat([each, each.sum(keepdim=True)]).numpy()
     square_of = dict(zip(parameters, read.tolist(), strict=False))  # the last is their sum
     norms = {group: math.sqrt(sum(square_of[name] for name in names)) for group, names in (groups or {}).items()}
@@ -127,12 +141,13 @@ def clip_gradients(parameters: Mapping[str, paddle.Tensor], norm: float, max_nor
     """Scale all gradients down together when their norm is above the greatest one allowed.
 
     Args:
+        parameters: those that hold a gradient are scaled.
         norm: from `gradient_norm`; finite.
         max_norm: 0 does not clip.
     """
     if 0 < max_norm < norm:
         # What fp16's loss scaler divides by its scale with: one operation for all.
-        grads = [parameter.grad for parameter in parameters.values()]
+        grads = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
         paddle._C_ops.check_finite_and_unscale_(grads, paddle.full([1], norm / max_norm))
 
 

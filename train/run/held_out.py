@@ -26,6 +26,7 @@ from train.run.build_data import Data
 from train.run.gather import gather_objects
 from train.run.gradients import gather_rows
 from train.run.samples import Answered
+from train.run.shard.layers import SharedLayers
 from vl2.lora import VL2LoRAModel
 from vl2.tokenizer import Tokenizer
 
@@ -55,9 +56,11 @@ class HeldOut:
     Args:
         config, data: of the run; rows are held out.
         model: under training.
+        shared: its layers that all ranks compute together.
     """
 
-    def __init__(self, config: TrainConfig, data: Data, model: nn.Layer):
+    def __init__(self, config: TrainConfig, data: Data, model: nn.Layer, shared: SharedLayers | None = None):
+        self.shared = shared if shared is not None and shared.moves_weights else None
         assert data.validation is not None
         self.metrics, self.rows = (*ALWAYS, *config.eval.metrics), data.validation
         lora = isinstance(model, VL2LoRAModel)
@@ -85,10 +88,18 @@ class HeldOut:
         self.max_new_tokens = config.eval.max_new_tokens or room_for(self.questions, data.tokenizer)
 
     def losses(self, asked_to_stop: Callable[[], bool]) -> RowLosses | None:
-        """Losses of all rows, in their order; None where a rank was asked to stop meanwhile."""
-        own = _own_share([pack.cost for pack in self.packs.plan.packs])
+        """Losses of all rows, in their order; None where a rank was asked to stop meanwhile.
+
+        Ranks that compute each layer together all make as many passes, and stop behind the last one only.
+        """
+        shares = deal([pack.cost for pack in self.packs.plan.packs], dist.get_world_size())
+        own, shared = shares[dist.get_rank()], self.shared
+        passes = shared.passes + max(map(len, shares)) if shared else 0
         with _bar("held-out loss", len(own), "pack") as bar:
-            found = row_losses(self.loaded.model, self.packs, _until(asked_to_stop, own, bar))
+            pieces = _until((lambda: False) if shared else asked_to_stop, own, bar)
+            found = row_losses(self.loaded.model, self.packs, pieces)
+        while shared and shared.passes < passes:
+            shared.idle(backward=False)
         table = gather_rows(np.array([[*found.sums, *found.supervised, asked_to_stop()]], dtype="float64"))
         *both, stopped = table.sum(axis=0)  # of each row one rank has the numbers, the others 0
         sums, supervised = np.array(both).reshape(2, -1)

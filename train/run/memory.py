@@ -14,7 +14,7 @@ from train.run.activations import StepMemory, step_memory
 from train.run.build import PART_PREFIXES, PartCount, lora_settings, trained_names, whole_reports
 from train.run.gradients import reduction_slices
 from train.run.shard.group import shard_degree
-from train.run.shard.stage1 import heaviest_share
+from train.run.shard.partition import heaviest_share, layer_of, numbers_of_layers
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
@@ -154,16 +154,20 @@ def _memory(
     sizes, learned, _ = weights
     trained = {name: size for name, size in sizes.items() if name in learned}
     numbers, moments = sum(trained.values()), 2 * heaviest_share(trained, shard_degree(config))
-    exchanged = 0
-    if config.nproc * config.nnodes > 1:
-        gradients = {name: size * FLOAT32_BYTES for name, size in trained.items()}
+    exchanged, stage, divided = 0, config.sharding.stage, 0
+    whole = {name: size for name, size in trained.items() if layer_of(name) is None} if stage >= 2 else trained
+    if stage >= 2:  # of the decoder layers what one process owns, and all of the layer that is computed
+        own = heaviest_share(trained, shard_degree(config), trained.keys() - whole.keys())
+        divided = sum(whole.values()) + own + max(numbers_of_layers(trained).values(), default=0)
+    if config.nproc * config.nnodes > 1 and whole:
+        gradients = {name: size * FLOAT32_BYTES for name, size in whole.items()}
         exchanged = max(sum(map(gradients.__getitem__, names)) for names in reduction_slices(gradients))
     starts = sum(size for name, size in sizes.items() if is_start(name))  # of PiSSA: frozen, in float32
     frozen = sum(sizes.values()) - numbers - starts
     return TrainingMemory(
         frozen=frozen * item_bytes(DTYPE_OF_SETTING[config.precision]) + starts * FLOAT32_BYTES,
-        trained=numbers * FLOAT32_BYTES,
-        gradients=numbers * FLOAT32_BYTES,
+        trained=(divided if stage == 3 else numbers) * FLOAT32_BYTES,
+        gradients=(divided if stage >= 2 else numbers) * FLOAT32_BYTES,
         moments=moments * FLOAT32_BYTES,
         exchanged=exchanged,
         step=step_memory(model, config, on_gpu=on_gpu),
@@ -173,17 +177,19 @@ def _memory(
     )
 
 
-def cards_needed(model: VL2Config, config: TrainConfig, card_bytes: int) -> int | None:
-    """The least number of GPUs of so many bytes on which a run fits with sharding.stage=1; None: none is enough.
+def cards_needed(model: VL2Config, config: TrainConfig, card_bytes: int) -> tuple[int, int] | None:
+    """The least number of GPUs of so many bytes on which a run fits, and the sharding.stage it takes; None: none.
 
-    Only numbers that divide `packs_per_step` are tried, since each process takes the same number of packs.
+    Only numbers that divide `packs_per_step` are tried, since each process takes the same number of packs. Adapters are
+    not divided by stage 3.
     """
     weights = plan_weights(model, config)
     for cards in (n for n in range(1, config.packs_per_step + 1) if config.packs_per_step % n == 0):
-        sharding = replace(config.sharding, degree=0, stage=min(1, cards - 1))
-        on_cards = replace(config, nproc=cards, nnodes=1, sharding=sharding)
-        if _memory(weights, model, on_cards, True).process_bytes(first=True) <= card_bytes:
-            return cards
+        for stage in (0,) if cards == 1 else (1, 2) if config.lora.rank else (1, 2, 3):
+            sharding = replace(config.sharding, degree=0, stage=stage)
+            on_cards = replace(config, nproc=cards, nnodes=1, sharding=sharding)
+            if _memory(weights, model, on_cards, True).process_bytes(first=True) <= card_bytes:
+                return cards, stage
     return None
 
 
@@ -222,14 +228,14 @@ def _advice(config: TrainConfig, model: VL2Config) -> str:
     """What would need less."""
     advice = "use a machine with more, or a smaller model"
     if config.lora.rank == 0:
-        card, cards = gigabytes(CARD_BYTES), cards_needed(model, config, CARD_BYTES)
-        if cards == 1:
+        card, found = gigabytes(CARD_BYTES), cards_needed(model, config, CARD_BYTES)
+        if found is None:
+            advice = f"no number of GPUs of {card} is enough: use a smaller model"
+        elif found[0] == 1:
             advice = f"one GPU of {card} is enough, or a smaller model"
-        elif cards:
-            advice = f"use {cards} GPUs of {card} with sharding.stage=1, or a smaller model"
         else:
-            why = "each holds all weights and gradients"
-            advice = f"no number of GPUs of {card} is enough, as {why}: use a smaller model"
+            alone = " eval.questions=0" if found[1] == 3 else ""
+            advice = f"use {found[0]} GPUs of {card} with sharding.stage={found[1]}{alone}, or a smaller model"
         advice += ", or train adapters instead of all weights (lora.rank=8)"
     advice += ", or shorter packs (data.max_tokens)"
     return advice + (", or precision=bf16" if config.precision == "fp32" else "")

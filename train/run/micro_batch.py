@@ -15,6 +15,7 @@ from data.plan import Plan
 from train.run.by_source import Sources, sums_by_source
 from train.run.gradients import gather_rows
 from train.run.pack_loader import Pack
+from train.run.shard.layers import SharedLayers
 from vl2.balance import LoadBalance
 from vl2.prompt import IGNORE
 
@@ -41,6 +42,7 @@ def train_pack(
     aux_weight: float,
     loss_scale: float = 1.0,
     sources: Sources | None = None,
+    shared: SharedLayers | None = None,
 ) -> PackLoss:
     """Forward and backward of one pack; its gradients are added to those of the step's packs before it.
 
@@ -56,6 +58,7 @@ def train_pack(
         aux_weight: of the load-balance loss; 0 does not compute it.
         loss_scale: of fp16.
         sources: of a mixture; None keeps no losses by source.
+        shared: layers that all processes compute together; one without a loss takes part all the same.
     """
     batch = dict(inputs)
     pack, supervised = int(batch.pop("pack")), int(batch.pop("supervised_in_step"))
@@ -76,6 +79,8 @@ def train_pack(
             term = balance.total() * (aux_weight / plan.samples(step))
             loss, aux_loss = loss + term, term.detach()
         (loss * loss_scale).backward()
+    elif shared is not None:
+        shared.idle(backward=True)
     return PackLoss(
         pack=pack,
         loss=loss_sum.detach(),

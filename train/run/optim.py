@@ -12,7 +12,7 @@ from paddle.optimizer import AdamW, Optimizer
 from paddle.optimizer.lr import LRScheduler
 
 from train.config.schema import GroupConfig
-from train.run.shard.stage1 import owned
+from train.run.shard.optimizer import owned
 from vl2.checkpoint.tensor_files import MemoryTensor, StoredTensor
 from vl2.errors import UserError
 from vl2.lora_settings import is_factor

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import paddle.distributed as dist
 from paddle import nn
 
@@ -16,8 +17,9 @@ from train.run.background import Background
 from train.run.optim import optimizer_state
 from train.run.say import say
 from train.run.shard.group import shard_degree
+from train.run.shard.layers import SharedLayers
 from train.run.shard.parts import leave_part, parts_folder, sweep_parts, take_parts
-from train.run.state import HostState, copy_state, save_state
+from train.run.state import HostState, copy_state, save_state, trained_values
 from train.run.stop import check_peers
 from train.run.trainer import VL2Trainer
 from train.run.validation import Validation
@@ -46,6 +48,7 @@ class Saver:
         wandb_id: of the run on wandb.
         took: told the seconds that each checkpoint took to be written.
         validation: of the run, whose best checkpoint stays; None: there is none.
+        shared: the layers whose weights other processes may keep; None: there are none.
     """
 
     def __init__(
@@ -59,10 +62,11 @@ class Saver:
         wandb_id: str,
         took: Callable[[float], None],
         validation: Validation | None = None,
+        shared: SharedLayers | None = None,
     ):
         self.config, self.model, self.identity = config, model, identity
         self.history, self.provenance, self.wandb_id = history, provenance, wandb_id
-        self.validation, self.took = validation, took
+        self.validation, self.took, self.shared = validation, took, shared
         self.run_dir = Path(config.run_dir)
         self.shard_degree = shard_degree(config)
         self._writing = Background("checkpoint")
@@ -73,13 +77,14 @@ class Saver:
         """Copy the step that was just made, and begin to write it; whoever needs it on the disk calls `join`."""
         self.join()  # before the copy: one at a time in memory
         rank, root = dist.get_rank(), self.run_dir / CHECKPOINTS
+        weights = trained_values(self.model, self.shared)
         if rank > 0:
             if rank < self.shard_degree:
                 part = optimizer_state(trainer.optimizer, trainer.parameters)
                 waiting = parts_folder(root, trainer.state.global_step)
                 self._writing.start(lambda: leave_part(waiting, part, rank, self.shard_degree))
             return
-        state = self._copy(trainer)
+        state = self._copy(trainer, weights)
         self._writing.start(lambda: self._write(state))
 
     def rescue(self, trainer: VL2Trainer) -> Path | None:
@@ -93,7 +98,8 @@ class Saver:
         if not here or trainer.state.global_step == 0 or target.exists():
             return None
         try:
-            self._write(self._copy(trainer))
+            weights = {name: p.numpy() for name, p in trainer.parameters.items()}  # whichever rank this is
+            self._write(self._copy(trainer, weights))
         except (UserError, OSError) as problem:  # the disk is full, or another process saves it
             say(f"error: step {trainer.state.global_step} could not be saved: {problem}", sys.stderr)
             return None
@@ -107,10 +113,11 @@ class Saver:
         """Wait until what was saved is on the disk, under its name."""
         self._writing.join()
 
-    def _copy(self, trainer: VL2Trainer) -> HostState:
+    def _copy(self, trainer: VL2Trainer, weights: dict[str, np.ndarray]) -> HostState:
         return copy_state(
             self.model,
             trainer.optimizer,
+            weights=weights,
             history=self.history,
             trainer_state=trainer.state,
             scaler=trainer.scaler.state_dict() if trainer.scaler is not None else None,

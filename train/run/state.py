@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 import paddle
+import paddle.distributed as dist
 from paddle import nn
 from paddle.optimizer import Optimizer
 from paddlenlp.trainer import TrainerState
 
 from train.run.optim import optimizer_state, set_optimizer_state
+from train.run.shard.layers import SharedLayers
 from train.run.shard.parts import part_name, stored_state, write_part
 from train.store.facts import read_fact, to_document, write_fact
 from train.store.names import (
@@ -55,9 +57,15 @@ def trained_folder(parent: Path, model: nn.Layer) -> Path:
     return parent / (ADAPTER if isinstance(model, VL2LoRAModel) else WEIGHTS)
 
 
-def trained_values(model: nn.Layer) -> dict[str, np.ndarray]:
-    """Copies of the trained weights on the host, float32, by the names of `trainable_parameters`."""
-    return {name: p.numpy() for name, p in trainable_parameters(model).items()}
+def trained_values(model: nn.Layer, shared: SharedLayers | None = None) -> dict[str, np.ndarray]:
+    """Copies of the trained weights on the host, float32, by the names of `trainable_parameters`; empty but on rank 0.
+
+    Collective where `shared` has weights that other processes keep.
+    """
+    parameters, wanted = trainable_parameters(model), dist.get_rank() == 0
+    if shared is not None and shared.moves_weights:
+        return shared.host_copy(parameters, wanted=wanted)
+    return {name: p.numpy() for name, p in parameters.items()} if wanted else {}
 
 
 def save_trained(model: nn.Layer, folder: Path, provenance: Provenance, values: Mapping[str, np.ndarray]) -> None:
@@ -102,7 +110,8 @@ def load_trained(model: nn.Layer, folder: Path) -> None:
             f"{path}: the weights do not fit what trains (missing, unknown or shaped otherwise): {wrong[:10]}"
         )
     for name, parameter in parameters.items():
-        parameter.set_value(stored[name].read())
+        if parameter._is_initialized():  # another process keeps the others
+            parameter.set_value(stored[name].read())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +131,7 @@ def copy_state(
     model: nn.Layer,
     optimizer: Optimizer,
     *,
+    weights: dict[str, np.ndarray],
     history: History,
     trainer_state: TrainerState,
     scaler: Mapping[str, Any] | None = None,
@@ -130,6 +140,7 @@ def copy_state(
     """Copy what the next step will change.
 
     Args:
+        weights: of `trained_values`.
         history, trainer_state: of the steps made.
         scaler: state of the fp16 loss scaler.
         validation: how far it is.
@@ -138,7 +149,7 @@ def copy_state(
     counts.log_history = list(trainer_state.log_history)
     return HostState(
         step=trainer_state.global_step,
-        weights=trained_values(model),
+        weights=weights,
         optimizer=optimizer_state(optimizer, trainable_parameters(model)),
         history=replace(history, losses=list(history.losses)),
         trainer_state=counts,

@@ -47,7 +47,8 @@ from train.run.micro_batch import PackLoss, gather_losses, train_pack
 from train.run.optim import build_optimizer, by_group, loss_scale, lr_factor
 from train.run.pack_loader import Pack, PackLoader
 from train.run.shard.group import make_shard_group
-from train.run.shard.stage1 import ShardedOptimizer
+from train.run.shard.layers import SharedLayers
+from train.run.shard.optimizer import ShardedOptimizer
 from train.run.state import History, load_optimizer, load_trained, trainable_parameters, trained_folder
 from train.run.stop import StopRequest
 from train.run.validation import Validation
@@ -77,6 +78,7 @@ class VL2Trainer(Trainer):
         history: losses and totals of the steps before, when resuming.
         sources: of a mixture, whose losses are logged one by one; None: there is only one source.
         validation: of the run, at the steps that are due; None: there is none on the way.
+        shared: the layers whose gradients or weights are divided among the processes; None: there are none.
         callbacks: of the user.
     """
 
@@ -96,6 +98,7 @@ class VL2Trainer(Trainer):
         history: History | None = None,
         sources: Sources | None = None,
         validation: Validation | None = None,
+        shared: SharedLayers | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         super().__init__(model=model, args=_arguments(config, plan), train_dataset=dataset, callbacks=list(callbacks))
@@ -105,7 +108,8 @@ class VL2Trainer(Trainer):
         self.on_step, self.save = on_step, save
         self.history = history or History()
         self.sources, self.validation = sources, validation
-        self.parameters = trainable_parameters(model)
+        self.parameters, self.shared = trainable_parameters(model), shared
+        self.whole = {name: p for name, p in self.parameters.items() if not (shared and name in shared.names)}
         self.reach = ReachCheck(list(self.parameters))
         self.scaler: paddle.amp.GradScaler | None = self.scaler if self.do_grad_scaling else None
         self.finite = FiniteCheck(config, dataset)
@@ -153,6 +157,7 @@ class VL2Trainer(Trainer):
     def _optimizer_steps(self, packs: Iterator[Pack]) -> None:
         """One turn of the loop is one optimizer step, from fetching its packs to saving it."""
         state, plan, fire, parameters = self.state, self.plan, self._fire, self.parameters
+        divided = self.shared.names if self.shared else set()
         first_step, num_packs = state.global_step, self.args.gradient_accumulation_steps
         while state.global_step < plan.num_steps and not self.control.should_training_stop:
             step = state.global_step
@@ -170,15 +175,16 @@ class VL2Trainer(Trainer):
             num_sources = len(self.sources.names) if self.sources else 0
             losses, of_ranks = gather_losses(done, num_sources, self.meter.of_rank())
 
-            reached = {name for name, p in parameters.items() if p.grad is not None}
+            reached = {name for name, p in self.whole.items() if p.grad is not None}
+            reached |= self.shared.end_step() if self.shared else set()
             self.reach.update(reached, has_images=any(pack.has_images for pack in done))
-            fill_zeros(parameters)
-            sum_over_ranks(parameters)
+            fill_zeros(self.whole)
+            sum_over_ranks(self.whole)
 
             fire("on_optimizer_begin", scaler=self.scaler)
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            norm, norm_of = gradient_norm(parameters, self.groups)
+            norm, norm_of = gradient_norm(parameters, self.groups, divided)
             overflow = None if self.scaler is None else not math.isfinite(norm) and has_overflow(parameters)
             left_out = self.finite.leaves_out(step, losses, norm, overflow)
             if not left_out:
@@ -232,6 +238,7 @@ class VL2Trainer(Trainer):
             aux_weight=self.config.optim.aux_loss,
             loss_scale=loss_scale(self.scaler),
             sources=self.sources,
+            shared=self.shared,
         )
 
     def _count_step(self) -> None:
@@ -326,6 +333,8 @@ class VL2Trainer(Trainer):
             )
 
         group = make_shard_group(self.config)
+        moves = self.shared is not None and self.shared.moves_weights
+        stay = {self.parameters[name].name for name in self.shared.names} if self.shared and moves else set()
         self.lr_scheduler = LambdaDecay(optim.lr, factor)
         self.optimizer = build_optimizer(
             self.parameters,
@@ -336,7 +345,7 @@ class VL2Trainer(Trainer):
             eps=optim.eps,
             groups=optim.groups,
             plus_scale=self.config.lora.plus_scale,
-            share=lambda optimizer: ShardedOptimizer(optimizer, group) if group else optimizer,
+            share=lambda optimizer: ShardedOptimizer(optimizer, group, stay) if group else optimizer,
         )
 
     def _wrap_model(self, model: paddle.nn.Layer, training: bool = True) -> paddle.nn.Layer:
@@ -347,8 +356,9 @@ class VL2Trainer(Trainer):
         """
         if dist.get_world_size() > 1:
             barrier()  # one rank may have read its weights 30 seconds before another, and gloo waits no longer
-            for parameter in self.parameters.values():
-                dist.broadcast(parameter, src=0)
+            for name, parameter in self.parameters.items():
+                if not (self.shared and self.shared.moves_weights and name in self.shared.names):
+                    dist.broadcast(parameter, src=0)
         return model
 
     def close(self) -> None:

@@ -13,8 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import paddle
 import paddle.distributed as dist
+from paddle import nn
 from paddlenlp.trainer import TrainerCallback
 
 from train.ask.source import check_model, check_trained
@@ -28,7 +30,7 @@ from train.page.sources import unread_notes
 from train.run.agreement import check_same_settings
 from train.run.barrier import barrier
 from train.run.best import carried_over
-from train.run.build import build_base, count_parts, make_trainable, open_base
+from train.run.build import base_fingerprint, build_base, count_parts, make_trainable, open_base, share_layers
 from train.run.build_data import Data, build_data
 from train.run.fit import fit
 from train.run.identity import fingerprint_of_records, identity
@@ -53,7 +55,6 @@ from train.store.run_dir import RunMarker, check_run_dir, hold_run_dir, update_m
 from train.store.run_state import History
 from train.store.versions import versions
 from train.store.whole_folder import write_folder
-from vl2.checkpoint.fingerprint import model_fingerprint, stored_fingerprint
 from vl2.dtypes import DTYPE_OF_SETTING
 
 Built = TypeVar("Built")
@@ -129,8 +130,7 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     vision = open_vision_cache(config, folder, data)
     data, tower = replace(data, vision_cache=vision.cache), not vision.is_whole
     base = build_base(config, folder, tower=tower)
-    stored = DTYPE_OF_SETTING[config.precision]
-    fingerprint = model_fingerprint(base) if tower else stored_fingerprint(folder.weights, stored)
+    fingerprint = base_fingerprint(config, folder, base, tower=tower)
     who = identity(config, fingerprint=fingerprint, tokenizer=data.tokenizer, plan=data.plan)
     resumed = find_resumed(
         config, who, data.plan.num_steps, lambda: fingerprint_of_records(data.dataset, data.tokenizer)
@@ -138,6 +138,7 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     model, groups = make_trainable(
         base, config, candidates=data.candidates, base_fingerprint=fingerprint, resumed=resumed is not None
     )
+    shared = share_layers(model, config)
     checkpoint = resumed.checkpoint if resumed else None
     first_step, history = (resumed.state.step, resumed.state.history) if resumed else (0, History())
     validated = carried_over(resumed, config)
@@ -195,21 +196,32 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     if first:
         log = open_log(run_dir, config, num_steps=data.plan.num_steps, first_step=first_step, wandb_id=wandb_id)
     with log or nullcontext():
-        validation = Validation(config, data, model, log, validated) if validate and data.validation else None
+        validation = Validation(config, data, model, log, validated, shared) if validate and data.validation else None
         before = validation.before() if validation else None
         owed = validation is not None and validation.owes(first_step)
         if first_step == data.plan.num_steps and checkpoint is not None and not owed:
             say(f"already at step {first_step} of {first_step}; raise max_steps or epochs to train further")
             load_trained(model, trained_folder(checkpoint, model))
         elif code := fit(
-            config, data, model, who, provenance, checkpoint, first_step, history, wandb_id, log, validation, callbacks
+            config,
+            data,
+            model,
+            who,
+            provenance,
+            checkpoint,
+            first_step,
+            history,
+            wandb_id,
+            log,
+            validation,
+            shared,
+            callbacks,
         ):
             return code
 
         # 4. Keep the result, ask again, sum up.
         final = trained_folder(run_dir, model)
-        if first:
-            write_folder(final, lambda folder: save_trained(model, folder, provenance, trained_values(model)))
+        _keep_trained(final, model, provenance, trained_values(model, shared))
         model.eval()
         after = validation.after(len(history.losses)) if validation else None
         best = validation.state.best if validation and validation.state else None
@@ -237,6 +249,11 @@ def start_page(config: TrainConfig, report: StartReport, data: Data) -> str:
         bad=[*data.dataset.skipped, *data.skipped_questions],
         notes=unread_notes(data.dataset),
     )
+
+
+def _keep_trained(folder: Path, model: nn.Layer, provenance: Provenance, values: dict[str, np.ndarray]) -> None:
+    if dist.get_rank() == 0:
+        write_folder(folder, lambda unfinished: save_trained(model, unfinished, provenance, values))
 
 
 def _first_rank_first(build: Callable[[], Built]) -> Built:

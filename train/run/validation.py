@@ -21,6 +21,7 @@ from train.run.gather import gather_objects
 from train.run.held_out import Found, HeldOut
 from train.run.samples import SampleTable
 from train.run.say import say
+from train.run.shard.layers import SharedLayers
 from train.run.stop import StopRequest
 from train.run.watch.log import MetricsLog
 from train.run.watch.sink import Sample
@@ -36,6 +37,7 @@ class Validation:
         model: under training.
         log: of rank 0; None on the others.
         state: how far it was at the checkpoint that the run goes on from.
+        shared: layers of the model that all ranks compute together.
 
     Attributes:
         state: how far it is now; a checkpoint keeps it.
@@ -49,9 +51,10 @@ class Validation:
         model: nn.Layer,
         log: MetricsLog | None,
         state: ValidationState | None = None,
+        shared: SharedLayers | None = None,
     ):
         self.config, self.model, self.log, self.state = config, model, log, state
-        self.held_out = HeldOut(config, data, model)
+        self.held_out = HeldOut(config, data, model, shared)
         self.samples = SampleTable(self.held_out.questions, data.images)
         self.due = due_steps(read_every(config.eval.every), data.plan)
         self.metric = best_metric(config)

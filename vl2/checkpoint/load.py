@@ -13,7 +13,7 @@ from paddle import nn
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.checkpoint.stored_model import StoredModel
 from vl2.model import DeepseekVL2
-from vl2.parameters import build_model, set_parameter
+from vl2.parameters import absent, build_model, set_parameter
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ def load_model(
     folder: str | Path | ModelFolder,
     *,
     dtype: str = "float32",
+    keep: Callable[[str], bool] = lambda path: True,
     done: Callable[[int], object] = lambda num_bytes: None,
     tower: bool = True,
 ) -> DeepseekVL2:
@@ -33,6 +34,7 @@ def load_model(
     Args:
         folder: of the model, or what was opened of it already.
         dtype: type that the weights get: float32, bfloat16 or float16.
+        keep: whether to read a parameter; the others stay without memory.
         done: told the bytes of each parameter that is in place (a progress bar).
         tower: False leaves the vision tower out until it is called.
 
@@ -49,6 +51,9 @@ def load_model(
         _load_when_called(model, weights, dtype)
     for path in weights.parts:
         if path.startswith(TOWER) and not tower:
+            continue
+        if not keep(path):
+            set_parameter(model, path, absent(weights.shapes[path], dtype))
             continue
         value = weights.parameter(path, dtype)
         set_parameter(model, path, value)

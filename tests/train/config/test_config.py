@@ -261,7 +261,21 @@ def test_mistake_on_the_command_line(argument, message):
         (["nproc=2", "sharding.degree=2"], r"^sharding\.degree=2 with sharding\.stage=0: nothing is shared"),
         (["nproc=4", "sharding.stage=1", "sharding.degree=3"], r"^sharding\.degree=3: .* \(2, 4\), or 0: all$"),
         (["nproc=4", "sharding.stage=1", "sharding.degree=1"], r"^sharding\.degree=1: expected a divisor of the 4"),
-        (["nproc=2", "sharding.stage=2"], r"^sharding\.stage=2: expected at most 1$"),
+        (["nproc=2", "sharding.stage=4"], r"^sharding\.stage=4: expected at most 3$"),
+        (
+            ["nproc=4", "sharding.stage=2", "sharding.degree=2"],
+            r"^sharding\.degree=2 with sharding\.stage=2: it",
+        ),
+        (
+            ["nproc=2", "sharding.stage=2", "recompute=0"],
+            r"^recompute=0 with sharding\.stage=2: every layer is",
+        ),
+        (["nproc=2", "sharding.stage=2", "precision=fp16"], r"^precision=fp16 with sharding\.stage=2: its loss scaler"),
+        (["nproc=2", "sharding.stage=3"], r"^lora\.rank=8 with sharding\.stage=3: .* give sharding\.stage=1 or 2, or"),
+        (
+            ["nproc=2", "sharding.stage=3", "lora.rank=0"],
+            r"^eval\.questions=\d+ with .*; give eval\.questions=0, the",
+        ),
     ],
 )
 def test_sharding_that_cannot_be(arguments, message):

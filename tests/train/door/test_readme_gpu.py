@@ -27,6 +27,8 @@ SETTINGS = (
     (80, "conf=sft_tiny_full", 8),
     (40, "conf=sft_tiny_full sharding.stage=1", 8),
     (80, "conf=sft_base", 1),
+    (80, "conf=sft_small_full sharding.stage=3 eval.questions=0", 8),
+    (80, "conf=sft_base_full sharding.stage=3 eval.questions=0", 16),
 )
 
 

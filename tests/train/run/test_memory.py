@@ -9,7 +9,8 @@ from train.ask.model_memory import check_inference, inference_memory
 from train.config.load import load_config
 from train.machine import memory
 from train.run.build import build_base, count_parts, make_trainable
-from train.run.memory import cards_needed, check_published, plan_parts, training_memory
+from train.run.memory import cards_needed, check_published, plan_parts, plan_weights, training_memory
+from train.run.shard.partition import numbers_of_layers
 from vl2.checkpoint.model_folder import open_folder
 from vl2.checkpoint.published import PUBLISHED
 from vl2.config import VL2Config
@@ -115,10 +116,32 @@ def test_moments_are_shared_out():
 
 def test_cards_that_a_run_takes():
     config = load_config(["conf=sft_tiny_full", "device=cpu"])
-    assert cards_needed(TINY, config, 80 * 10**9) == 1
-    (cards,) = {cards_needed(TINY, config, 40 * 10**9)}
-    assert cards == 8  # 26.8 GB of weights and gradients on each, and 26.8 GB of moments between them
-    assert cards_needed(TINY, config, 30 * 10**9) is None
+    assert cards_needed(TINY, config, 80 * 10**9) == (1, 0)
+    assert cards_needed(TINY, config, 40 * 10**9) == (2, 3)
+    assert cards_needed(TINY, config, 30 * 10**9) == (4, 3)
+    assert cards_needed(TINY, config, 10**10) is None  # tower, embedding and head are whole on each
+    adapters = load_config(["conf=sft_tiny", "device=cpu", "packs_per_step=4"])
+    assert cards_needed(TINY, adapters, 8 * 10**9) is None  # the frozen weights are not divided
+
+
+def test_layers_are_divided():
+    """At stage 2 the gradients of the decoder layers, at stage 3 their weights: a share, and the largest layer."""
+    one, two, three = (
+        training_memory(TINY, load_config(["conf=sft_tiny_full", "device=cpu", "nproc=8", *more]))
+        for more in (
+            ("sharding.stage=1",),
+            ("sharding.stage=2",),
+            ("sharding.stage=3", "eval.questions=0"),
+        )
+    )
+    assert one.trained == two.trained == one.gradients and two.gradients == three.gradients == three.trained
+    assert one.moments == two.moments == three.moments and one.copied == three.copied
+    sizes = plan_weights(TINY, load_config(["conf=sft_tiny_full", "device=cpu"]))[0]
+    layers = numbers_of_layers(sizes)
+    assert len(layers) == TINY.language.num_hidden_layers
+    whole = sum(sizes.values()) - sum(layers.values())
+    even = whole + sum(layers.values()) / 8 + max(layers.values())
+    assert even <= two.gradients / 4 < 1.1 * even
 
 
 def test_run_that_has_no_room_leaves_nothing(run, tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 
 from train.run.optim import build_optimizer, optimizer_state
 from train.run.shard.group import ShardGroup
+from train.run.shard.optimizer import ShardedOptimizer
 from train.run.shard.parts import leave_part, part_name, parts_folder, stored_state, sweep_parts, take_parts, write_part
-from train.run.shard.stage1 import ShardedOptimizer
 from train.run.stop import PeerLost, check_peers, peer_lost
 
 SHAPES = {"table": [60, 2], "wide": [10, 5], "narrow": [10, 4], "bias": [10]}
