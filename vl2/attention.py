@@ -124,7 +124,7 @@ class _PlainAttention(PyLayer):
         causal: bool,
     ) -> paddle.Tensor:
         # Contiguous, because non-reentrant recompute returns a saved view without its strides.
-        q_HTK, k_HTK, v_HTV = (x.transpose([1, 0, 2]).contiguous() for x in (q_THK * scale, k_THK, v_THV))
+        q_HTK, k_HTK, v_HTV = _swapped(q_THK, scale), _swapped(k_THK), _swapped(v_THV)
         # Asked now: under recompute the saved tensors come back as other objects, whose flag says nothing.
         ctx.needs_grad = [not x.stop_gradient for x in (q_THK, k_THK, v_THV)]
         outs, kept = [], []
@@ -139,13 +139,13 @@ class _PlainAttention(PyLayer):
         out_HTV = outs[0] if len(outs) == 1 else paddle.concat(outs, axis=1)
         ctx.args = q_lens, k_lens, scale, causal
         ctx.save_for_backward(q_HTK, k_HTK, v_HTV, out_HTV, *kept)
-        return out_HTV.transpose([1, 0, 2])
+        return _swapped(out_HTV)
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad_THV: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         q_HTK, k_HTK, v_HTV, out_HTV, *kept = ctx.saved_tensor()
         q_lens, k_lens, scale, causal = ctx.args
-        grad_HTV = grad_THV.transpose([1, 0, 2])
+        grad_HTV = _swapped(grad_THV)
         # sum_j weight_j * grad_weight_j of each query, which the softmax's backward subtracts
         mean_HT1 = (grad_HTV * out_HTV).sum(axis=-1, keepdim=True).astype("float32")
         grads: tuple[list, list, list] = [], [], []
@@ -155,8 +155,17 @@ class _PlainAttention(PyLayer):
             for total, part in zip(grads, _segment_grads(*segment, blocks, kept, causal), strict=True):
                 total.append(part)
         grad_q, grad_k, grad_v = (parts[0] if len(parts) == 1 else paddle.concat(parts, axis=1) for parts in grads)
-        arrived = zip((grad_q * scale, grad_k, grad_v), ctx.needs_grad, strict=True)
-        return tuple(grad.transpose([1, 0, 2]) if needed else None for grad, needed in arrived)
+        arrived = zip((grad_q, grad_k, grad_v), (scale, 1.0, 1.0), ctx.needs_grad, strict=True)
+        return tuple(_swapped(grad, factor) if needed else None for grad, factor, needed in arrived)
+
+
+def _swapped(x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
+    """[A, B, K] -> [B, A, K], contiguous, times a factor."""
+    if ways.takes_float32_kernels(x) and x.is_contiguous():
+        out = np.empty([x.shape[1], x.shape[0], x.shape[2]], np.float32)
+        cpu_kernels.swap(read(x), np.float32(factor), out)
+        return tensor_of(out)
+    return ((x * factor) if factor != 1.0 else x).transpose([1, 0, 2]).contiguous()
 
 
 def _segment_grads(

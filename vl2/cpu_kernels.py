@@ -271,3 +271,13 @@ def rms_norm_grad(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, grad: np
         mean = _dot(inner, x[row]) * scale[row] / np.float32(width)
         for i in range(width):
             out[row, i] = (inner[i] - x[row, i] * scale[row] * mean) * scale[row]
+
+
+@kernel
+def swap(x: np.ndarray, factor: np.float32, out: np.ndarray) -> None:
+    """Exchanges the first two axes, [A, B, K] -> [B, A, K], and multiplies by a factor."""
+    for a in range(x.shape[0]):
+        for b in range(x.shape[1]):
+            row, to = x[a, b], out[b, a]
+            for i in range(x.shape[2]):
+                to[i] = row[i] * factor
