@@ -16,7 +16,7 @@ from data.images.pixels import Exif
 from data.images.reader import DEFAULT_READER, ImageReader
 from data.images.web_cache import default_folder
 from data.vision_cache import VisionCache
-from train.ask.model_memory import check_inference, inference_memory
+from train.ask.model_memory import check_inference, weight_sizes
 from train.ask.note import note
 from train.ask.processor import exif_in_force, resolutions_in_force
 from train.ask.source import Source, find_source
@@ -24,15 +24,15 @@ from train.machine.devices import check_precision
 from train.store.hub import resolve_model
 from train.store.names import WEIGHTS_FILE
 from vl2.checkpoint.fingerprint import model_fingerprint, stored_fingerprint
-from vl2.checkpoint.load import load_model
+from vl2.checkpoint.load import TOWER, load_model
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
 from vl2.checkpoint.published import published
 from vl2.checkpoint.tensor_files import read_header
 from vl2.config import VL2Config
-from vl2.dtypes import DTYPE_OF_SETTING, WEIGHT_DTYPES
+from vl2.dtypes import DTYPE_OF_SETTING, WEIGHT_DTYPES, item_bytes
 from vl2.errors import UserError
 from vl2.model import DeepseekVL2
-from vl2.parameters import init_model, set_parameter
+from vl2.parameters import build_model, init_model, set_parameter
 from vl2.tiles import Resolution
 from vl2.tokenizer import Tokenizer
 
@@ -171,7 +171,9 @@ def load_with_bar(
     folder: ModelFolder, dtype: str, keep: Callable[[str], bool] = lambda path: True, *, tower: bool = True
 ) -> DeepseekVL2:
     """`load_model` with a progress bar on stderr, where there is enough to wait for; one of several ranks shows it."""
-    num_bytes = inference_memory(folder.config, dtype)
+    sizes = weight_sizes(build_model(folder.config, 0))
+    loaded = sum(size for path, size in sizes.items() if tower or not path.startswith(TOWER))
+    num_bytes = loaded * item_bytes(dtype)
     style = {"desc": "load weights", "unit": "B", "unit_scale": True, "mininterval": 1.0, "file": sys.stderr}
     with tqdm(total=num_bytes, disable=num_bytes < _BAR_BYTES or dist.get_rank() != 0, **style) as bar:
         return load_model(folder, dtype=dtype, keep=keep, done=bar.update, tower=tower)

@@ -29,6 +29,7 @@ from train.run.build_data import build_data
 from train.run.dry_report import DryRun, dry_page, dry_text
 from train.run.memory import check_training, plan_parts, training_memory
 from train.run.report import plan_facts
+from train.run.vision_cache import look
 from train.store.hub import missing_files, resolve_model
 from train.store.names import DRYRUN_PAGE, PAGE
 from train.store.run_dir import check_run_dir, read_marker
@@ -128,6 +129,9 @@ def dry_run(config: TrainConfig, drawn: Path) -> DryRun:
         notes.extend(unread_notes(data.dataset))
     if data and data.held_out and data.held_out.note:
         notes.append(data.held_out.note)
+    if folder and data and config.data.vision_cache and not missing_files(folder.path):
+        found = attempt(lambda: look(config, folder, data))
+        notes.extend([found.words()] if found else [])
     return DryRun(
         config=config,
         page=page,

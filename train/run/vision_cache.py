@@ -57,24 +57,61 @@ def open_vision_cache(config: TrainConfig, folder: ModelFolder, data: Data) -> R
     """
     if not config.data.vision_cache:
         return RunCache(cache=None, is_whole=False)
+    found = look(config, folder, data)
+    problem = found.cache.prepare()
+    say(found.words())
+    if problem:
+        what = "what is there is read, and nothing is added" if found.there else "the run goes on without"
+        say(f"warning: vision cache {found.cache.place}: {problem}; {what}", sys.stderr)
+    return RunCache(cache=found.cache, is_whole=found.is_whole)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a vision cache has of a run's pictures."""
+
+    cache: VisionCache
+    pictures: int  # of the run, each with each of its grids
+    there: int  # of them
+    num_bytes: int  # that all take
+    missing_bytes: int
+    is_whole: bool  # and the tower is one that need not be loaded
+
+    def words(self) -> str:
+        """It in a line, with the share of the free disk that it will take."""
+        text = f"vision cache {self.cache.place}: {self.pictures:,} pictures, {gigabytes(self.num_bytes)}"
+        if self.is_whole:
+            return f"{text}, all there: the vision tower is not loaded"
+        text += f"; {self.there:,} are there" if self.there else ""
+        place = self.cache.folder.absolute()
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        share = self.missing_bytes / free if free else float("inf")
+        text += f"; {gigabytes(self.missing_bytes)} to be written, {share:.1%} of the {gigabytes(free)} free there"
+        return text + (": what finds no room is not kept" if share > 1 else "")
+
+
+def look(config: TrainConfig, folder: ModelFolder, data: Data) -> Found:
+    """Find out what data.vision_cache has of a run's pictures; nothing is written.
+
+    Raises:
+        UserError: it is no folder.
+    """
     cache = vision_cache(config, folder, data.images)
     if cache.folder.exists() and not cache.folder.is_dir():
         raise UserError(f"data.vision_cache={cache.folder}: expected a folder, or none yet; found a file")
-    problem = cache.prepare()
     contents, seen = cache.known()
-    needed, there, num_bytes, missing_bytes = _needed(data), 0, 0, 0
-    for key, grid in needed:
-        num_bytes += cache.num_bytes(grid)
-        if f"{contents.get(key)}-{grid[0]}x{grid[1]}" in seen:
-            there += 1
-        else:
-            missing_bytes += cache.num_bytes(grid)
-    is_whole = there == len(needed) and config.model.init != "random"
-    say(f"vision cache {cache.place}: {_words(len(needed), there, num_bytes, missing_bytes, cache.folder, is_whole)}")
-    if problem:
-        what = "what is there is read, and nothing is added" if seen else "the run goes on without"
-        say(f"warning: vision cache {cache.place}: {problem}; {what}", sys.stderr)
-    return RunCache(cache=cache, is_whole=is_whole)
+    sizes = {pair: cache.num_bytes(pair[1]) for pair in _needed(data)}
+    missing = [size for (key, grid), size in sizes.items() if f"{contents.get(key)}-{grid[0]}x{grid[1]}" not in seen]
+    return Found(
+        cache=cache,
+        pictures=len(sizes),
+        there=len(sizes) - len(missing),
+        num_bytes=sum(sizes.values()),
+        missing_bytes=sum(missing),
+        is_whole=not missing and config.model.init != "random",
+    )
 
 
 def vision_cache(config: TrainConfig, folder: ModelFolder, images: ImageReader) -> VisionCache:
@@ -126,17 +163,3 @@ def _asked(record: Record, images: ImageReader, candidates: tuple[Resolution, ..
                 yield key, tile_grid(images.size(image), len(question.images), candidates)
     except ImageError:  # it is said where it is asked
         return
-
-
-def _words(pictures: int, there: int, num_bytes: int, missing_bytes: int, folder: Path, is_whole: bool) -> str:
-    text = f"{pictures:,} pictures, {gigabytes(num_bytes)}"
-    if is_whole:
-        return f"{text}, all there: the vision tower is not loaded"
-    text += f"; {there:,} are there" if there else ""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    share = missing_bytes / free if free else float("inf")
-    text += f"; {gigabytes(missing_bytes)} to be written, {share:.1%} of the {gigabytes(free)} free there"
-    return text + (": what finds no room is not kept" if share > 1 else "")

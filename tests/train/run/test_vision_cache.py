@@ -1,12 +1,14 @@
 """A run with a vision cache: the same numbers, and no tower once every picture is there."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
 from train.config.load import load_config
+from train.run.dryrun import dry_run
 from train.run.memory import training_memory
 from vl2.config import VL2Config
 from vl2.vision import VisionTower
@@ -59,6 +61,14 @@ def test_losses_are_those_without_it(run, whole, data_file, tmp_path, tower_call
     assert run(again, *settings[:2]) == 0
     assert lines(again) == lines(whole)
     assert tower_calls == [1] and "the vision tower is loaded after all" in caplog.text
+
+
+def test_a_dry_run_says_it_and_writes_nothing(arguments, tmp_path):
+    config = load_config(arguments(tmp_path / "run", f"data.vision_cache={tmp_path / 'cache'}"))
+    found = dry_run(config, tmp_path)
+    (note,) = (note for note in found.notes if note.startswith("vision cache"))
+    assert re.search(r"3 pictures, [\d.]+ [kM]B; [\d.]+ [kM]B to be written, 0\.0% of the [\d.]+ .B free there", note)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
