@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+import PIL
 
+import vl2
 from data.dataset import Dataset
+from data.images import pixels
 from data.images.files import ImageError
 from data.images.reader import ImageReader
 from data.record import Record
@@ -29,7 +33,8 @@ from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.tiles import MAX_CROPPED_IMAGES, Grid, Resolution, tile_grid
 
-_CUT = 1  # of how a picture becomes tiles; another number where the tiles become others
+# Of vl2: what decides the tiles of a picture, and the rounding of what the tower makes of them.
+_DECIDING = ("tiles", "vision", "projector", "attention", "linear", "casts", "cpu_kernels", "ways")
 _NUMPY_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 
 Needed = set[tuple[int, Grid]]
@@ -129,13 +134,22 @@ def vision_cache(config: TrainConfig, folder: ModelFolder, images: ImageReader) 
         "projector": projected,
         "stored": stored,
         "computed": f"{computed} on a {'GPU' if on_gpu else 'CPU'}{' with TF32' if on_gpu and config.tf32 else ''}",
-        "cut": _CUT,
+        "code": _code(),
+        "libraries": {"paddle": paddle.__version__, "pillow": PIL.__version__},
     }
     side = -(-model.vision.grid // model.projector.downsample_ratio)
     shape = (side**2, model.projector.n_embed) if projected else (model.vision.grid**2, model.vision.width)
     return VisionCache(
         folder=Path(config.data.vision_cache), about=about, shape=shape, dtype=_NUMPY_TYPES[computed], images=images
     )
+
+
+def _code() -> str:
+    """Hash of the code that makes tiles of a picture, and numbers of tiles: another version may round differently."""
+    digest = hashlib.sha256(Path(pixels.__file__).read_bytes())
+    for name in _DECIDING:
+        digest.update(Path(vl2.__file__).with_name(f"{name}.py").read_bytes())
+    return digest.hexdigest()
 
 
 def _needed(data: Data) -> Needed:
