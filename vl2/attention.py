@@ -16,7 +16,7 @@ from paddle import nn
 from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2 import cpu_kernels, ways
-from vl2.arrays import read, tensor_of
+from vl2.arrays import empty, read, tensor_of
 from vl2.cache import LayerStep
 from vl2.config import LanguageConfig
 from vl2.constant_tensors import causal_mask, segment_bounds
@@ -94,7 +94,7 @@ def _weights(q_HnK: paddle.Tensor, k_HmK: paddle.Tensor, causal: bool) -> paddle
     """Softmax weights [H, n, m] in float32 of n scaled queries that are the last of m keys."""
     n, m = q_HnK.shape[1], k_HmK.shape[1]
     if ways.takes_float32_kernels(q_HnK):
-        scores = np.empty([q_HnK.shape[0], n, m], np.float32)
+        scores = empty([q_HnK.shape[0], n, m])
         weights_Hnm = tensor_of(scores)
         paddle.matmul(q_HnK, k_HmK, transpose_y=True, out=weights_Hnm)
         cpu_kernels.softmax(scores.reshape(-1, m), n, n - 1 if causal else 0)
@@ -162,7 +162,7 @@ class _PlainAttention(PyLayer):
 def _swapped(x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
     """[A, B, K] -> [B, A, K], contiguous, times a factor."""
     if ways.takes_float32_kernels(x) and x.is_contiguous():
-        out = np.empty([x.shape[1], x.shape[0], x.shape[2]], np.float32)
+        out = empty([x.shape[1], x.shape[0], x.shape[2]])
         cpu_kernels.swap(read(x), np.float32(factor), out)
         return tensor_of(out)
     return ((x * factor) if factor != 1.0 else x).transpose([1, 0, 2]).contiguous()
@@ -208,7 +208,9 @@ def _add_first(total_HmK: Any, part_HsK: paddle.Tensor, like_HmK: paddle.Tensor)
     Paddle's addition to a slice takes longer there than the product that made the part.
     """
     if ways.takes_float32_kernels(part_HsK):
-        total_HmK = np.zeros(like_HmK.shape, np.float32) if total_HmK is None else total_HmK
+        if total_HmK is None:
+            total_HmK = empty(like_HmK.shape)
+            total_HmK.fill(0)
         cpu_kernels.add_first(total_HmK, read(part_HsK))
         return total_HmK
     total_HmK = paddle.zeros_like(like_HmK) if total_HmK is None else total_HmK
@@ -221,7 +223,7 @@ def _scores_grad(
 ) -> paddle.Tensor:
     """Gradient of the scores, [H, n, m], from that of a block's result."""
     if ways.takes_float32_kernels(grad_HnV):
-        scores = np.empty(weights_Hnm.shape, np.float32)
+        scores = empty(weights_Hnm.shape)
         scores_Hnm, keys = tensor_of(scores), v_HmV.shape[1]
         paddle.matmul(grad_HnV, v_HmV, transpose_y=True, out=scores_Hnm)
         weights = read(weights_Hnm).reshape(-1, keys)
@@ -344,7 +346,7 @@ class _Rotate(PyLayer):
 
 
 def _rotated(rotation: Callable[..., None], *tensors: paddle.Tensor) -> paddle.Tensor:
-    out = np.empty(tensors[0].shape, np.float32)
+    out = empty(tensors[0].shape)
     rotation(*(array.reshape(-1, out.shape[-1]) for array in (*map(read, tensors), out)))
     return tensor_of(out)
 

@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 
 from vl2 import cpu_kernels, ways
-from vl2.arrays import read, tensor_of
+from vl2.arrays import empty, read, tensor_of
 
 
 def cast(x: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
@@ -17,7 +17,7 @@ def cast(x: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
     if x.dtype not in (paddle.bfloat16, paddle.float16) or dtype != paddle.float32 or not ways.takes_kernels(x.place):
         return x.astype(dtype)
     bits = read(x)
-    out = np.empty(x.shape, np.float32)
+    out = empty(x.shape)
     if x.dtype == paddle.bfloat16:
         cpu_kernels.widen_bfloat16(bits.reshape(-1), out.view(np.uint32).reshape(-1))
     else:
@@ -39,7 +39,7 @@ def from_nf4(codes: paddle.Tensor, scales: paddle.Tensor) -> paddle.Tensor:
         float32 [n].
     """
     if ways.takes_kernels(codes.place):
-        out = np.empty(2 * codes.shape[0], np.float32)
+        out = empty([2 * codes.shape[0]])
         cpu_kernels.nf4(read(codes), read(scales), out)
         return tensor_of(out)
     values = paddle.to_tensor(cpu_kernels.NF4_VALUES, place=codes.place)

@@ -11,7 +11,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 from paddle.nn.functional import swiglu
 
 from vl2 import cpu_kernels, ways
-from vl2.arrays import read, tensor_of
+from vl2.arrays import empty, read, tensor_of
 
 
 def gated(gate_PI: paddle.Tensor, up_PI: paddle.Tensor) -> paddle.Tensor:
@@ -39,7 +39,7 @@ class _Gated(PyLayer):
         ctx.has_up, ctx.has_weights = up is not None, weights_P1 is not None
         ctx.save_for_backward(*(t.contiguous() for t in (gate, up, weights_P1) if t is not None))
         gates, ups, stride, inner = _flat(gate, up)
-        out = np.empty([*gate.shape[:-1], inner], np.float32)
+        out = empty([*gate.shape[:-1], inner])
         cpu_kernels.gated(gates, ups, stride, _weights(weights_P1, out.size // inner), out.reshape(-1, inner))
         return tensor_of(out)
 
@@ -50,10 +50,10 @@ class _Gated(PyLayer):
         up = rest.pop(0) if ctx.has_up else None
         gates, ups, stride, inner = _flat(gate, up)
         weights = _weights(rest[0] if rest else None, grad.size // inner)
-        grads = [np.empty(t.shape, np.float32) for t in (gate, up) if t is not None]
+        grads = [empty(t.shape) for t in (gate, up) if t is not None]
         to_gate = grads[0].reshape(-1)
         to_up = to_gate[inner:] if up is None else grads[1].reshape(-1)
-        to_weights = np.empty([weights.size, 1], np.float32)
+        to_weights = empty([weights.size, 1])
         cpu_kernels.gated_grad(
             gates, ups, stride, weights, read(grad).reshape(-1, inner), to_gate, to_up, to_weights.reshape(-1)
         )

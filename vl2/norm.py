@@ -12,7 +12,7 @@ from paddle import nn
 from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2 import cpu_kernels, ways
-from vl2.arrays import read, tensor_of
+from vl2.arrays import empty, read, tensor_of
 
 
 class _RMSNorm(PyLayer):
@@ -24,7 +24,7 @@ class _RMSNorm(PyLayer):
         ctx.needs_grad = not x_TD.stop_gradient, not weight_D.stop_gradient
         if ways.takes_float32_kernels(x_TD):
             width = x_TD.shape[-1]
-            out, scale = np.empty(x_TD.shape, np.float32), np.empty([*x_TD.shape[:-1], 1], np.float32)
+            out, scale = empty(x_TD.shape), empty([*x_TD.shape[:-1], 1])
             rows, weight = read(x_TD).reshape(-1, width), read(weight_D.astype("float32"))
             cpu_kernels.rms_norm(rows, weight, np.float32(eps), scale.reshape(-1), out.reshape(-1, width))
             ctx.save_for_backward(x_TD.contiguous(), weight_D, tensor_of(scale))
@@ -39,7 +39,7 @@ class _RMSNorm(PyLayer):
         x_TD, weight_D, scale_T1 = ctx.saved_tensor()
         x_needs_grad, weight_needs_grad = ctx.needs_grad
         if ways.takes_float32_kernels(x_TD) and not weight_needs_grad:
-            out, width = np.empty(x_TD.shape, np.float32), x_TD.shape[-1]
+            out, width = empty(x_TD.shape), x_TD.shape[-1]
             rows, grads = (read(t).reshape(-1, width) for t in (x_TD, grad_TD))
             weight, scale = read(weight_D.astype("float32")), read(scale_T1).reshape(-1)
             cpu_kernels.rms_norm_grad(rows, weight, scale, grads, out.reshape(-1, width))
