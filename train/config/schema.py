@@ -347,7 +347,7 @@ class DoctorConfig:
 class RunsConfig:
     """The runs that lie here: `bash launch.sh runs [FOLDER ...] key=value ...`; without a folder those in outputs/.
 
-    A line for each: running (its lock is held), stopped, finished, diverged or killed; steps, losses, the best
+    A line for each: running (its lock is held), stopped, finished, diverged, failed or killed; steps, losses, the best
     checkpoint, accuracy before and after, how long ago it wrote, and its size.
     """
 

@@ -29,7 +29,8 @@ class RunRow:
     folder: str
     problem: str | None = None  # why its run.json tells nothing
     recipe: str | None = None
-    state: str | None = None  # running, stopped, finished, diverged or killed
+    state: str | None = None  # running, stopped, finished, diverged, failed or killed
+    why: str | None = None  # it diverged or failed
     step: int | None = None  # optimizer steps made, those after the newest checkpoint included
     steps: int | None = None  # of the whole run
     loss_first: float | None = None
@@ -111,6 +112,7 @@ def _of_marker(marker: RunMarker, *, held: bool) -> dict[str, Any]:
     return {
         "recipe": marker.recipe + (" (rehearsal)" if marker.rehearsal else ""),
         "state": state,
+        "why": marker.why or None if not held else None,
         "step": marker.step,
         "steps": marker.steps,
         "best": f"{best.metric} {best.value:.4g} at {best.step}" if best else None,
@@ -172,7 +174,7 @@ def _table(rows: Sequence[RunRow]) -> str:
     lines = [head, *((row.folder, *_cells(row)) for row in rows if not row.problem)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text += [f"{row.folder}: {row.problem}" for row in rows if row.problem]
+    text += [f"{row.folder}: {row.problem or row.why}" for row in rows if row.problem or row.why]
     return "\n".join(text)
 
 
@@ -215,7 +217,7 @@ def compare(first: Path, second: Path, *, as_json: bool) -> str:
         return json.dumps({"settings": changed, "runs": [asdict(row) for row in rows]}, ensure_ascii=False)
     results = {
         name: [str(getattr(row, name)) if getattr(row, name) is not None else "-" for row in rows]
-        for name in ("problem", "recipe", "state", "best")
+        for name in ("problem", "recipe", "state", "why", "best")
         if any(getattr(row, name) is not None for row in rows)
     }
     results |= {"step": [f"{row.step}/{row.steps}" for row in rows]}

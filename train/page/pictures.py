@@ -103,10 +103,14 @@ def draw_picture(
     )
 
 
-def jpeg_uri(picture: Image.Image) -> str:
-    """A picture in RGB as a data URI."""
+def jpeg_uri(picture: Image.Image, quality: int = _QUALITY) -> str:
+    """A picture in RGB as a data URI.
+
+    Args:
+        quality: of the JPEG, 1 to 95.
+    """
     encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=_QUALITY)
+    picture.save(encoded, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 
 from PIL import Image
@@ -11,6 +9,7 @@ from PIL import Image
 from data.images.files import ImageError
 from data.images.reader import ImageReader
 from data.images.ref import ImageRef
+from train.page.pictures import jpeg_uri
 
 _LONGEST_SIDE = 400  # pixels
 _QUALITY = 72  # of its JPEG
@@ -56,9 +55,7 @@ class Thumbnails:
             return str(problem)
         size = picture.size
         picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.BILINEAR)
-        encoded = io.BytesIO()
-        picture.save(encoded, "JPEG", quality=_QUALITY)
-        uri = "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
+        uri = jpeg_uri(picture, _QUALITY)
         self._bytes += len(uri)
         self.made.append(Thumbnail(number=len(self.made), width=size[0], height=size[1], uri=uri))
         return self.made[-1]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import paddle.distributed as dist
@@ -15,6 +16,7 @@ from paddle import nn
 from tqdm import tqdm
 
 from data.images.files import ImageError
+from data.record import BadRecords, RecordError
 from train.ask.answer import Answer, answer_all, answer_limit, answered_together, prompt_length
 from train.ask.load import Loaded
 from train.ask.losses import RowLosses, pack_rows, row_losses
@@ -32,6 +34,7 @@ from vl2.tokenizer import Tokenizer
 
 # A run's limit, where none is given: room after the longest expected answer, and the most that is given room.
 MARGIN, LONGEST_ANSWER = 16, 2048
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,8 @@ class HeldOut:
         )
         every = (question for record in data.questions for question in questions_of(record, data.images))
         self.questions = list(islice(every, config.eval.questions))
+        self._bad = BadRecords(on_bad_record=config.data.on_bad_record, max_bad=config.data.max_bad)  # type: ignore[arg-type]
+        self._broken: set[str] = set()  # what was said of them
         self.max_new_tokens = config.eval.max_new_tokens or room_for(self.questions, data.tokenizer)
 
     def losses(self, asked_to_stop: Callable[[], bool]) -> RowLosses | None:
@@ -117,28 +122,45 @@ class HeldOut:
         Args:
             exchanged: each question gets the pictures of another one.
 
+        A question whose picture broke since it was looked at is left out, where data.on_bad_record says so.
+
         Raises:
-            RecordError: a picture that cannot be opened.
+            RecordError: a picture that cannot be opened, and may not be left out.
         """
-        loaded, questions = self.loaded, permuted(self.questions) if exchanged else self.questions
-        lengths = [prompt_length_of(question, loaded) for question in questions]
+        loaded, asked = self.loaded, permuted(self.questions) if exchanged else self.questions
+        measured = [(question, self._or_broken(partial(prompt_length_of, question, loaded))) for question in asked]
+        questions = [question for question, length in measured if length is not None]
+        lengths = [length for _, length in measured if length is not None]
         context = loaded.model.config.language.max_position_embeddings
         limits = [answer_limit(length, self.max_new_tokens, context) for length in lengths]
         groups = answered_together(lengths, limits)
-        own: list[tuple[int, str, bool]] = []
+        own: list[tuple[int, str | None, bool]] = []
         with _bar("answers" + " with pictures exchanged" * exchanged, len(groups), "batch") as bar:
             for number in _until(asked_to_stop, _own_share([sum(lengths[i] for i in group) for group in groups]), bar):
-                group = groups[number]
-                prompts = (prompt_of(questions[i], loaded) for i in group)
-                answers = answer_all(loaded, prompts, max_new_tokens=self.max_new_tokens)
-                own += [(i, answer.text, answer.cut) for i, answer in zip(group, answers, strict=True)]
+                made = {i: self._or_broken(partial(prompt_of, questions[i], loaded)) for i in groups[number]}
+                prompts = {i: prompt for i, prompt in made.items() if prompt is not None}
+                answers = answer_all(loaded, prompts.values(), max_new_tokens=self.max_new_tokens)
+                own += [(i, answer.text, answer.cut) for i, answer in zip(prompts, answers, strict=True)]
+                own += [(i, None, False) for i in made.keys() - prompts.keys()]
         shares = gather_objects({"answers": own, "stopped": asked_to_stop()})
         if any(share["stopped"] for share in shares):
             return None
         in_order = sorted((number, text, cut) for share in shares for number, text, cut in share["answers"])
-        found = [Answer(text=text, cut=cut) for _, text, cut in in_order]
+        questions = [questions[number] for number, text, _ in in_order if text is not None]
+        found = [Answer(text=text, cut=cut) for _, text, cut in in_order if text is not None]
         boxes = box_scores(questions, found, loaded.images)
         return Answered(questions=questions, answers=found, scores=score(self.metrics, questions, found, boxes))
+
+    def _or_broken(self, look: Callable[[], Built]) -> Built | None:
+        """What comes of looking at a question; None where a picture of it is broken and it may be left out."""
+        try:
+            return look()
+        except RecordError as error:
+            if str(error) not in self._broken:
+                self._bad.add(error)
+                self._broken.add(str(error))
+                print(f"left out: {error}", file=sys.stderr, flush=True)
+            return None
 
 
 def room_for(questions: Sequence[Question], tokenizer: Tokenizer) -> int:

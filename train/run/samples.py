@@ -43,24 +43,27 @@ class SampleTable:
     """
 
     def __init__(self, questions: Sequence[Question], images: ImageReader):
-        self.images, self.chosen = images, spread(len(questions), MOST)
-        self._pictures: dict[int, Image.Image | None] = {}
+        self.images, self.chosen = images, [questions[i] for i in spread(len(questions), MOST)]
+        self._pictures: dict[int, Image.Image | None] = {}  # by id() of the question
 
     def rows(self, answered: Answered) -> list[Sample]:
-        """The chosen ones of the questions, answered."""
+        """The chosen ones of the questions, answered; a question that was left out this time has no row."""
+        number_of = {id(question): i for i, question in enumerate(answered.questions)}
         return [
             Sample(
-                picture=self._picture(i, answered.questions[i]),
-                question=answered.questions[i].messages[-1].content,
-                expected=answered.questions[i].expected,
+                picture=self._picture(question),
+                question=question.messages[-1].content,
+                expected=question.expected,
                 answer=answered.answers[i].text,
                 scores={name: mark for name, mark in answered.scores.of_answer(i).items() if mark is not None},
             )
-            for i in self.chosen
+            for question in self.chosen
+            if (i := number_of.get(id(question))) is not None
         ]
 
-    def _picture(self, number: int, question: Question) -> Image.Image | None:
+    def _picture(self, question: Question) -> Image.Image | None:
         """The first picture of a question, small; None where it has none that can be opened."""
+        number = id(question)
         if number not in self._pictures:
             found = None
             with suppress(ImageError, IndexError):
@@ -73,6 +76,6 @@ class SampleTable:
 def spread(count: int, wanted: int) -> list[int]:
     """Some of `count` numbers, evenly, the first and the last among them.
 
-    4 of 10  ->  0 3 6 9
+    4 of 10  ->  0 3 6 9        4 of 0  ->  none
     """
     return sorted({round(at) for at in np.linspace(0, count - 1, min(count, wanted)).tolist()})

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -56,8 +56,10 @@ from train.store.run_state import History
 from train.store.versions import versions
 from train.store.whole_folder import write_folder
 from vl2.dtypes import DTYPE_OF_SETTING
+from vl2.errors import UserError
 
 Built = TypeVar("Built")
+_LONGEST_REASON = 300  # characters
 
 
 def main(arguments: list[str]) -> int:
@@ -102,12 +104,7 @@ def train(
     check_same_settings(config)
     say(notice)
     with hold_run_dir(Path(config.run_dir)) if dist.get_rank() == 0 else nullcontext():
-        try:
-            return _train(config, validate, notice, callbacks)
-        except FloatingPointError:
-            if dist.get_rank() == 0:
-                update_marker(Path(config.run_dir), status="diverged")
-            raise
+        return _train(config, validate, notice, callbacks)
 
 
 def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence[TrainerCallback]) -> int:
@@ -175,7 +172,7 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     for error in data.dataset.skipped[:10]:
         say(f"skipped: {error}", sys.stderr)
     if data.held_out and data.held_out.note:
-        say(f"note: {data.held_out.note}", sys.stderr)
+        say(f"warning: {data.held_out.note}", sys.stderr)
 
     # 3. Train.
     provenance = Provenance(
@@ -195,7 +192,7 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     log = None
     if first:
         log = open_log(run_dir, config, num_steps=data.plan.num_steps, first_step=first_step, wandb_id=wandb_id)
-    with log or nullcontext():
+    with _telling_why(run_dir), log or nullcontext():
         validation = Validation(config, data, model, log, validated, shared) if validate and data.validation else None
         before = validation.before() if validation else None
         owed = validation is not None and validation.owes(first_step)
@@ -235,6 +232,21 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
     barrier()
     say(notice)
     return 0
+
+
+@contextmanager
+def _telling_why(run_dir: Path) -> Iterator[None]:
+    """Write down why a run ends with an error, for whoever looks at its folder later."""
+    try:
+        yield
+    except Exception as problem:
+        if dist.get_rank() == 0:
+            status = "diverged" if isinstance(problem, FloatingPointError) else "failed"
+            said = isinstance(problem, (FloatingPointError, UserError, PeerLost))
+            why = (str(problem) if said else f"{type(problem).__name__}: {problem}").strip().partition("\n")[0]
+            with suppress(OSError, UserError):  # the disk may be what is full
+                update_marker(run_dir, status=status, why=why[:_LONGEST_REASON])
+        raise
 
 
 def start_page(config: TrainConfig, report: StartReport, data: Data) -> str:

@@ -2,6 +2,7 @@
 
 run_dir/checkpoints/step-000003/          a whole folder, see train.store.whole_folder
 run_dir/checkpoints/aside-step-000004/    of an attempt that was given up for an older checkpoint; never looked at
+run_dir/checkpoints/.pruned-step-000001/  on its way out
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from train.store.facts import read_fact
 from train.store.names import CHECKPOINTS, CONFIG_FILE, STATE_FILE
 from train.store.run_dir import read_marker
 from train.store.run_state import CheckpointState
-from train.store.whole_folder import damage, is_whole
+from train.store.whole_folder import damage, is_whole, put_back
 from vl2.errors import UserError
 
+_GOING = ".pruned-"
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -65,6 +67,7 @@ def find_checkpoint(resume: str, run_dir: Path) -> tuple[Path, CheckpointState, 
                 f"resume={resume}: this checkpoint is damaged ({problem}); resume=auto takes the newest whole"
             ) from problem
     remarks: list[str] = []
+    put_back(place / CHECKPOINTS)
     for folder in reversed(checkpoints(place / CHECKPOINTS)):
         try:
             return folder, read_state(folder), remarks
@@ -138,11 +141,15 @@ def prune(root: Path, keep: int, best: int | None = None) -> None:
     Args:
         best: step of a checkpoint that stays whatever its age.
     """
+    for left in root.glob(f"{_GOING}*"):  # by a kill in the middle of it
+        shutil.rmtree(left, ignore_errors=True)
     whole = 0
     for folder in reversed(checkpoints(root)):
         if keep > 0 and whole >= keep:
             if step_of(folder) != best:
-                shutil.rmtree(folder)
+                going = folder.with_name(f"{_GOING}{folder.name}")  # at once: no half of a checkpoint has its name
+                folder.rename(going)
+                shutil.rmtree(going)
         elif is_whole(folder):
             whole += 1
 

@@ -40,12 +40,13 @@ class RunMarker:
 
     recipe: str
     rehearsal: bool
-    status: Literal["running", "stopped", "finished", "diverged"]
+    status: Literal["running", "stopped", "finished", "diverged", "failed"]
     step: int  # of the newest checkpoint
     steps: int  # of the whole run
     wandb_id: str | None  # of the run on wandb
     evaluation: dict[str, dict[str, float]]  # "before" and "after" training -> its numbers
     best: Best | None = None  # the checkpoint that pruning keeps beside the newest ones
+    why: str = ""  # it diverged or failed, in one line
 
     def __str__(self) -> str:
         return f"recipe {self.recipe}, {self.status}, step {self.step} of {self.steps}"

@@ -2,11 +2,13 @@
 
 target/          manifest.json (sha256 and bytes of every file) and the files
 .new-target/     being written; left behind only by a crash, swept by the next one of that name
+.old-target/     what it replaces, for the moment between two renames; put back where a crash fell into it
 .lock-target     while it is written
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -57,6 +59,7 @@ def write_folder(target: Path, write: Callable[[Path], None], *, manifest: bool 
     target.parent.mkdir(parents=True, exist_ok=True)
     with hold(target.parent / f".lock-{target.name}", str(target)):
         temporary, old = (target.parent / f".{kind}-{target.name}" for kind in ("new", "old"))
+        put_back(target.parent, target.name)
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir()
@@ -87,6 +90,20 @@ def write_folder(target: Path, write: Callable[[Path], None], *, manifest: bool 
         shutil.rmtree(old, ignore_errors=True)
     if manifest:
         _whole[target] = _stamps(target, described)
+
+
+def put_back(parent: Path, name: str = "*") -> None:
+    """Give folders their names back that a crash left without, between the two renames that replace them.
+
+    Args:
+        parent: of the folders.
+        name: of one of them; all.
+    """
+    for old in parent.glob(f".old-{name}"):
+        target = old.with_name(old.name.removeprefix(".old-"))
+        if not target.exists():
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                old.rename(target)
 
 
 def check_empty(folder: Path) -> None:

@@ -20,6 +20,7 @@ def place(tmp_path):
         "running": "running",
         "killed": "running",
         "lost": "diverged",
+        "ended": "failed",
     }.items():
         folder = tmp_path / name
         folder.mkdir(parents=True)
@@ -34,6 +35,7 @@ def place(tmp_path):
             wandb_id=None,
             evaluation=evaluation,
             best=best,
+            why="data.jsonl: the disk is full" if status == "failed" else "",
         )
         write_marker(folder, marker)
         lines = [{"step": i, "loss": 6.0 - i, "tokens": 100, "seconds": 2.0, "memory_gb": 1.5} for i in range(1, 6)]
@@ -58,10 +60,12 @@ def test_runs_of_every_state(place, capsys):
         "running": "running",
         "killed": "killed",
         "lost": "diverged",
+        "ended": "failed",
         "a/b/finished": "finished",
         "broken": None,
     }
     assert states == expected
+    assert found["ended"]["why"] == "data.jsonl: the disk is full" and found["lost"]["why"] is None
     assert "run.json: not JSON" in found["broken"]["problem"]
     one = found["a/b/finished"]
     assert (one["step"], one["steps"], one["loss_first"], one["loss"], one["eval_loss"]) == (5, 6, 5.0, 1.0, 1.25)
@@ -71,7 +75,9 @@ def test_runs_of_every_state(place, capsys):
     (line,) = [line for line in text.splitlines() if "a/b/finished" in line]
     for cell in ("finished", "5/6", "1.0000", "1.2500", "loss 1.25 at 4", "0.0% -> 97.5%"):
         assert cell in line
-    assert text.splitlines()[-1].startswith(f"{place}/broken: {place}/broken/run.json: not JSON")
+    *_, broken, ended = text.splitlines()
+    assert broken.startswith(f"{place}/broken: {place}/broken/run.json: not JSON")
+    assert ended == f"{place}/ended: data.jsonl: the disk is full"
 
 
 def test_what_differs_between_two(place, capsys):

@@ -1,6 +1,7 @@
 """The held-out rows of a run: their losses and answers, alone and shared over ranks."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import train.ask.answer as answer
 import train.ask.losses as losses
 import train.run.held_out as held_out
 from data.images.ref import ImageRef
-from data.record import RecordError
+from data.record import BadRecords, RecordError
 from train.ask.losses import RowLosses
 from train.config.load import load_config
 from train.run.build import open_base
@@ -18,6 +19,7 @@ from train.run.held_out import LONGEST_ANSWER, HeldOut, deal, room_for
 from train.run.samples import SampleTable, spread
 from train.run.validation import evaluating
 from vl2.checkpoint.load import load_model
+from vl2.errors import UserError
 
 
 def never() -> bool:
@@ -101,17 +103,37 @@ def test_room_for_answers_is_that_of_the_longest_expected_one(rows):
     assert (room_for([longest], tokenizer), room_for([], tokenizer)) == (LONGEST_ANSWER, 16)
 
 
-def test_image_that_breaks_after_it_was_measured_names_its_row(rows, tmp_path):
+def test_image_that_breaks_after_it_was_measured_names_its_row(rows, tmp_path, monkeypatch):
     (pictured, *_) = [question for question in rows.questions if question.images]
     gone = dataclasses.replace(pictured, images=(ImageRef(kind="file", name=str(tmp_path / "gone.png")),))
     table = SampleTable([gone], rows.loaded.images)
-    before, rows.questions = rows.questions, [gone]
-    try:
-        with pytest.raises(RecordError, match=r"data\.jsonl, row \d+, images: expected an image file, found none at"):
-            rows.answers(never)
-    finally:
-        rows.questions = before
-    assert table._picture(0, gone) is None
+    monkeypatch.setattr(rows, "questions", [gone])
+    with pytest.raises(RecordError, match=r"data\.jsonl, row \d+, images: expected an image file, found none at"):
+        rows.answers(never)
+    assert table._picture(gone) is None
+
+
+def test_image_that_breaks_is_left_out_where_the_data_says_so(rows, tmp_path, monkeypatch, capsys):
+    """It ended the run whatever data.on_bad_record said. One has no header any more, one no pixels; said once."""
+    (pictured, *_) = [question for question in rows.questions if question.images]
+    whole, half = rows.questions[0], tmp_path / "half.png"
+    half.write_bytes(Path(pictured.images[0].name).read_bytes()[:60])
+    gone, torn = (
+        dataclasses.replace(pictured, images=(ImageRef(kind="file", name=str(place)),) * len(pictured.images))
+        for place in (tmp_path / "gone.png", half)
+    )
+    monkeypatch.setattr(rows, "_bad", BadRecords(on_bad_record="skip", max_bad=2))
+    monkeypatch.setattr(rows, "questions", [gone, whole, torn])
+    table = SampleTable(rows.questions, rows.loaded.images)
+    for _ in range(2):
+        answered = rows.answers(never)
+        assert answered.questions == [whole] and len(answered.answers) == 1
+        assert [row.expected for row in table.rows(answered)] == [whole.expected]
+    assert capsys.readouterr().err.count("left out: ") == 2
+    monkeypatch.setattr(rows, "_bad", BadRecords(on_bad_record="skip", max_bad=1))
+    rows._broken.clear()
+    with pytest.raises(UserError, match=r"more than data\.max_bad=1 bad rows"):
+        rows.answers(never)
 
 
 def test_samples_are_spread_and_stay_the_same(rows):

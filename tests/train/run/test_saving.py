@@ -12,7 +12,7 @@ from paddlenlp.trainer import TrainerState
 
 import train.run.saving as saving
 from train.run.optim import build_optimizer
-from train.run.state import copy_state
+from train.run.state import copy_state, trained_values
 from train.run.watch.log import MetricsLog
 from train.store.checkpoints import checkpoints
 from train.store.run_dir import read_marker
@@ -35,7 +35,7 @@ def test_the_next_steps_leave_the_copy_alone():
         state.log_history.append({"loss": 1.0})
 
     step()
-    copy = copy_state(layer, optimizer, history=history, trainer_state=state)
+    copy = copy_state(layer, optimizer, weights=trained_values(layer), history=history, trainer_state=state)
     before = {name: array.copy() for name, array in (copy.weights | copy.optimizer).items()}
     step()
     state.global_step = 2
@@ -46,7 +46,7 @@ def test_the_next_steps_leave_the_copy_alone():
         1,
     )
     assert copy.trainer_state.log_history == [{"loss": 1.0}]
-    now = copy_state(layer, optimizer, history=history, trainer_state=state)
+    now = copy_state(layer, optimizer, weights=trained_values(layer), history=history, trainer_state=state)
     assert not any(np.array_equal(array, before[name]) for name, array in (now.weights | now.optimizer).items())
 
 
@@ -114,5 +114,6 @@ def test_disk_full_at_the_last_checkpoint_ends_the_run(run, tmp_path, monkeypatc
     monkeypatch.setattr(saving, "save_state", full)
     with pytest.raises(UserError, match=r"step-000001: the disk is full .*nothing was kept"):
         run(tmp_path / "run", *SMALL, "max_steps=1", "save_steps=0")
-    assert read_marker(tmp_path / "run").status == "running"
+    marker = read_marker(tmp_path / "run")
+    assert marker.status == "failed" and "step-000001: the disk is full" in marker.why
     assert not (tmp_path / "run" / "adapter").exists()

@@ -206,6 +206,44 @@ def test_prune_keeps_the_newest(run_dir):
     assert len(checkpoints(run_dir / "checkpoints")) == 2
 
 
+def test_a_kill_while_it_prunes_leaves_no_half_of_a_checkpoint(run_dir, monkeypatch):
+    """It removed them file by file under their names, and a half one was passed over as damaged at every start."""
+    root = run_dir / "checkpoints"
+    with monkeypatch.context() as patched:
+        patched.setattr("train.store.checkpoints.shutil.rmtree", lambda path, **_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prune(root, 2)
+    assert [folder.name for folder in checkpoints(root)] == ["step-000004", "step-000006"]
+    assert find_checkpoint("auto", run_dir)[2] == []
+    assert [left.name for left in root.glob(".pruned-*")] == [".pruned-step-000002"]
+    prune(root, 2)
+    assert not list(root.glob(".pruned-*"))
+
+
+def test_a_kill_between_the_two_renames_that_replace_a_checkpoint(run_dir, monkeypatch):
+    """The old one and the new one were both there, under names that nobody looked for."""
+    root, rename = run_dir / "checkpoints", Path.rename
+
+    def killed(path, target):
+        if path.name.startswith(".new-"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_folder(checkpoint_path(root, 6), fill)
+    assert not checkpoint_path(root, 6).exists()
+    assert find_checkpoint("auto", run_dir)[0] == checkpoint_path(root, 6)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_folder(checkpoint_path(root, 6), fill)
+    with pytest.raises(ZeroDivisionError):  # and where the next attempt fails too
+        write_folder(checkpoint_path(root, 6), lambda folder: 1 / 0)
+    assert find_checkpoint("auto", run_dir)[0] == checkpoint_path(root, 6)
+
+
 def test_prune_counts_whole_checkpoints(run_dir):
     """With the newest two damaged and keep_checkpoints=2 it deleted the only whole ones."""
     root = run_dir / "checkpoints"

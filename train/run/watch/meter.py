@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from train.run.watch.step_metrics import BySource, StepMetrics
 from vl2.moe import MoE
 
 Item = TypeVar("Item")
+_RECENT = 50  # steps
 
 
 class StepMeter:
@@ -30,6 +32,7 @@ class StepMeter:
         self.plan, self.lr_scales = plan, lr_scales if len(lr_scales) > 1 else {}
         self.layers = expert_layers(model)
         self._started = self._waited = 0.0
+        self._recent: deque[float] = deque(maxlen=_RECENT)  # seconds of the last steps
 
     def begin(self) -> None:
         """A step begins."""
@@ -68,6 +71,7 @@ class StepMeter:
         """
         seconds = time.perf_counter() - self._started
         plan = self.plan
+        self._recent.append(seconds)
         packs, supervised, samples = plan.step(step), plan.supervised(step), plan.samples(step)
         tokens, tiles = sum(pack.tokens for pack in packs), sum(pack.tiles for pack in packs)
         used, finite = sum(bool(pack.samples) for pack in packs), bool(np.isfinite(losses).all())
@@ -86,6 +90,7 @@ class StepMeter:
             samples=samples,
             fill=tokens / max(used * plan.settings["data.max_tokens"], 1),
             seconds=seconds,
+            seconds_left=(plan.num_steps - step - 1) * sum(self._recent) / len(self._recent),
             tokens_per_second=tokens / seconds,
             supervised_per_second=supervised / seconds,
             tiles_per_second=tiles / seconds,

@@ -31,6 +31,7 @@ class StepMetrics:
     samples: int  # conversations
     fill: float  # tokens over the budget of the packs that are not empty
     seconds: float
+    seconds_left: float  # of the steps that are to come, if each takes the mean of the last ones
     tokens_per_second: float
     supervised_per_second: float
     tiles_per_second: float

@@ -16,11 +16,15 @@ from train.run.watch.sink import Sample, Sink
 
 logger = logging.getLogger(__name__)
 
+_STEP = "optimizer_step"
 _LARGEST_PICTURE = (512, 512)  # pixels, in the table of samples
 
 
 class WandbRun(Sink):
     """Hands numbers and samples to a run on wandb.
+
+    All of it is drawn over a number of its own, `optimizer_step`: the steps that wandb counts may only grow, and a run
+    that goes on from a checkpoint makes some once more, whose numbers wandb would drop.
 
     Args:
         run: of `wandb.init`.
@@ -28,14 +32,16 @@ class WandbRun(Sink):
 
     def __init__(self, run: Any):
         self._run = run
+        run.define_metric(_STEP, hidden=True)
+        run.define_metric("*", step_metric=_STEP)
 
     def step(self, step: int, values: Mapping[str, Any]) -> None:
         """Numbers of an optimizer step."""
-        self._run.log(dict(values), step=step)
+        self._run.log({**values, _STEP: step})
 
     def validation(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Numbers of the held-out rows, in the row of their step."""
-        self._run.log(dict(numbers), step=step)
+        """Numbers of the held-out rows, at their step."""
+        self._run.log({**numbers, _STEP: step})
 
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
         """A table, with a column for each score; `samples` is a number of each step already."""
@@ -50,7 +56,7 @@ class WandbRun(Sink):
                 small.thumbnail(_LARGEST_PICTURE)
                 picture = wandb.Image(small)
             table.add_data(picture, row.question, row.expected, row.answer, *(row.scores.get(name) for name in scores))
-        self._run.log({"eval_samples": table}, step=step)
+        self._run.log({"eval_samples": table, _STEP: step})
 
     def close(self, failed: bool) -> None:
         """Send what is left."""

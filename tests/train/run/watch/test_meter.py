@@ -80,6 +80,8 @@ def test_every_number_of_a_step(whole):
         )
         assert sum(norm**2 for norm in line["grad_norm_of"].values()) == pytest.approx(line["grad_norm"] ** 2)
         assert 0 <= line["data_wait"] < 1
+        recent = [one["seconds"] for one in lines[: line["step"]]]
+        assert line["seconds_left"] == pytest.approx((len(lines) - line["step"]) * sum(recent) / len(recent))
         for what in ("tokens", "supervised", "tiles", "samples"):
             assert line[f"{what}_per_second"] == pytest.approx(line[what] / line["seconds"])
         assert line["expert_busiest_of"].keys() == line["expert_entropy_of"].keys() != set()
