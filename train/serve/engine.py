@@ -64,7 +64,6 @@ class Engine:
 
     Args:
         models: by name.
-        eos_id: token that ends an answer.
         chunk: tokens of prompts that are read between two tokens.
         max_batch_tokens: tokens of all that is answered at the same time.
         deliver: takes the pieces of one token, from the thread.

@@ -163,6 +163,16 @@ def test_every_address_of_a_name_is_checked(web, home_is_public, names):
     assert not web.asked
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "169.254.169.254", "::ffff:127.0.0.1", "10.1.2.3", "fd00::1", "0.0.0.0", "100.64.0.1"],
+)
+def test_a_name_that_leads_to_a_local_address(names, address):
+    names["pictures.example"] = [[address]]
+    with pytest.raises(ImageError, match=r"it leads to pictures\.example, in a private or local network"):
+        fetch("http://pictures.example:9/a.png", limits=QUICK, allow_private=False)
+
+
 def test_the_connection_goes_to_the_address_that_was_checked(web, home_is_public, names):
     """A name may mean another machine at the second look: there is none."""
     names["pictures.example"] = [["127.0.0.1"], ["127.0.0.2"]]
