@@ -1,10 +1,12 @@
-"""Whether all processes of a run were given the same settings: several machines are each typed a command."""
+"""Whether all processes of a run have the same settings and folder: several machines are each typed a command."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from functools import reduce
 from operator import getitem
+from pathlib import Path
 from typing import Any
 
 from train.config.fields import list_keys
@@ -13,6 +15,7 @@ from train.run.gather import gather_objects
 from vl2.errors import UserError
 
 _OWN = ("rank", "command")  # of each machine
+_SEEN_SECONDS = 10.0  # a file on NFS may be seen so late
 
 
 def check_same_settings(config: TrainConfig) -> None:
@@ -36,3 +39,23 @@ def check_same_settings(config: TrainConfig) -> None:
                 f"process {rank} has other settings than process 0: {'; '.join(different[:5])}; "
                 "type the same command on every machine, but for rank="
             )
+
+
+def check_seen_by_all(written: Path) -> None:
+    """Refuse a run's folder that some processes do not see: each writes its part of a checkpoint there. Collective.
+
+    Args:
+        written: a file that the first process has just written into it.
+
+    Raises:
+        UserError: on all processes alike.
+    """
+    patience = time.monotonic() + _SEEN_SECONDS
+    while not written.is_file() and time.monotonic() < patience:
+        time.sleep(0.2)
+    seen = gather_objects(written.is_file())
+    if not all(seen):
+        raise UserError(
+            f"run_dir={written.parent}: {seen.count(False)} of {len(seen)} processes do not see what the first wrote "
+            "there, and with sharding.stage each writes its part of a checkpoint; give a folder that all machines mount"
+        )

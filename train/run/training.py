@@ -27,7 +27,7 @@ from train.machine.devices import check_precision, use_device
 from train.page.page import make_page
 from train.page.render import write_page
 from train.page.sources import unread_notes
-from train.run.agreement import check_same_settings
+from train.run.agreement import check_same_settings, check_seen_by_all
 from train.run.barrier import barrier
 from train.run.best import carried_over
 from train.run.build import base_fingerprint, build_base, count_parts, make_trainable, open_base, share_layers
@@ -39,6 +39,7 @@ from train.run.next_commands import next_commands
 from train.run.report import StartReport, memory_words, plan_words, run_words, start_report
 from train.run.resume import choose_wandb_id, find_resumed, leave_later_checkpoints
 from train.run.say import say
+from train.run.shard.group import shard_degree
 from train.run.start_screen import start_screen
 from train.run.state import load_trained, save_trained, trained_folder, trained_values
 from train.run.stop import PeerLost
@@ -48,7 +49,7 @@ from train.run.vision_cache import open_vision_cache
 from train.run.watch.log import open_log
 from train.store.facts import write_fact
 from train.store.hub import resolve_model
-from train.store.names import CONFIG_FILE, PAGE, REPORT, SUMMARY
+from train.store.names import CONFIG_FILE, MARKER, PAGE, REPORT, SUMMARY
 from train.store.overwrite import removable, remove
 from train.store.provenance import Provenance, absolute_folder
 from train.store.run_dir import RunMarker, check_run_dir, hold_run_dir, update_marker, write_marker
@@ -167,6 +168,9 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
         write_fact(run_dir / REPORT, report)
         write_page(run_dir / PAGE, start_page(config, report, data))
         print(start_screen(config, report, first_step=first_step), flush=True)
+    barrier()
+    if shard_degree(config) > 1:
+        check_seen_by_all(run_dir / MARKER)
     for note in unread_notes(data.dataset):
         say(f"note: {note}", sys.stderr)
     for error in data.dataset.skipped[:10]:
