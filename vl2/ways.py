@@ -23,4 +23,4 @@ def takes_kernels(place: paddle.base.core.Place) -> bool:
 
     A static program that is being traced has none, and whoever asks for a GPU's way on a CPU wants its operations.
     """
-    return place.is_cpu_place() and paddle.in_dynamic_mode() and not takes_batches(place)
+    return paddle.in_dynamic_mode() and place.is_cpu_place() and not takes_batches(place)

@@ -124,9 +124,7 @@ def test_docstring_names_the_command(name):
 
 
 def test_benchmark_that_is_none_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^bench stp: expected one of data, experts, images, .*; did you mean step\?$"
-    ):
+    with pytest.raises(ValueError, match=r"^bench stp: expected one of cost, data, experts, .*; did you mean step\?$"):
         prepare_benchmark(["stp"])
 
 

@@ -117,9 +117,8 @@ def gradient_norm(
         groups: group -> names of parameters.
         shared: names of parameters whose gradients are divided among the processes. Collective where there are some.
     """
-    nothing = paddle.zeros([1], dtype="float32")
     squares = [
-        nothing if p.grad is None else paddle._C_ops.squared_l2_norm(p.grad.astype("float32"))
+        paddle.zeros([1]) if p.grad is None else paddle._C_ops.squared_l2_norm(p.grad.astype("float32"))
         for p in parameters.values()
     ]
     each = paddle.concat(squares).astype("float64")

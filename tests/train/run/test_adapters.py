@@ -56,7 +56,11 @@ def test_a_run_from_its_start_to_an_answer(kind, run, model_folder, tmp_path):
     assert np.abs(logits(tmp_path / "merged") - expected).max() < 1e-5 * np.abs(expected).max()
     for form in formats:
         export(ExportConfig(run=str(whole), out=str(tmp_path / form), adapter=form))
-        assert np.array_equal(logits(tmp_path / form), expected)
+        found = logits(tmp_path / form)
+        if form == "paddle":  # the experts' factors are filled up to the one rank of all: sums over more columns
+            assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+        else:
+            assert np.array_equal(found, expected)
     if kind != "PiSSA":
         with pytest.raises(ValueError, match="it has trained image_newline and view_seperator too, which PEFT's files"):
             export(ExportConfig(run=str(whole), out=str(tmp_path / "peft"), adapter="peft"))

@@ -40,9 +40,7 @@ def test_a_folder_that_one_machine_does_not_see(tmp_path, monkeypatch):
     """Rank 0 would have waited for ever for the other's part of its first checkpoint."""
     monkeypatch.setattr(agreement, "_SEEN_SECONDS", 0.0)
     monkeypatch.setattr(agreement, "gather_objects", lambda seen: [True, seen])
-    with pytest.raises(
-        UserError, match=r"^run_dir=.*: 1 of 2 processes do not see .*; give a folder that all"
-    ):
+    with pytest.raises(UserError, match=r"^run_dir=.*: 1 of 2 processes do not see .*; give a folder that all"):
         agreement.check_seen_by_all(tmp_path / "run" / "run.json")
     (tmp_path / "run.json").touch()
     agreement.check_seen_by_all(tmp_path / "run.json")

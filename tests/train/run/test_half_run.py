@@ -19,8 +19,8 @@ def half_run(run, monkeypatch):
 
     build_base, arguments = entry.build_base, trainer._arguments
 
-    def computing(config, folder):
-        model = build_base(config, folder)
+    def computing(config, folder, **parts):
+        model = build_base(config, folder, **parts)
         model.compute_dtype = compute[config.precision]
         return model
 

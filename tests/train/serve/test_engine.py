@@ -159,7 +159,7 @@ def test_tiles_are_encoded_slice_by_slice_between_tokens(loaded, monkeypatch):
         tiles.clear()
         assert grows in batch.step()
         encoded.append(sum(tiles))
-    assert [n for n in encoded if n] == [8, 2] and encoded[:2] == [8, 2]
+    assert encoded == [1] * 10 + [0] * (len(encoded) - 10)  # on a CPU a tile at a time
     assert looks.ids[: len(expected)] == expected
 
 
