@@ -23,27 +23,3 @@ def cast(x: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
     else:
         cpu_kernels.widen_float16(bits.view(np.uint16).reshape(-1), out.reshape(-1))
     return tensor_of(out)
-
-
-def from_nf4(codes: paddle.Tensor, scales: paddle.Tensor) -> paddle.Tensor:
-    """The numbers that block-wise 4-bit codes stand for: each is its code's value times its block's scale.
-
-        codes  0x2f 0x70 ...    the low four bits first: values 15, 2, 0, 7, ...
-        scales 0.5 ...          of 64 values each: 1.0 * 0.5, -0.525 * 0.5, -1.0 * 0.5, 0.0 * 0.5, ...
-
-    Args:
-        codes: uint8 [n / 2], two values a byte; n is a multiple of 64.
-        scales: float32 [n / 64].
-
-    Returns:
-        float32 [n].
-    """
-    if ways.takes_kernels(codes.place):
-        out = empty([2 * codes.shape[0]])
-        cpu_kernels.nf4(read(codes), read(scales), out)
-        return tensor_of(out)
-    values = paddle.to_tensor(cpu_kernels.NF4_VALUES, place=codes.place)
-    wide = codes.astype("int32")
-    pairs = paddle.stack([wide % 16, wide // 16], axis=-1)
-    numbers = paddle.gather(values, pairs.flatten()).reshape([-1, cpu_kernels.NF4_BLOCK])
-    return (numbers * scales.unsqueeze(-1)).flatten()

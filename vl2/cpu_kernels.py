@@ -14,6 +14,7 @@ import numba
 import numpy as np
 
 NF4_BLOCK = 64  # values of a scale
+NF4_GROUP = 256  # scales of a range
 # The values of the sixteen codes: quantiles of a normal distribution, scaled to [-1, 1]. Source: arXiv 2305.14314, E.
 NF4_VALUES = np.array(
     [
@@ -24,6 +25,8 @@ NF4_VALUES = np.array(
     ],
     np.float32,
 )
+_NF4_MIDDLES = (NF4_VALUES[1:] + NF4_VALUES[:-1]) / 2  # from one value's neighbourhood to the next
+_FINITE = np.finfo(np.float32).max
 _FLOAT16_VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 # e^x is 2^n e^r; ln 2 in two parts, and a polynomial for |r| < 0.35. Source: Cephes, expf.
 _LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504088896341), np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -73,18 +76,96 @@ def widen_float16(bits: np.ndarray, out: np.ndarray) -> None:
 
 
 @kernel
-def _nf4(codes: np.ndarray, scales: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
-    half = NF4_BLOCK // 2
-    for block in range(scales.size):
-        scale = scales[block]
-        for i in range(block * half, (block + 1) * half):
+def _from_nf4(codes: np.ndarray, scales: np.ndarray, ranges: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
+    size = out.size
+    for block in range((size + NF4_BLOCK - 1) // NF4_BLOCK):
+        group, first = block // NF4_GROUP, block * NF4_BLOCK
+        scale = ranges[group, 0] + np.float32(scales[block]) * ranges[group, 1]
+        for i in range(first // 2, min(first + NF4_BLOCK, size) // 2):
             out[2 * i] = values[codes[i] & 15] * scale
             out[2 * i + 1] = values[codes[i] >> 4] * scale
+        if size % 2 and size < first + NF4_BLOCK:
+            out[size - 1] = values[codes[size // 2] & 15] * scale
 
 
-def nf4(codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
-    """Packed codes uint8 [n / 2] and scales float32 [n / 64] -> float32 [n]; see `vl2.casts.from_nf4`."""
-    _nf4(codes, scales, NF4_VALUES, out)
+def from_nf4(codes: np.ndarray, scales: np.ndarray, ranges: np.ndarray, out: np.ndarray) -> None:
+    """Numbers of a matrix from what `vl2.quantised.Nf4` keeps of it -> float32 [n]."""
+    _from_nf4(codes, scales, ranges, NF4_VALUES, out)
+
+
+@kernel
+def largest_of_blocks(values: np.ndarray, out: np.ndarray) -> bool:
+    """Largest magnitude of each block of 64: float32 [n] -> [n / 64 or more]; whether all numbers are finite."""
+    finite = True
+    for block in range(values.size // NF4_BLOCK):
+        most = np.float32(0.0)
+        for i in range(block * NF4_BLOCK, (block + 1) * NF4_BLOCK):
+            size = abs(values[i])
+            finite &= size <= _FINITE
+            most = size if size > most else most
+        out[block] = most
+    return finite
+
+
+@kernel
+def _to_nf4(values: np.ndarray, inverses: np.ndarray, middles: np.ndarray, codes: np.ndarray) -> None:
+    near = np.empty(NF4_BLOCK, np.uint8)
+    scaled = np.empty(NF4_BLOCK, np.float32)
+    for block in range(values.size // NF4_BLOCK):
+        start, inverse = block * NF4_BLOCK, inverses[block]
+        for i in range(NF4_BLOCK):
+            scaled[i] = values[start + i] * inverse
+            near[i] = 0
+        for k in range(middles.size):
+            middle = middles[k]
+            for i in range(NF4_BLOCK):
+                near[i] += scaled[i] > middle
+        for i in range(NF4_BLOCK // 2):
+            codes[start // 2 + i] = near[2 * i] | (near[2 * i + 1] << 4)
+
+
+def to_nf4(values: np.ndarray, inverses: np.ndarray, codes: np.ndarray) -> None:
+    """Nearest of the sixteen values for each number: float32 [n], 1 / scale of each block -> uint8 [n / 2]."""
+    _to_nf4(values, inverses, _NF4_MIDDLES, codes)
+
+
+@kernel
+def largest_of_columns(values: np.ndarray, out: np.ndarray) -> bool:
+    """Largest magnitude of each column: float32 [I, O], zeros [O] -> [O]; whether all numbers are finite."""
+    finite = True
+    for i in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            size = abs(values[i, j])
+            finite &= size <= _FINITE
+            out[j] = size if size > out[j] else out[j]
+    return finite
+
+
+@kernel
+def to_int8(values: np.ndarray, inverses: np.ndarray, codes: np.ndarray) -> None:
+    """Nearest whole number of scales: float32 [I, O], 1 / scale of each column -> int8 [I, O]."""
+    for i in range(values.shape[0]):
+        for j in range(values.shape[1]):
+            codes[i, j] = np.int8(np.rint(values[i, j] * inverses[j]))
+
+
+@kernel
+def from_int8(codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
+    """Numbers from their codes [I, O] and each column's scale [O] -> float32 [I, O]."""
+    for i in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            out[i, j] = np.float32(codes[i, j]) * scales[j]
+
+
+@kernel
+def widen_transposed(bits: np.ndarray, out: np.ndarray) -> None:
+    """Bits of bfloat16 [m, n] -> those of float32 [n, m], a square at a time: neither side leaves the cache."""
+    rows, columns = bits.shape
+    for top in range(0, rows, 32):
+        for left in range(0, columns, 32):
+            for j in range(left, min(left + 32, columns)):
+                for i in range(top, min(top + 32, rows)):
+                    out[j, i] = np.uint32(bits[i, j]) << np.uint32(16)
 
 
 @kernel

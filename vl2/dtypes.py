@@ -27,6 +27,8 @@ _TABLE = (
     Dtype("bfloat16", "bf16", "BF16", "u2", np.uint16),
     Dtype("float64", None, "F64", "f8", np.float64),
     Dtype("int64", None, "I64", "i8", np.int64),
+    Dtype("uint8", None, "U8", "u1", np.uint8),
+    Dtype("int8", None, "I8", "i1", np.int8),
 )
 _BY_NAME = {dtype.name: dtype for dtype in _TABLE}
 

@@ -12,6 +12,7 @@ import paddle
 from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2.expert_rows import Layout
+from vl2.quantised import Quantised, needs_grad, tensors_of
 
 
 class ExpertBatches(PyLayer):
@@ -25,7 +26,7 @@ class ExpertBatches(PyLayer):
     def forward(
         ctx: PyLayerContext,
         x: paddle.Tensor,
-        weight: paddle.Tensor,
+        weight: paddle.Tensor | Quantised,
         lora_x: paddle.Tensor | None,
         a: paddle.Tensor | None,
         b: paddle.Tensor | None,
@@ -34,25 +35,27 @@ class ExpertBatches(PyLayer):
         """[P, in] -> [P, out]; see `vl2.grouped_linear.grouped_linear`."""
         ctx.layout, ctx.has_lora, ctx.has_lora_x = layout, a is not None, lora_x is not None
         # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
-        ctx.needs_grad = [t is not None and not t.stop_gradient for t in (x, weight, lora_x, a, b)]
+        ctx.needs_grad = [needs_grad(t) for t in (x, weight, lora_x, a, b)]
+        ctx.quantised = weight if isinstance(weight, Quantised) else None
         xs = lora_xs = _batches(x, layout)
         if lora_x is not None:
             lora_xs = _batches(lora_x, layout)
         outs, lows = [], []
         for x_BnD, lora_x_BnD, which in zip(xs, lora_xs, _experts(layout), strict=True):
-            out = paddle.matmul(x_BnD, _of(weight, which).astype(x.dtype))
+            out = _product(x_BnD, weight, which)
             if a is not None and b is not None:
                 lows.append(paddle.matmul(lora_x_BnD, _of(a, which)))
                 out = paddle.baddbmm(out, lows[-1], _of(b, which))
             outs.append(out)
-        ctx.save_for_backward(*(t for t in (x, weight, lora_x, a, b, *lows) if t is not None))
+        ctx.save_for_backward(*(t for t in (x, *tensors_of(weight), lora_x, a, b, *lows) if t is not None))
         return _rows(outs)
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
-        """Gradients of x, weight, lora_x, a and b; None where none is asked for."""
+        """Gradients of those of x, weight, lora_x, a and b that are tensors; None where none is asked for."""
         layout = ctx.layout
-        x, weight, *rest = ctx.saved_tensor()
+        x, *rest = ctx.saved_tensor()
+        weight = ctx.quantised or rest.pop(0)
         lora_x = rest.pop(0) if ctx.has_lora_x else x
         a, b, *lows = rest or (None, None)
         x_needs, weight_needs, lora_x_needs, a_needs, b_needs = ctx.needs_grad
@@ -64,7 +67,7 @@ class ExpertBatches(PyLayer):
         grad_lows = []
         for grad_BnO, which in zip(grads_BnO, _experts(layout), strict=True):
             if x_needs:
-                x_parts.append(paddle.matmul(grad_BnO, _of(weight, which).astype(grad.dtype), transpose_y=True))
+                x_parts.append(_product(grad_BnO, weight, which, transpose_y=True))
             if ctx.has_lora:
                 grad_lows.append(paddle.matmul(grad_BnO, _of(b, which), transpose_y=True))
                 if lora_x_needs or (x_needs and not ctx.has_lora_x):
@@ -75,7 +78,7 @@ class ExpertBatches(PyLayer):
         a_parts = _products(_batches(lora_x, layout), grad_lows) if a_needs else []
         return (
             _rows(x_parts) if x_parts else None,
-            _stacked(weight_parts, layout),
+            *([] if ctx.quantised else [_stacked(weight_parts, layout)]),
             *([_rows(lora_x_parts) if lora_x_parts else None] * ctx.has_lora_x),
             *([_stacked(parts, layout) for parts in (a_parts, b_parts)] * ctx.has_lora),
         )
@@ -90,6 +93,27 @@ def _experts(layout: Layout) -> list[paddle.Tensor | None]:
 
 def _of(stacked: paddle.Tensor, which: paddle.Tensor | None) -> paddle.Tensor:
     return stacked if which is None else paddle.gather(stacked, which)
+
+
+def _product(
+    x_BnD: paddle.Tensor,
+    weight: paddle.Tensor | Quantised,
+    which: paddle.Tensor | None,
+    *,
+    transpose_y: bool = False,
+) -> paddle.Tensor:
+    """Each product of a batch with the matrix of its expert; of weights in few bits some matrices are whole at once."""
+    if not isinstance(weight, Quantised):
+        return paddle.matmul(x_BnD, _of(weight, which).astype(x_BnD.dtype), transpose_y=transpose_y)
+    parts = [
+        paddle.matmul(
+            x_BnD[some],
+            weight.matrices(some if which is None else which[some]).astype(x_BnD.dtype),
+            transpose_y=transpose_y,
+        )
+        for some in weight.slices(x_BnD.shape[0])
+    ]
+    return parts[0] if len(parts) == 1 else paddle.concat(parts)
 
 
 def _batches(x_PD: paddle.Tensor, layout: Layout) -> list[paddle.Tensor]:

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import paddle
 from paddle.autograd import PyLayer, PyLayerContext
 
-from vl2.casts import cast
 from vl2.errors import UserError
+from vl2.quantised import Quantised, matrix_of, needs_grad, tensors_of
 
 _VIEWS = "FLAGS_use_stride_kernel"
 
@@ -27,7 +27,7 @@ class ExpertLoop(PyLayer):
     def forward(
         ctx: PyLayerContext,
         x: paddle.Tensor,
-        weight: paddle.Tensor,
+        weight: paddle.Tensor | Quantised,
         lora_x: paddle.Tensor | None,
         a: paddle.Tensor | None,
         b: paddle.Tensor | None,
@@ -37,27 +37,29 @@ class ExpertLoop(PyLayer):
         _check_views()
         ctx.counts, ctx.has_lora_x = counts, lora_x is not None
         # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
-        ctx.needs_grad = [t is not None and not t.stop_gradient for t in (x, weight, lora_x, a, b)]
+        ctx.needs_grad = [needs_grad(t) for t in (x, weight, lora_x, a, b)]
+        ctx.quantised = weight if isinstance(weight, Quantised) else None
         out = paddle.empty([x.shape[0], weight.shape[2]], x.dtype)
         if a is None or b is None:
             for e, rows in _slices(counts):
-                paddle.matmul(x[rows], cast(weight[e], x.dtype), out=out[rows])
-            ctx.save_for_backward(x, weight)
+                paddle.matmul(x[rows], matrix_of(weight, x.dtype, e), out=out[rows])
+            ctx.save_for_backward(x, *tensors_of(weight))
             return out
         low = paddle.empty([x.shape[0], a.shape[2]], x.dtype)
         a_E, b_E = paddle.unbind(a), paddle.unbind(b)  # all views at once: one costs as much as a small product
         for e, rows in _slices(counts):
             x_n, low_n, out_n = x[rows], low[rows], out[rows]
-            paddle.matmul(x_n, cast(weight[e], x.dtype), out=out_n)
+            paddle.matmul(x_n, matrix_of(weight, x.dtype, e), out=out_n)
             paddle.matmul(x_n if lora_x is None else lora_x[rows], a_E[e], out=low_n)
             paddle.addmm_(out_n, low_n, b_E[e])
-        ctx.save_for_backward(x, weight, a, b, low, *([lora_x] * ctx.has_lora_x))
+        ctx.save_for_backward(x, *tensors_of(weight), a, b, low, *([lora_x] * ctx.has_lora_x))
         return out
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
-        """Gradients of x, weight, lora_x, a and b; None where none is asked for."""
-        x, weight, *rest = ctx.saved_tensor()
+        """Gradients of those of x, weight, lora_x, a and b that are tensors; None where none is asked for."""
+        x, *rest = ctx.saved_tensor()
+        weight = ctx.quantised or rest.pop(0)
         a, b, low, lora_x = (*rest, x)[:4] if rest else (None, None, None, None)
         x_needs, weight_needs, lora_x_needs, a_needs, b_needs = ctx.needs_grad
         grad_x = paddle.empty_like(x) if x_needs else None
@@ -72,7 +74,7 @@ class ExpertLoop(PyLayer):
         for e, rows in _slices(ctx.counts):
             g, grad_x_n = grad[rows], None if grad_x is None else grad_x[rows]
             if grad_x_n is not None:
-                paddle.matmul(g, cast(weight[e], g.dtype), transpose_y=True, out=grad_x_n)
+                paddle.matmul(g, matrix_of(weight, g.dtype, e), transpose_y=True, out=grad_x_n)
             if grad_w is not None:
                 paddle.matmul(x[rows], g, transpose_x=True, out=grad_w[e])
             if not rest:
@@ -86,7 +88,8 @@ class ExpertLoop(PyLayer):
                 paddle.matmul(grad_low, a_T_E[e], out=grad_lora_x[rows])
             elif grad_x_n is not None and not ctx.has_lora_x:  # the addition is of x itself
                 paddle.addmm_(grad_x_n, grad_low, a_T_E[e])
-        return grad_x, grad_w, *([grad_lora_x] * ctx.has_lora_x), *([grad_a, grad_b] * bool(rest))
+        of_tensors = [grad_x, *([] if ctx.quantised else [grad_w]), *([grad_lora_x] * ctx.has_lora_x)]
+        return *of_tensors, *([grad_a, grad_b] * bool(rest))
 
 
 def _check_views() -> None:

@@ -12,6 +12,7 @@ import paddle
 from vl2.expert_batches import ExpertBatches
 from vl2.expert_loop import ExpertLoop
 from vl2.expert_rows import Layout
+from vl2.quantised import stored
 
 
 class GroupedLora(NamedTuple):
@@ -38,18 +39,20 @@ def grouped_linear(
     Args:
         x_PD: [P, in], zeros in rows of padding.
         layout: from `vl2.expert_rows.dispatch`.
-        weight: [E, in, out]; a frozen one may be of another dtype, it is cast where it is used and never kept cast.
+        weight: [E, in, out]; a frozen one may be of another dtype or in few bits, it is cast where it is used and
+            never kept cast.
         lora: addition of low rank, or None.
 
     Returns:
         [P, out] in x's dtype. Gradients reach x, lora.x, lora.a, lora.b, and the weight when it trains.
     """
-    if not weight.stop_gradient and weight.dtype != x_PD.dtype:
-        weight = weight.astype(x_PD.dtype)
+    kept = stored(weight)
+    if isinstance(kept, paddle.Tensor) and not kept.stop_gradient and kept.dtype != x_PD.dtype:
+        kept = kept.astype(x_PD.dtype)
     lora_x = a = b = None
     if lora is not None:
         lora_x = None if lora.x is x_PD else lora.x  # without dropout
         a, b = lora.a.astype(x_PD.dtype), lora.b.astype(x_PD.dtype)
     if layout.blocks is None:
-        return ExpertLoop.apply(x_PD, weight, lora_x, a, b, layout.counts)
-    return ExpertBatches.apply(x_PD, weight, lora_x, a, b, layout)
+        return ExpertLoop.apply(x_PD, kept, lora_x, a, b, layout.counts)
+    return ExpertBatches.apply(x_PD, kept, lora_x, a, b, layout)

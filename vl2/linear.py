@@ -13,6 +13,7 @@ from paddle import nn
 from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2.casts import cast
+from vl2.quantised import Quantised, stored
 
 
 class _FrozenMatmul(PyLayer):
@@ -29,12 +30,26 @@ class _FrozenMatmul(PyLayer):
         return paddle.matmul(grad, cast(weight, grad.dtype), transpose_y=True), None
 
 
+class _QuantisedMatmul(PyLayer):
+    """x @ w of a weight in few bits, which is made whole in forward and again in backward."""
+
+    @staticmethod
+    def forward(ctx: PyLayerContext, x: paddle.Tensor, weight: Quantised) -> paddle.Tensor:
+        ctx.weight = weight
+        return paddle.matmul(x, weight.matrix(x.dtype))
+
+    @staticmethod
+    def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> paddle.Tensor:
+        return paddle.matmul(grad, ctx.weight.matrix(grad.dtype), transpose_y=True)
+
+
 def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None = None) -> paddle.Tensor:
     """X @ weight + bias in x's dtype, whatever dtype the parameters are stored in.
 
     Args:
         x: [..., in].
-        weight: [in, out]. Frozen and of another dtype: cast here and again in backward, so no copy outlives the call.
+        weight: [in, out]. Frozen and of another dtype or in few bits: cast here and again in backward, so no copy
+            outlives the call.
             Trainable and of another dtype: cast under autograd, the gradient arrives in the parameter's dtype.
         bias: [out] or None.
 
@@ -43,6 +58,10 @@ def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None =
     """
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.astype(x.dtype)
+    kept = stored(weight)
+    if isinstance(kept, Quantised):
+        product = _QuantisedMatmul.apply(x, kept)
+        return product if bias is None else product + bias
     if weight.dtype == x.dtype:
         return F.linear(x, weight, bias)
     if weight.stop_gradient:
@@ -50,6 +69,12 @@ def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None =
     else:
         product = paddle.matmul(x, weight.astype(x.dtype))
     return product if bias is None else product + bias
+
+
+def whole(weight: paddle.Tensor, dtype: Any) -> paddle.Tensor:
+    """The matrix [in, out] of a weight in `dtype`, however it is stored."""
+    kept = stored(weight)
+    return kept.matrix(dtype) if isinstance(kept, Quantised) else kept.astype(dtype)
 
 
 class Linear(nn.Linear):
@@ -61,4 +86,4 @@ class Linear(nn.Linear):
 
     def effective_weight(self, dtype: Any) -> paddle.Tensor:
         """The matrix [in, out] that `forward` multiplies with, in `dtype`."""
-        return self.weight.astype(dtype)
+        return whole(self.weight, dtype)

@@ -13,7 +13,7 @@ from paddle import nn
 from paddlenlp.peft.lora.lora_layers import LoRALinear as PaddleNLPLoRALinear
 
 from vl2.grouped_linear import GroupedLora
-from vl2.linear import Linear, linear
+from vl2.linear import Linear, linear, whole
 from vl2.moe import Experts
 
 MERGE = (
@@ -105,7 +105,7 @@ class LoRALinear(PaddleNLPLoRALinear):
 
     def effective_weight(self, dtype: Any) -> paddle.Tensor:
         """The matrix [in, out] that `forward` multiplies with (dropout aside), in `dtype`."""
-        weight = self.weight.astype(dtype)
+        weight = whole(self.weight, dtype)
         if self.disable_lora:
             return weight
         return weight + self.get_delta_weight().astype(dtype)

@@ -11,6 +11,7 @@ from paddle.base.framework import EagerParamBase
 
 from vl2.config import VL2Config
 from vl2.model import DeepseekVL2
+from vl2.quantised import Quantised
 
 
 def parameter_owner(model: nn.Layer, path: str) -> tuple[nn.Layer, str]:
@@ -27,6 +28,14 @@ def set_parameter(model: nn.Layer, path: str, value: paddle.Tensor, *, trainable
     parameter = EagerParamBase.from_tensor(value, trainable=trainable)
     parameter.stop_gradient = not trainable
     owner._parameters[leaf] = parameter
+
+
+def set_quantised(model: nn.Layer, path: str, value: Quantised) -> None:
+    """Have the parameter at `path`, which has no memory and gets none, multiply by a weight in few bits."""
+    owner, leaf = parameter_owner(model, path)
+    parameter = owner._parameters[leaf]
+    parameter.quantised = value
+    parameter.trainable, parameter.stop_gradient = False, True
 
 
 def build_model(config: VL2Config, image_token_id: int) -> DeepseekVL2:

@@ -20,14 +20,14 @@ FIGURES: list[str] = []
 def nano(golden_folder) -> Callable[..., DeepseekVL2]:
     """nano("nano_small", "bfloat16"): stored and computed in that type as on a GPU, adapters in every LoRA group.
 
-    With full=True all that may train is float32 and trains, without adapters.
+    With full=True all that may train is float32 and trains, without adapters. `frozen`: its matrices in few bits.
     """
     folders: dict[str, Path] = {}
 
-    def build(family: str, dtype: str, *, full: bool = False) -> DeepseekVL2:
+    def build(family: str, dtype: str, *, full: bool = False, frozen: str = "none") -> DeepseekVL2:
         if family not in folders:
             folders[family] = golden_folder(family)
-        model = load_model(folders[family], dtype=dtype)
+        model = load_model(folders[family], dtype=dtype, frozen=frozen)
         if full:
             skipped = ("attn_pool", "e_score_correction_bias")
             names = [name for name, _ in model.named_parameters() if not any(word in name for word in skipped)]

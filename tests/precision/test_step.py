@@ -170,6 +170,27 @@ def test_full_step(nano, pack, exact, report, family):
 
 
 @pytest.mark.parametrize(
+    ("family", "dtype", "frozen"),
+    [("nano_tiny", "bfloat16", "nf4"), ("nano_small", "bfloat16", "int8"), ("nano_base", "float16", "nf4")],
+)
+def test_step_on_weights_in_few_bits(nano, pack, report, scaler_on_cpu, monkeypatch, family, dtype, frozen):
+    """Against float32 with the same few bits: made whole by operations that a GPU has, some experts at a time."""
+    monkeypatch.setattr("vl2.quantised.SLICE", 3 * 32 * 64)
+    expected = step(nano(family, "float32", frozen=frozen), pack)
+    scaler = paddle.amp.GradScaler(init_loss_scaling=2.0**15) if dtype == "float16" else None
+    model = nano(family, dtype, frozen=frozen)
+    model.set_recompute(1)
+    pin_choices(model, expected.choices)
+    with half_precision_on_cpu(), taken() as calls:
+        found = step(model, pack, scaler)
+    assert len(calls) > 90 and not missing(calls)
+    loss, logits, cosine, line = compare(f"{family} {dtype} {frozen}", found, expected, GROUPS)
+    report(line)
+    assert 0 < abs(loss) <= 5e-3 and logits <= 0.02 and cosine >= 0.99
+    assert all(0 < moved < 3e-3 for moved in found.moved.values())
+
+
+@pytest.mark.parametrize(
     ("family", "dtype"),
     [("nano_tiny", "bfloat16"), ("nano_small", "bfloat16"), ("nano_base", "bfloat16"), ("nano_small", "float16")],
 )

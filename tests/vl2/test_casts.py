@@ -5,7 +5,7 @@ import paddle
 import pytest
 
 from vl2 import cpu_kernels, ways
-from vl2.casts import cast, from_nf4
+from vl2.casts import cast
 
 
 def counted(monkeypatch, name: str) -> list:
@@ -40,21 +40,6 @@ def test_other_types_are_paddles(monkeypatch):
     monkeypatch.setattr("vl2.ways.takes_batches", lambda place: True)
     assert not ways.takes_kernels(x.place) and cast(x, paddle.float32).dtype == paddle.float32
     assert not calls
-
-
-def test_nf4_by_hand_and_in_both_ways(monkeypatch):
-    low_first = np.zeros(64, np.uint8)
-    low_first[:2] = 0x2F, 0x70
-    scales = np.array([0.5, 0.0], np.float32)
-    calls, found = counted(monkeypatch, "nf4"), []
-    draw = np.random.default_rng(0)
-    codes, drawn = draw.integers(0, 256, 5 * 32).astype(np.uint8), draw.random(5, np.float32)
-    for kernels in (True, False):
-        monkeypatch.setattr("vl2.ways.takes_kernels", lambda place, kernels=kernels: kernels)
-        first = from_nf4(paddle.to_tensor(low_first), paddle.to_tensor(scales)).numpy()
-        assert np.allclose(first[:4], [0.5, -0.5250730514526367 / 2, -0.5, 0.0]) and not first[64:].any()
-        found.append(from_nf4(paddle.to_tensor(codes), paddle.to_tensor(drawn)).numpy())
-    assert len(calls) == 2 and found[0].shape == (320,) and np.array_equal(*found)
 
 
 def test_kernels_are_compiled_without_a_folder_to_keep_them_in(monkeypatch):

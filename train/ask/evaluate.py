@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     if config.report:
         check_report(Path(config.report))
     models = models_of(config)
-    opened = [open_model(name, config.precision, base, config.check) for name, base in models]
+    opened = [open_model(name, config.precision, base, config.check, config.frozen) for name, base in models]
     rows = open_rows(config, opened)
     evaluations: list[Evaluation] = []
     for (name, _), model, dataset in zip(models, opened, rows, strict=True):

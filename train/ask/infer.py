@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> int:
         check_drawing(Path(config.draw), len(config.image))
     check_images(config.image)
     started = time.perf_counter()
-    loaded = load(chosen_checkpoint(config.model, config.checkpoint), config.precision, config.base, config.check)
+    folder = chosen_checkpoint(config.model, config.checkpoint)
+    loaded = load(folder, config.precision, config.base, config.check, config.frozen)
     loading = time.perf_counter() - started
     if loaded.source.rehearsal:
         print("note: this model comes from a rehearsal on nano", file=sys.stderr)

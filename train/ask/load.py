@@ -38,6 +38,7 @@ from vl2.tokenizer import Tokenizer
 
 # From here on, loading takes long enough to show a bar.
 _BAR_BYTES = 500_000_000
+_FROZEN_IN_WORDS = {"none": "full"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class Loaded:
     model: DeepseekVL2  # in eval mode, with the adapter's layers when there is one
     tokenizer: Tokenizer
     candidates: tuple[Resolution, ...]  # resolutions an image may be shown at
+    frozen: str = "none"  # what the base's matrices are kept in, see vl2.quantised
     images: ImageReader = DEFAULT_READER  # opens pictures as in training
     vision_cache: VisionCache | None = None  # of the model's tower
 
@@ -59,6 +61,7 @@ class Opened:
     source: Source
     folder: ModelFolder  # of the base
     dtype: str  # that its weights are stored in once loaded
+    frozen: str = "none"  # what its matrices are kept in, see vl2.quantised
 
     @property
     def candidates(self) -> tuple[Resolution, ...]:
@@ -71,16 +74,20 @@ class Opened:
         return exif_in_force(self.source)
 
 
-def load(folder: str | Path, precision: str = "auto", base: str = "", check: str = "sizes") -> Loaded:
+def load(
+    folder: str | Path, precision: str = "auto", base: str = "", check: str = "sizes", frozen: str = "auto"
+) -> Loaded:
     """Load whatever `find_source` finds; see `open_model`.
 
     Raises:
         UserError: see `open_model` and `load_opened`.
     """
-    return load_opened(open_model(folder, precision, base, check))
+    return load_opened(open_model(folder, precision, base, check, frozen))
 
 
-def open_model(folder: str | Path, precision: str = "auto", base: str = "", check: str = "sizes") -> Opened:
+def open_model(
+    folder: str | Path, precision: str = "auto", base: str = "", check: str = "sizes", frozen: str = "auto"
+) -> Opened:
     """Find a model and see that it can be loaded here; no weights are read, but where it is to be fetched it is.
 
     Args:
@@ -88,6 +95,7 @@ def open_model(folder: str | Path, precision: str = "auto", base: str = "", chec
         precision: stored type of the weights: bf16, fp16, fp32, or auto (as in the base's files).
         base: see `find_source`.
         check: "full" reads the whole base before, where it has a manifest.
+        frozen: what the language model's matrices are kept in: none, nf4, int8, or auto (as an adapter was trained).
 
     Raises:
         UserError: see `resolve_model` and `find_source`; no memory for it; a precision that the GPU does not have.
@@ -95,13 +103,21 @@ def open_model(folder: str | Path, precision: str = "auto", base: str = "", chec
     if known := published(folder):  # before it is fetched
         wanted = DTYPE_OF_SETTING.get(precision, "bfloat16")
         check_precision(wanted)
-        check_inference(folder, VL2Config.from_folder(known.config.parent), wanted)
+        check_inference(
+            folder, VL2Config.from_folder(known.config.parent), wanted, "none" if frozen == "auto" else frozen
+        )
     source = find_source(resolve_model(folder), base, checksums=check == "full")
     opened = open_folder(source.base)
     dtype = DTYPE_OF_SETTING[precision] if precision != "auto" else stored_dtype(opened)
     check_precision(dtype)
-    check_inference(source.base, opened.config, dtype)
-    return Opened(source=source, folder=opened, dtype=dtype)
+    kept = source.frozen if frozen == "auto" else frozen
+    if kept != "none" and (source.kind == "weights" or source.random_seed is not None):
+        raise UserError(
+            f"frozen={kept}: only a base model's files can be read so, found the trained weights of {folder}; export "
+            "them first"
+        )
+    check_inference(source.base, opened.config, dtype, kept)
+    return Opened(source=source, folder=opened, dtype=dtype, frozen=kept)
 
 
 def load_opened(opened: Opened, *, adapter: bool = True) -> Loaded:
@@ -115,7 +131,7 @@ def load_opened(opened: Opened, *, adapter: bool = True) -> Loaded:
         UserError: see `load_model`; an adapter of another base.
     """
     source, folder, dtype = opened.source, opened.folder, opened.dtype
-    model = load_base(source, folder, dtype)
+    model = load_base(source, folder, dtype, opened.frozen)
     if source.kind == "adapter" and adapter:
         _put_adapter(opened, model)
     model.config = dataclasses.replace(model.config, candidate_resolutions=opened.candidates)
@@ -123,7 +139,14 @@ def load_opened(opened: Opened, *, adapter: bool = True) -> Loaded:
         model.compute_dtype = dtype
     model.eval()
     images = ImageReader(exif=opened.exif, cache=default_folder())
-    return Loaded(source=source, model=model, tokenizer=folder.tokenizer, candidates=opened.candidates, images=images)
+    return Loaded(
+        source=source,
+        model=model,
+        tokenizer=folder.tokenizer,
+        candidates=opened.candidates,
+        frozen=opened.frozen,
+        images=images,
+    )
 
 
 def load_beside(loaded: Loaded, folder: str | Path) -> Loaded:
@@ -144,7 +167,7 @@ def load_beside(loaded: Loaded, folder: str | Path) -> Loaded:
     source = find_source(resolve_model(folder), str(loaded.source.base))
     if source.kind != "adapter":
         raise UserError(f"{folder}: expected an adapter, found trained weights; give that as model=")
-    opened = Opened(source=source, folder=open_folder(source.base), dtype="")
+    opened = Opened(source=source, folder=open_folder(source.base), dtype="", frozen=loaded.frozen)
     _put_adapter(opened, loaded.model)
     images = dataclasses.replace(loaded.images, exif=opened.exif)
     return dataclasses.replace(loaded, source=source, candidates=opened.candidates, images=images)
@@ -156,6 +179,9 @@ def _put_adapter(opened: Opened, model: DeepseekVL2) -> None:
     source = opened.source
     assert source.trained is not None
     load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, opened.folder, model), say=note)
+    if source.frozen != opened.frozen:
+        trained, here = (_FROZEN_IN_WORDS.get(kind, kind) for kind in (source.frozen, opened.frozen))
+        note(f"{source.trained} was trained on a base in {trained}, and answers on one in {here}; see frozen=")
 
 
 def stored_dtype(folder: ModelFolder) -> str:
@@ -168,30 +194,40 @@ def stored_dtype(folder: ModelFolder) -> str:
 
 
 def load_with_bar(
-    folder: ModelFolder, dtype: str, keep: Callable[[str], bool] = lambda path: True, *, tower: bool = True
+    folder: ModelFolder,
+    dtype: str,
+    keep: Callable[[str], bool] = lambda path: True,
+    *,
+    tower: bool = True,
+    frozen: str = "none",
+    frozen_cache: Path | None = None,
 ) -> DeepseekVL2:
     """`load_model` with a progress bar on stderr, where there is enough to wait for; one of several ranks shows it."""
     sizes = weight_sizes(build_model(folder.config, 0))
     loaded = sum(size for path, size in sizes.items() if tower or not path.startswith(TOWER))
     num_bytes = loaded * item_bytes(dtype)
-    style = {"desc": "load weights", "unit": "B", "unit_scale": True, "mininterval": 1.0, "file": sys.stderr}
+    what = "load weights" if frozen == "none" else f"load weights into {frozen}"
+    style = {"desc": what, "unit": "B", "unit_scale": True, "mininterval": 1.0, "file": sys.stderr}
     with tqdm(total=num_bytes, disable=num_bytes < _BAR_BYTES or dist.get_rank() != 0, **style) as bar:
-        return load_model(folder, dtype=dtype, keep=keep, done=bar.update, tower=tower)
+        return load_model(
+            folder, dtype=dtype, keep=keep, done=bar.update, tower=tower, frozen=frozen, frozen_cache=frozen_cache
+        )
 
 
 def base_fingerprint(source: Source, folder: ModelFolder, model: DeepseekVL2) -> str:
     """Fingerprint of an adapter's base in the precision of the training, whatever the model is stored in now."""
-    if source.random_seed is not None or source.precision is None:
+    if source.random_seed is not None:
         return model_fingerprint(model)
-    return stored_fingerprint(folder.weights, DTYPE_OF_SETTING[source.precision])
+    here = str(model.language.lm_head.weight.dtype).removeprefix("paddle.")
+    return stored_fingerprint(folder.weights, DTYPE_OF_SETTING[source.precision] if source.precision else here)
 
 
-def load_base(source: Source, folder: ModelFolder, dtype: str) -> DeepseekVL2:
+def load_base(source: Source, folder: ModelFolder, dtype: str, frozen: str = "none") -> DeepseekVL2:
     """The base of a source; with a full fine-tune's weights in place, all frozen."""
     if source.random_seed is not None:
         model = init_model(folder.config, folder.tokenizer.image_id, seed=source.random_seed, dtype=dtype)
     else:
-        model = load_with_bar(folder, dtype)
+        model = load_with_bar(folder, dtype, frozen=frozen)
     if source.kind == "weights":
         assert source.trained is not None
         _load_weights(model, source.trained, dtype)

@@ -60,6 +60,11 @@ class Source:
         return self.provenance.precision if self.provenance else None
 
     @property
+    def frozen(self) -> str:
+        """What the base's matrices were kept in while an adapter was trained on it, as the setting names it."""
+        return self.provenance.frozen if self.provenance and self.kind == "adapter" else "none"
+
+    @property
     def random_seed(self) -> int | None:
         """Seed of a base whose weights were drawn and lie in no file; None: they lie in its folder."""
         return self.provenance.seed if self.provenance and self.provenance.init == "random" else None

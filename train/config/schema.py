@@ -19,9 +19,14 @@ PARTS = ("vision", "projector", "language")
 PARAMETER_GROUPS = (*LORA_GROUPS, "embeddings", "head", "norms", "routers")
 WHOLE_GROUPS = ("vision", "projector", "embeddings", "head", "norms", "routers")  # that can train beside adapters
 PRECISIONS = ("bf16", "fp16", "fp32")
+FROZEN = ("none", "nf4", "int8")  # see vl2.quantised
 DEVICES = ("auto", "cpu", "gpu")
 MODEL_DOC = "Folder of a base model, a run, an adapter (PEFT's too) or an export; or a name (nano, tiny, ...)."
 BASE_DOC = "Base model of a run or an adapter, where it does not name it or it lies elsewhere now."
+FROZEN_DOC = (
+    "Keep the language model's matrices in few bits, which takes a quarter (nf4) or half (int8) of the memory; auto: "
+    "as an adapter was trained."
+)
 # One for infer and eval: an answer that one of them cuts and the other does not looks like another model.
 MAX_NEW_TOKENS = 512
 TF32_DOC = "On a GPU from Ampere on: multiply float32 in TF32, which keeps 3 digits of 7; faster with precision=fp32."
@@ -47,6 +52,16 @@ class ModelConfig:
 
     path: str = key("deepseek-ai/deepseek-vl2-tiny", "Folder of the model, or its name on the hub.", path=True)
     init: str = key("weights", "Start from the folder's weights, or from random ones.", choices=("weights", "random"))
+    frozen: str = key(
+        "none",
+        "Keep the language model's frozen matrices in few bits: nf4, 4.1 bits a weight, for adapters on a card that is "
+        "too small (QLoRA), or int8, 8 bits; none: as precision says. Tables, norms, routers and the vision tower stay "
+        "as they are; exports merge the adapter into the original weights.",
+        choices=FROZEN,
+    )
+    frozen_cache: str = key(
+        "", "Folder for what model.frozen makes of the weights, which later starts read; empty: none.", path=True
+    )
 
 
 @dataclass(kw_only=True)
@@ -316,6 +331,7 @@ class InferConfig:
     top_p: float = key(1.0, "Sample from the likeliest tokens that add up to this.", low=0.001, high=1)
     max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
     precision: str = key("auto", "auto: as the weights are stored.", choices=("auto", *PRECISIONS))
+    frozen: str = key("auto", FROZEN_DOC, choices=("auto", *FROZEN))
     tf32: bool = key(False, TF32_DOC)
     json: bool = key(False, "Print one JSON object: ids, text, timing.")
     seed: int = key(42, "Seed of the sampling.", low=0, high=LAST_SEED)
@@ -380,5 +396,6 @@ class EvaluateConfig:
     limit: int | None = key(None, "Take only the first rows.", unit="rows", low=1, high=MANY)
     max_new_tokens: int = key(MAX_NEW_TOKENS, "Longest answer.", unit="tokens", low=1, high=LONGEST_TEXT)
     precision: str = key("auto", "auto: as the weights are stored.", choices=("auto", *PRECISIONS))
+    frozen: str = key("auto", FROZEN_DOC, choices=("auto", *FROZEN))
     tf32: bool = key(False, TF32_DOC)
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from train.config.fields import LONGEST_TEXT, MANY, key
-from train.config.schema import BASE_DOC, CHECK_DOC, CHECKPOINT_DOC, DEVICES, MODEL_DOC, PRECISIONS, TF32_DOC
+from train.config.schema import (
+    BASE_DOC,
+    CHECK_DOC,
+    CHECKPOINT_DOC,
+    DEVICES,
+    FROZEN,
+    FROZEN_DOC,
+    MODEL_DOC,
+    PRECISIONS,
+    TF32_DOC,
+)
 
 
 @dataclass(kw_only=True)
@@ -68,5 +78,6 @@ class ServeConfig:
     media_root: str = key("", "Folder of pictures that requests may name as file:///...; empty: none.", path=True)
     allow_private_urls: bool = key(False, "Fetch pictures from addresses of private and local networks too.")
     precision: str = key("auto", "auto: as the weights are stored.", choices=("auto", *PRECISIONS))
+    frozen: str = key("auto", FROZEN_DOC, choices=("auto", *FROZEN))
     tf32: bool = key(False, TF32_DOC)
     device: str = key("auto", "auto: the GPU when there is one.", choices=DEVICES)

@@ -60,6 +60,7 @@ def check_trains(config: TrainConfig) -> None:
             f"lora.pissa=true with lora.dropout={lora.dropout}: it would drop the greatest part of the weights; give "
             "lora.dropout=0"
         )
+    _check_frozen(config)
     if config.data.vision_cache and "vision" in trained_groups(config):
         key = "trainable" if lora.rank == 0 else "lora.groups" if "vision" in lora.groups else "lora.also_train"
         raise UserError(
@@ -70,6 +71,36 @@ def check_trains(config: TrainConfig) -> None:
         raise UserError(
             f"lora.also_train={lora.also_train}: {both[0]} has adapters by lora.groups, so it cannot train itself too; "
             "take it out of one of them"
+        )
+
+
+def _check_frozen(config: TrainConfig) -> None:
+    """Refuse what weights in few bits cannot do."""
+    frozen, lora = config.model.frozen, config.lora
+    if config.model.frozen_cache and frozen == "none":
+        raise UserError(
+            f"model.frozen_cache={config.model.frozen_cache} with model.frozen=none: nothing would be kept there; give "
+            "model.frozen=nf4 or int8"
+        )
+    if frozen == "none":
+        return
+    given = f"model.frozen={frozen}"
+    if lora.rank == 0 and "language" in config.trainable:
+        raise UserError(
+            f"{given} with lora.rank=0 and trainable={config.trainable}: the language model's weights would train, and "
+            "in few bits they cannot; give lora.rank, or take language out of trainable"
+        )
+    if lora.pissa:
+        raise UserError(
+            f"{given} with lora.pissa=true: adapters would start at the singular values of weights that are not there "
+            "in full; give lora.pissa=false"
+        )
+    if config.model.init == "random":
+        raise UserError(f"{given} with model.init=random: there is no checkpoint to quantise; give model.frozen=none")
+    if config.sharding.stage == 3:
+        raise UserError(
+            f"{given} with sharding.stage=3: weights in few bits are not divided over processes; give sharding.stage=2 "
+            "or model.frozen=none"
         )
 
 

@@ -108,6 +108,7 @@ def export_adapter(config: ExportConfig) -> ExportReport:
         adapter="peft" if peft else "paddle",
         layout=None,
         dtype="float32",
+        frozen=source.frozen,  # type: ignore[arg-type]
         rehearsal=source.rehearsal,
         recipe=source.recipe,
         step=source.step,

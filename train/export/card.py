@@ -196,6 +196,7 @@ def _training(run: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "steps made": f"{steps:,}" if steps else "",
         "learning rate": _sentence("{lr}, {schedule}, warm-up {warmup_ratio}", optim),
         "precision": config.get("precision"),
+        "frozen matrices of the base": "" if (kept := _object(config, "model").get("frozen")) == "none" else kept,
         "seed": config.get("seed"),
     }
     return {name: value for name, value in words.items() if value not in (None, "")}

@@ -19,12 +19,14 @@ from vl2.adapter.weights import in_words, replacing
 from vl2.checkpoint.fingerprint import stored_fingerprint
 from vl2.checkpoint.layouts import Part
 from vl2.checkpoint.model_folder import open_folder
+from vl2.checkpoint.quantised import QuantisedReader
 from vl2.checkpoint.stored_model import StoredModel, hold_model
 from vl2.checkpoint.tensor_files import MemoryTensor, StoredTensor, cast, read_header
 from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.lora import Delta, VL2LoRAModel, apply_lora, deltas
 from vl2.parameters import build_model, init_model
+from vl2.quantised import is_quantised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Merge:
     deltas: Mapping[str, Delta] = field(default_factory=dict)  # of an adapter, by official name
     # By parameter path: of a full fine-tune, or what an adapter replaces of the base.
     weights: Mapping[str, StoredTensor | MemoryTensor] = field(default_factory=dict)
+    frozen: str = "none"  # what the base's matrices were kept in while it was trained, see vl2.quantised
+    precision: str = ""  # type that they were rounded to before; known where `frozen` is not "none"
 
     def dtype_of(self, name: str) -> str:
         """Type of an exported tensor."""
@@ -82,6 +86,16 @@ class Merge:
             return paddle.to_tensor(self.weights[path].read())
         return self.base.parameter(path)
 
+    def quantised_parameter(self, path: str) -> paddle.Tensor:
+        """A weight of the trained model as training multiplied by it: in few bits and back."""
+        if path in self.weights or not is_quantised(path):
+            return self.trained_parameter(path)
+        kept = QuantisedReader(self.base, self.frozen, self.precision).read(path)
+        whole = np.empty(self.base.shapes[path], np.float32)
+        for index, matrix in enumerate(whole.reshape(-1, *whole.shape[-2:])):
+            matrix[...] = kept.matrix(paddle.float32, index).numpy()
+        return paddle.to_tensor(whole)
+
     def merged_parameter(self, path: str) -> paddle.Tensor:
         """A weight of the unrounded float32 merge."""
         whole = np.empty(self.base.shapes[path], np.float32)
@@ -123,7 +137,15 @@ def open_merge(source: Source, dtype: str | None) -> Merge:
         if untuned := untuned_modules(adapter):
             note(f"{untuned}; they stay as in the base")
         weights = {path: piece.plain() for path, piece in pieces.items()}
-        return Merge(base=base, dtype=dtype, lora=lora, deltas=deltas(lora), weights=weights)
+        return Merge(
+            base=base,
+            dtype=dtype,
+            lora=lora,
+            deltas=deltas(lora),
+            weights=weights,
+            frozen=source.frozen,
+            precision=kind,
+        )
     if source.kind == "weights":
         assert source.trained is not None
         return Merge(base=base, dtype=dtype, weights=_read_weights(source.trained, base))

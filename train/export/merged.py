@@ -83,6 +83,7 @@ def export(config: ExportConfig) -> ExportReport:
         layout=layout,
         dtype=merge.dtype_name,
         rehearsal=source.rehearsal,
+        frozen=source.frozen,  # type: ignore[arg-type]
         recipe=source.recipe,
         step=source.step,
         versions=versions(),

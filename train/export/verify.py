@@ -72,6 +72,8 @@ def verify_logits(
 ) -> dict[str, float]:
     """(b) of an adapter, and (c): logits of the trained model, of the unrounded merge, and of the files.
 
+    An adapter that was trained on weights in few bits is merged into the original ones; what that costs is (d).
+
     Args:
         export: the files as the loader sees them.
         merge: what they were made of.
@@ -82,15 +84,21 @@ def verify_logits(
         UserError: when they are too far from each other.
     """
     skeleton = merge.base.skeleton
+    trained = merge.lora.model if merge.lora else _like(skeleton)
     models: list[tuple[str, DeepseekVL2, Callable[[str], paddle.Tensor]]] = [
-        ("trained", merge.lora.model if merge.lora else _like(skeleton), merge.trained_parameter),
+        ("trained", trained, merge.trained_parameter),
         ("exported", _like(skeleton), export.parameter),
     ]
+    if merge.frozen != "none":
+        models.append(("quantised", trained, merge.quantised_parameter))
     if merge.lora:
         models.insert(1, ("merged", _like(skeleton), merge.merged_parameter))
     logits = {name: streamed_logits(model, value_of, probe) for name, model, value_of in passes(models)}
     error = {"merge_error": verify_merge(logits["trained"], logits["merged"])} if merge.lora else {}
-    return {**error, **verify_rounding(logits["trained"], logits["exported"])}
+    found = {**error, **verify_rounding(logits["trained"], logits["exported"])}
+    if merge.frozen != "none":
+        found |= _costs("quantised", logits["quantised"], logits["exported"])
+    return found
 
 
 def _like(model: DeepseekVL2) -> DeepseekVL2:
@@ -101,9 +109,11 @@ def streamed_logits(
     model: DeepseekVL2, value_of: Callable[[str], paddle.Tensor], probe: Mapping[str, np.ndarray]
 ) -> np.ndarray:
     """Logits of a model without weights, which it reads layer by layer; see `logits_of`."""
-    stream_weights(model, value_of)
+    stop = stream_weights(model, value_of)
     model.eval()
-    return logits_of(model, probe)
+    logits = logits_of(model, probe)
+    stop()
+    return logits
 
 
 def logits_of(model: DeepseekVL2, probe: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -135,16 +145,21 @@ def verify_rounding(trained: np.ndarray, exported: np.ndarray) -> dict[str, floa
     Raises:
         UserError: when it costs too much.
     """
-    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (trained, exported))
-    kl = float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
-    if not kl <= MAX_KL:
+    found = _costs("rounding", trained, exported)
+    if not (kl := found["rounding_kl"]) <= MAX_KL:
         raise UserError(
             f"the export was refused: rounding costs a KL of {kl:.3f} nats, more than {MAX_KL}; try dtype=fp32"
         )
+    return found
+
+
+def _costs(what: str, trained: np.ndarray, exported: np.ndarray) -> dict[str, float]:
+    """How far two models' logits are from each other, by names that begin with what lies between them."""
+    log_p, log_q = (x - np.logaddexp.reduce(x, axis=-1, keepdims=True) for x in (trained, exported))
     return {
-        "rounding_mean_logit_change": float(np.abs(trained - exported).mean()),
-        "rounding_kl": kl,
-        "rounding_next_token_agreement": float((trained.argmax(-1) == exported.argmax(-1)).mean()),
+        f"{what}_mean_logit_change": float(np.abs(trained - exported).mean()),
+        f"{what}_kl": float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean()),
+        f"{what}_next_token_agreement": float((trained.argmax(-1) == exported.argmax(-1)).mean()),
     }
 
 

@@ -14,6 +14,7 @@ from vl2.attention import KEPT_WEIGHTS, KERNEL_BLOCK
 from vl2.config import LanguageConfig, VisionConfig, VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
 from vl2.language import HEAD_CHUNK
+from vl2.quantised import SLICE
 
 # Rows that batches of experts hold for each row that there is, padding included: 1.2 to 1.5 with routers at random.
 PADDING = 1.3
@@ -56,7 +57,10 @@ def step_memory(model: VL2Config, config: TrainConfig, *, on_gpu: bool = True) -
         for layer in layers
     )
     alive = max(saved) if config.recompute else 0
-    backward = alive + item * max(_sent_back(language, layer, tokens, on_gpu) for layer in layers)
+    few_bits = on_gpu and config.model.frozen != "none"
+    backward = alive + item * max(_sent_back(language, layer, tokens, on_gpu, few_bits) for layer in layers)
+    if few_bits:  # codes as an index, values and products in float32, and both in the type that is computed in
+        backward += SLICE * (2 + 4 + 4 + 2 * item)
     # Logits in both types, their softmax and gradients in float32.
     head = min(tokens, HEAD_CHUNK) * language.vocab_size * (2 * item + 3 * 4)
     seeing, seen = _vision(model.vision, config, tiles, item, TILES_AT_ONCE if on_gpu else TILES_ON_CPU)
@@ -91,15 +95,15 @@ def saved_numbers(language: LanguageConfig, layer: int, tokens: int, on_gpu: boo
     return tokens * (attention + shared + router) + rows * (3 * width + 4 * inner)
 
 
-def _sent_back(language: LanguageConfig, layer: int, tokens: int, on_gpu: bool) -> float:
-    """Numbers that are there at once in a decoder layer's backward: gradients, and copies of weights."""
+def _sent_back(language: LanguageConfig, layer: int, tokens: int, on_gpu: bool, few_bits: bool) -> float:
+    """Numbers that are there at once in a decoder layer's backward: gradients, and copies of weights in full."""
     width = language.hidden_size
     if not language.is_moe(layer):
         return tokens * (2 * width + 3 * language.intermediate_size)
     rows = (PADDING if on_gpu else 1) * tokens * language.num_experts_per_tok
     inner = language.moe_intermediate_size
     copied = 0
-    if on_gpu:  # weights of crowded experts, beside the stacked ones
+    if on_gpu and not few_bits:  # weights of crowded experts, beside the stacked ones
         copied = 2 * (language.n_routed_experts or 0) * width * inner
     return tokens * 2 * width + rows * max(width + 4 * inner, 3 * width + 2 * inner) + copied
 

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import paddle
 import paddle.distributed as dist
@@ -36,6 +37,7 @@ from vl2.model import DeepseekVL2
 from vl2.parameter_groups import group_of, is_trainable, whole_parameters
 from vl2.parameters import build_model, init_model, train_parameters
 from vl2.principal import start_from_principal
+from vl2.quantised import Quantised, stored
 from vl2.tiles import Resolution
 
 _BAR_MATRICES = 100  # from here on, PiSSA's decompositions take long enough to show a bar
@@ -70,7 +72,14 @@ def build_base(config: TrainConfig, folder: ModelFolder, *, tower: bool = True) 
     if config.model.init == "random":
         model = init_model(folder.config, folder.tokenizer.image_id, seed=config.seed, dtype=dtype)
     else:
-        model = load_with_bar(folder, dtype, keeps(config, folder.config), tower=tower)
+        model = load_with_bar(
+            folder,
+            dtype,
+            keeps(config, folder.config),
+            tower=tower,
+            frozen=config.model.frozen,
+            frozen_cache=Path(config.model.frozen_cache) if config.model.frozen_cache else None,
+        )
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
     model.set_recompute(config.recompute)
@@ -78,12 +87,12 @@ def build_base(config: TrainConfig, folder: ModelFolder, *, tower: bool = True) 
 
 
 def base_fingerprint(config: TrainConfig, folder: ModelFolder, model: DeepseekVL2, *, tower: bool = True) -> str:
-    """`model_fingerprint` of the base model, also where some of its weights are not here.
+    """`model_fingerprint` of the base model, also where some of its weights are not here or not in full.
 
     Args:
         tower: the vision tower is.
     """
-    if config.model.init != "random" and (config.sharding.stage == 3 or not tower):
+    if config.model.init != "random" and (config.sharding.stage == 3 or config.model.frozen != "none" or not tower):
         return stored_fingerprint(folder.weights, DTYPE_OF_SETTING[config.precision])
     return model_fingerprint(model)
 
@@ -265,9 +274,14 @@ def count_parts(model: nn.Layer) -> tuple[PartCount, ...]:
         parameters = {name: p for name, p in inner.named_parameters() if name.startswith(prefixes)}
         sizes = {name: int(p.size) for name, p in parameters.items()}
         learned = sum(size for name, size in sizes.items() if name in trainable)
-        there = {name: p for name, p in parameters.items() if p._is_initialized()}
-        stored = sum(sizes[name] * p.element_size() for name, p in there.items())
-        counts.append(
-            PartCount(part=part, trainable=learned, frozen=sum(sizes.values()) - learned, stored_bytes=stored)
-        )
+        here = sum(map(_bytes_here, parameters.values()))
+        frozen = sum(sizes.values()) - learned
+        counts.append(PartCount(part=part, trainable=learned, frozen=frozen, stored_bytes=here))
     return tuple(counts)
+
+
+def _bytes_here(parameter: paddle.Tensor) -> int:
+    kept = stored(parameter)
+    if isinstance(kept, Quantised):
+        return kept.num_bytes
+    return int(kept.size) * kept.element_size() if kept._is_initialized() else 0

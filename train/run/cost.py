@@ -162,7 +162,8 @@ def pack_cost(model: VL2Config, config: TrainConfig, *, on_gpu: bool, tower: boo
         UserError: a LoRA group that matches nothing in this model.
     """
     language = model.language
-    sizes, learned, _ = plan_weights(model, config)
+    weights = plan_weights(model, config)
+    sizes, learned = weights.sizes, weights.learned
     item = item_bytes(DTYPE_OF_SETTING[config.precision]) if on_gpu else FLOAT32_BYTES
     again = 1 / config.recompute if config.recompute else 0.0  # of the layers go forward twice
     trains = {part for part in ("vision", "projector") if any(name.startswith(f"{part}.") for name in learned)}
@@ -176,7 +177,8 @@ def pack_cost(model: VL2Config, config: TrainConfig, *, on_gpu: bool, tower: boo
             continue
         passes = _passes(name, again, trains) + (name in learned)
         flops[where] += 2.0 * size * rows * passes
-        read += size * _bytes_read(name in learned or is_factor(name), config, on_gpu, item) * passes
+        whole = FLOAT32_BYTES * size if name in learned or is_factor(name) else weights.frozen_bytes([name])
+        read += _bytes_read(size, whole, item) * passes
     numbers = float(sum(sizes[name] for name in learned))
     attention = 2.0 * language.num_hidden_layers * language.num_attention_heads * _head_widths(model)
     forward_again = _FORWARD_PASSES * (1 + again)
@@ -225,10 +227,15 @@ def _passes(name: str, again: float, trains: set[str]) -> float:
     return 2.0 if name.startswith("language.lm_head") else 2.0 + again
 
 
-def _bytes_read(float32: bool, config: TrainConfig, on_gpu: bool, item: int) -> int:
-    """Bytes that are moved to multiply with a number of a weight: read, and cast where it is stored in another type."""
-    stored = FLOAT32_BYTES if float32 else item_bytes(DTYPE_OF_SETTING[config.precision])
-    return stored if stored == item else stored + 2 * item
+def _bytes_read(size: int, stored: int, item: int) -> int:
+    """Bytes that are moved to multiply with a weight: read, and cast where it is stored otherwise.
+
+    Args:
+        size: numbers.
+        stored: bytes that they are stored in.
+        item: bytes of each as it is computed with.
+    """
+    return stored if stored == size * item else stored + 2 * item * size
 
 
 def _head_widths(model: VL2Config) -> int:

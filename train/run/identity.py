@@ -37,6 +37,7 @@ def identity(config: TrainConfig, *, fingerprint: str, tokenizer: Tokenizer, pla
             **({} if lora["rank"] == 0 else {f"lora.{key}": lora[key] for key in lora if key not in _MAY_CHANGE}),
             **({"trainable": config.trainable} if lora["rank"] == 0 else {}),
             "data.max_tiles": config.data.max_tiles,
+            "model.frozen": config.model.frozen,
             **({} if config.data.exif == "ignore" else {"data.exif": config.data.exif}),
         },
         plan=dict(plan.settings),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import paddle
 
-from train.ask.model_memory import weight_sizes
+from train.ask.model_memory import weight_bytes, weight_sizes
 from train.config.schema import TrainConfig
 from train.machine.devices import CONTEXT_BYTES
 from train.machine.memory import check_memory, free_ram, gigabytes
@@ -17,9 +18,9 @@ from train.run.shard.group import shard_degree
 from train.run.shard.partition import heaviest_share, layer_of, numbers_of_layers
 from vl2.checkpoint.published import published
 from vl2.config import VL2Config
-from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
+from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.lora import GroupReport, plan_factors
-from vl2.lora_settings import is_factor, is_start
+from vl2.lora_settings import is_factor
 from vl2.parameter_groups import whole_parameters
 from vl2.parameters import build_model
 
@@ -30,25 +31,39 @@ PROCESS_BYTES = 830_000_000
 CARD_BYTES = 80 * 10**9  # the card that recipes speak of
 
 
-def plan_weights(model: VL2Config, config: TrainConfig) -> tuple[dict[str, int], set[str], tuple[GroupReport, ...]]:
-    """How many numbers each weight of a run has, and which of them train, before there is a model.
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights of a run, before there is a model; by their paths."""
 
-    Returns:
-        (numbers of each weight, names of those that train, reports of the LoRA groups).
+    sizes: dict[str, int]  # numbers of each
+    learned: set[str]  # those that train
+    groups: tuple[GroupReport, ...]  # of LoRA
+    base_bytes: dict[str, int]  # of each of the base's, while it is frozen
+
+    def frozen_bytes(self, names: Iterable[str]) -> int:
+        """What weights that do not train take; where PiSSA's factors started is kept in float32."""
+        left = [name for name in names if name not in self.learned]
+        return sum(self.base_bytes.get(name, self.sizes[name] * FLOAT32_BYTES) for name in left)
+
+
+def plan_weights(model: VL2Config, config: TrainConfig) -> Weights:
+    """What weights a run has, and which of them train, before there is a model.
 
     Raises:
         UserError: a LoRA group that matches nothing in this model.
     """
     skeleton = build_model(model, 0)
     sizes = weight_sizes(skeleton)
+    base_bytes = weight_bytes(skeleton, DTYPE_OF_SETTING[config.precision], config.model.frozen)
     if config.lora.rank == 0:
-        return sizes, set(trained_names(sizes, config.trainable)), ()
+        learned = set(trained_names(sizes, config.trainable))
+        return Weights(sizes=sizes, learned=learned, groups=(), base_bytes=base_bytes)
     of_base = set(sizes)
     settings = lora_settings(config)
     groups = (*plan_factors(skeleton, settings), *whole_reports(skeleton, settings))
     sizes = weight_sizes(skeleton)
     learned = {name for name in sizes if is_factor(name)} | set(whole_parameters(of_base, settings.also_train))
-    return sizes, learned, groups
+    return Weights(sizes=sizes, learned=learned, groups=groups, base_bytes=base_bytes)
 
 
 def plan_parts(model: VL2Config, config: TrainConfig) -> tuple[tuple[PartCount, ...], tuple[GroupReport, ...]]:
@@ -60,16 +75,14 @@ def plan_parts(model: VL2Config, config: TrainConfig) -> tuple[tuple[PartCount, 
     Raises:
         UserError: a LoRA group that matches nothing in this model.
     """
-    sizes, learned, groups = plan_weights(model, config)
-    frozen_bytes, counts = item_bytes(DTYPE_OF_SETTING[config.precision]), []
+    weights, counts = plan_weights(model, config), []
     for part, prefixes in PART_PREFIXES.items():
-        own = {name: size for name, size in sizes.items() if name.startswith(prefixes)}
-        trainable = sum(size for name, size in own.items() if name in learned)
+        own = {name: size for name, size in weights.sizes.items() if name.startswith(prefixes)}
+        trainable = sum(size for name, size in own.items() if name in weights.learned)
         frozen = sum(own.values()) - trainable
-        starts = sum(size for name, size in own.items() if is_start(name))  # of PiSSA: frozen, in float32
-        stored = (trainable + starts) * FLOAT32_BYTES + (frozen - starts) * frozen_bytes
+        stored = trainable * FLOAT32_BYTES + weights.frozen_bytes(own)
         counts.append(PartCount(part=part, trainable=trainable, frozen=frozen, stored_bytes=stored))
-    return tuple(counts), groups
+    return tuple(counts), weights.groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,22 +150,22 @@ def training_memory(
         UserError: a LoRA group that matches nothing in this model.
     """
     on_gpu = paddle.get_device() != "cpu" if on_gpu is None else on_gpu
-    sizes, learned, groups = plan_weights(model, config)
+    weights = plan_weights(model, config)
     if not tower:
-        sizes = {name: size for name, size in sizes.items() if not name.startswith(PART_PREFIXES["vision"])}
-    memory = _memory((sizes, learned, groups), model, config, on_gpu)
+        seen = PART_PREFIXES["vision"]
+        weights = replace(weights, sizes={name: n for name, n in weights.sizes.items() if not name.startswith(seen)})
+    memory = _memory(weights, model, config, on_gpu)
     return memory if tower else replace(memory, step=replace(memory.step, seeing=0))
 
 
 def _memory(
-    weights: tuple[dict[str, int], set[str], tuple[GroupReport, ...]],
+    weights: Weights,
     model: VL2Config,
     config: TrainConfig,
     on_gpu: bool,
 ) -> TrainingMemory:
     """`training_memory`, with what `plan_weights` gave."""
-    sizes, learned, _ = weights
-    trained = {name: size for name, size in sizes.items() if name in learned}
+    trained = {name: size for name, size in weights.sizes.items() if name in weights.learned}
     numbers, moments = sum(trained.values()), 2 * heaviest_share(trained, shard_degree(config))
     exchanged, stage, divided = 0, config.sharding.stage, 0
     whole = {name: size for name, size in trained.items() if layer_of(name) is None} if stage >= 2 else trained
@@ -162,10 +175,8 @@ def _memory(
     if config.nproc * config.nnodes > 1 and whole:
         gradients = {name: size * FLOAT32_BYTES for name, size in whole.items()}
         exchanged = max(sum(map(gradients.__getitem__, names)) for names in reduction_slices(gradients))
-    starts = sum(size for name, size in sizes.items() if is_start(name))  # of PiSSA: frozen, in float32
-    frozen = sum(sizes.values()) - numbers - starts
     return TrainingMemory(
-        frozen=frozen * item_bytes(DTYPE_OF_SETTING[config.precision]) + starts * FLOAT32_BYTES,
+        frozen=weights.frozen_bytes(weights.sizes),
         trained=(divided if stage == 3 else numbers) * FLOAT32_BYTES,
         gradients=(divided if stage >= 2 else numbers) * FLOAT32_BYTES,
         moments=moments * FLOAT32_BYTES,
@@ -237,5 +248,7 @@ def _advice(config: TrainConfig, model: VL2Config) -> str:
             alone = " eval.questions=0" if found[1] == 3 else ""
             advice = f"use {found[0]} GPUs of {card} with sharding.stage={found[1]}{alone}, or a smaller model"
         advice += ", or train adapters instead of all weights (lora.rank=8)"
+    elif config.model.frozen != "nf4" and config.sharding.stage < 3 and not config.lora.pissa:
+        advice += ", or model.frozen=nf4"
     advice += ", or shorter packs (data.max_tokens)"
     return advice + (", or precision=bf16" if config.precision == "fp32" else "")

@@ -190,6 +190,7 @@ def _train(config: TrainConfig, validate: bool, notice: str, callbacks: Sequence
         max_tiles=config.data.max_tiles,
         exif=config.data.exif,  # type: ignore[arg-type]
         precision=config.precision,  # type: ignore[arg-type]
+        frozen=config.model.frozen,  # type: ignore[arg-type]
         step=None,
         versions=versions(),
     )

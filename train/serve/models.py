@@ -47,7 +47,8 @@ def load_models(config: ServeConfig) -> dict[str, Served]:
         UserError: as `open_model`, `load_opened` and `load_beside`; or two of one name.
     """
     folder = chosen_checkpoint(config.model, config.checkpoint)
-    base = load_opened(open_model(folder, config.precision, config.base, config.check), adapter=False)
+    opened = open_model(folder, config.precision, config.base, config.check, config.frozen)
+    base = load_opened(opened, adapter=False)
     base = dataclasses.replace(base, images=ImageReader(exif=base.images.exif, max_pixels=config.max_pixels))
     switch = Switch(base.model)
     folders = dict(config.adapters)

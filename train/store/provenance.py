@@ -22,6 +22,7 @@ class Provenance:
     max_tiles: int  # most local tiles of an image in training
     exif: Literal["ignore", "rotate"] = "ignore"  # what training did with the EXIF orientation of pictures
     precision: Literal["bf16", "fp16", "fp32"]
+    frozen: Literal["none", "nf4", "int8"] = "none"  # what the base's matrices were kept in, see vl2.quantised
     step: int | None  # optimizer steps made, in a checkpoint; None: the end of the run
     versions: dict[str, str]  # of the packages
 
@@ -46,6 +47,7 @@ class ExportReport:
     adapter: Literal["peft", "paddle"] | None  # files of an adapter alone; None: merged weights
     layout: Literal["hf", "paddle"] | None  # of merged weights
     dtype: str  # Paddle's names, several joined by "/"
+    frozen: Literal["none", "nf4", "int8"] = "none"  # what the base's matrices were kept in while it was trained
     rehearsal: bool
     recipe: str  # empty where nothing is known of a run
     step: int | None = None  # optimizer steps made, of a checkpoint; None: what the run ended with

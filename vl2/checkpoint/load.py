@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,12 @@ from pathlib import Path
 from paddle import nn
 
 from vl2.checkpoint.model_folder import ModelFolder, open_folder
+from vl2.checkpoint.quantised import QuantisedReader
 from vl2.checkpoint.stored_model import StoredModel
+from vl2.dtypes import item_bytes
 from vl2.model import DeepseekVL2
-from vl2.parameters import absent, build_model, set_parameter
+from vl2.parameters import absent, build_model, set_parameter, set_quantised
+from vl2.quantised import is_quantised
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,8 @@ def load_model(
     keep: Callable[[str], bool] = lambda path: True,
     done: Callable[[int], object] = lambda num_bytes: None,
     tower: bool = True,
+    frozen: str = "none",
+    frozen_cache: Path | None = None,
 ) -> DeepseekVL2:
     """Read a checkpoint in either layout straight into the model, tensor by tensor; all weights frozen.
 
@@ -37,20 +43,27 @@ def load_model(
         keep: whether to read a parameter; the others stay without memory.
         done: told the bytes of each parameter that is in place (a progress bar).
         tower: False leaves the vision tower out until it is called.
+        frozen: "nf4" or "int8": the language model's matrices are kept in few bits, see `vl2.quantised`.
+        frozen_cache: folder for what comes of that, which later starts read; None: it is not kept.
 
     Returns:
         The model in eval mode. Mark what trains afterwards (`train_parameters`).
 
     Raises:
-        UserError: when names, shapes or files do not match the config.
+        UserError: when names, shapes or files do not match the config; a weight to quantise is not finite.
     """
     opened = folder if isinstance(folder, ModelFolder) else open_folder(folder)
     weights, scratch = opened.weights, 0
     model = build_model(opened.config, opened.tokenizer.image_id)
     if not tower:
         _load_when_called(model, weights, dtype)
+    quantised = None if frozen == "none" else QuantisedReader(weights, frozen, dtype, frozen_cache)
     for path in weights.parts:
         if path.startswith(TOWER) and not tower:
+            continue
+        if quantised and is_quantised(path):
+            set_quantised(model, path, quantised.read(path))
+            done(math.prod(weights.shapes[path]) * item_bytes(dtype))
             continue
         if not keep(path):
             set_parameter(model, path, absent(weights.shapes[path], dtype))

@@ -12,6 +12,7 @@ import paddle
 from vl2.checkpoint.folder import Checkpoint
 from vl2.checkpoint.layouts import Layout, Part, check_tensors, official_parts, official_tensors
 from vl2.checkpoint.tensor_files import MemoryTensor, StoredTensor, cast
+from vl2.cpu_kernels import widen_transposed
 from vl2.dtypes import bits_type
 from vl2.model import DeepseekVL2
 from vl2.parameters import build_model
@@ -32,6 +33,28 @@ class StoredModel:
     def parameter(self, path: str, dtype: str | None = None) -> paddle.Tensor:
         """One parameter's value in the model's orientation and stacking, in `dtype` or as it is stored."""
         return _assemble(self.parts[path], self.shapes[path], self.tensors, dtype)
+
+    def matrix(self, path: str, index: int, dtype: str) -> np.ndarray:
+        """One matrix of a parameter, rounded to a type, as float32 [in, out]; the others of a stack are not read.
+
+        Args:
+            path: of a matrix, or of a stack of them.
+            index: which one of a stack; else 0.
+            dtype: that it is rounded to.
+        """
+        shape = self.shapes[path]
+        out = np.empty(shape[-2:], np.float32)
+        for part in self.parts[path]:
+            if part.at and part.at[0] != index:
+                continue
+            tensor, piece = self.tensors[part.name], out[part.at[1:]]
+            bits = cast(tensor.read(), tensor.dtype, dtype)
+            if dtype == "bfloat16" and part.transposed:
+                widen_transposed(bits, piece.view(np.uint32))
+                continue
+            values = cast(bits, dtype, "float32")
+            piece[...] = values.T if part.transposed else values
+        return out
 
     def numbers(self, path: str, index: np.ndarray) -> np.ndarray:
         """Some numbers of a parameter as float32, reading only these.

@@ -30,6 +30,37 @@ def test_adapters(lora, message):
         check_trains(TrainConfig(lora=LoRAConfig(**lora)))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["lora.rank=0"],
+            r"^model\.frozen=nf4 with lora\.rank=0 and trainable=\['projector', 'language'\]: .*give lora\.r",
+        ),
+        (
+            ["lora.pissa=true", "lora.dropout=0"],
+            r"^model\.frozen=nf4 with lora\.pissa=true: .*; give lora\.pissa=false$",
+        ),
+        (["model.init=random"], r"^model\.frozen=nf4 with model\.init=random: there is no checkpoint"),
+        (
+            ["nproc=2", "sharding.stage=3", "eval.questions=0"],
+            r"^model\.frozen=nf4 with sharding\.stage=3: .*=2 or mod",
+        ),
+        (["model.frozen=none", "model.frozen_cache=a"], r"^model\.frozen_cache=\S*a with model\.frozen=none: nothing"),
+        (["model.frozen=int4"], r"model\.frozen=int4: expected one of none, nf4, int8"),
+    ],
+)
+def test_weights_in_few_bits(settings, message):
+    """What cannot be done with them is refused before a model is read; adapters and other parts can be trained."""
+    given = ["conf=sft_tiny", "device=cpu", "rehearse=false", "model.frozen=nf4"]
+    load_config(given)
+    load_config([*given, "lora.rank=0", "trainable=[projector]"])
+    load_config([*given, "nproc=2", "sharding.stage=2"])
+    given = given[:-1] if any(setting.startswith("model.frozen=") for setting in settings) else given
+    with pytest.raises(UserError, match=message):
+        load_config([*given, *settings])
+
+
 def test_groups_that_train():
     config = TrainConfig(lora=LoRAConfig(groups=["experts"], also_train=["projector", "norms"]))
     assert trained_groups(config) == ("experts", "projector", "norms")

@@ -20,6 +20,8 @@ TEXT = (ROOT / "README.gpu.md").read_text("utf-8")
 SETTINGS = (
     (24, "conf=sft_tiny", 1),
     (24, "conf=sft_tiny recompute=0", 1),
+    (24, "conf=sft_small_4bit", 1),
+    (24, "conf=sft_base_4bit", 1),
     (40, "conf=sft_small data.max_tokens=2048", 1),
     (40, "conf=sft_small", 1),
     (80, "conf=sft_small recompute=2", 1),

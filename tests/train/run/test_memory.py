@@ -18,6 +18,8 @@ from vl2.config import VL2Config
 TINY = VL2Config.from_folder(PUBLISHED["deepseek-vl2-tiny"].config.parent)
 SETTINGS = {
     "lora": ["lora.groups=[attention,experts,shared_experts,dense_mlp,vision,projector]", "lora.ranks.experts=4"],
+    "nf4": ["model.frozen=nf4", "lora.groups=[attention,experts]", "lora.also_train=[projector,norms]"],
+    "int8": ["model.frozen=int8"],
     "PiSSA": ["lora.pissa=true", "lora.dropout=0", "lora.groups=[attention,experts]", "lora.also_train=[vision,norms]"],
     "all weights": ["lora.rank=0", "trainable=[vision,projector,language]"],
     "some weights": ["lora.rank=0", "trainable=[projector,language]"],
@@ -72,7 +74,7 @@ def test_advice_fits_the_settings(monkeypatch):
         ValueError, match=r"in each of 2 processes, .*; one GPU of .*\(lora\.rank=8\), .* or precision=bf16$"
     ):
         check_published(config, 2)
-    with pytest.raises(ValueError, match=r"float32 takes 13\.48 GB .*, or precision=bf16$"):
+    with pytest.raises(ValueError, match=r"float32 takes 13\.48 GB .*, or precision=bf16, or frozen=nf4$"):
         check_inference("tiny", VL2Config.from_folder(PUBLISHED["deepseek-vl2-tiny"].config.parent), "float32")
 
 
@@ -136,7 +138,7 @@ def test_layers_are_divided():
     )
     assert one.trained == two.trained == one.gradients and two.gradients == three.gradients == three.trained
     assert one.moments == two.moments == three.moments and one.copied == three.copied
-    sizes = plan_weights(TINY, load_config(["conf=sft_tiny_full", "device=cpu"]))[0]
+    sizes = plan_weights(TINY, load_config(["conf=sft_tiny_full", "device=cpu"])).sizes
     layers = numbers_of_layers(sizes)
     assert len(layers) == TINY.language.num_hidden_layers
     whole = sum(sizes.values()) - sum(layers.values())

@@ -27,8 +27,18 @@ CARDS = {"sft_small_full": 8, "sft_base_full": 16}
 MODELS = {"tiny": "deepseek-vl2-tiny", "small": "deepseek-vl2-small", "base": "deepseek-vl2"}
 
 
-def test_three_models_in_two_ways():
-    assert {f"sft_{model}{way}" for model in MODELS for way in ("", "_full")} == set(RECIPES)
+def test_three_models_in_two_ways_and_the_large_ones_in_4_bits():
+    ways = {f"sft_{model}{way}" for model in MODELS for way in ("", "_full", "_4bit")}
+    assert ways - {"sft_tiny_4bit"} == set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", ["sft_small_4bit", "sft_base_4bit"])
+def test_large_models_in_4_bits_fit_a_card_of_24_gb(recipe):
+    config = load_config([f"conf={recipe}"], GPU)
+    entry = published(config.model.path)
+    assert entry and config.model.frozen == "nf4" and config.lora.alpha / config.lora.rank == 2
+    need = training_memory(VL2Config.from_folder(entry.config.parent), config, on_gpu=True)
+    assert need.process_bytes(first=True) < 22e9
 
 
 @pytest.mark.parametrize(("name", "lr"), [("tiny", 3.0e-5), ("small", 1.4e-5), ("base", 2.0e-5)])
@@ -71,7 +81,7 @@ def test_comment_says_what_a_process_holds(recipe):
 def test_rehearsal(recipe):
     config = load_config([f"conf={recipe}"], Machine(gpus=0))
     assert config.rehearsal and Path(config.model.path) == NANO
-    assert config.lora.rank == (0 if recipe.endswith("_full") else 8)
+    assert config.lora.rank == {"sft_base_4bit": 4}.get(recipe, 0 if recipe.endswith("_full") else 8)
 
 
 @pytest.mark.slow
