@@ -11,7 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from train.config.peers import OURS
+from train.config.peers import OUR_VALUES, OURS
 from vl2.errors import UserError
 
 # Bounds where no smaller one has a reason: what fits a counter and a generator's seed everywhere.
@@ -197,9 +197,9 @@ def _check_value(spec: Key, table_name: str | None, value: Any) -> None:
 
 def _check_choice(spec: Key, text: Any) -> None:
     if spec.choices and text not in spec.choices:
-        raise UserError(
-            f"{spec.name}={text}: expected one of {', '.join(spec.choices)}{did_you_mean(text, spec.choices)}"
-        )
+        instead = OUR_VALUES.get(f"{spec.name}={text}")
+        hint = f"; did you mean {instead}?" if instead else did_you_mean(text, spec.choices)
+        raise UserError(f"{spec.name}={text}: expected one of {', '.join(spec.choices)}{hint}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

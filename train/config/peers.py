@@ -77,3 +77,10 @@ OURS = {
     "warmup_steps": "optim.warmup_ratio",
 }
 """A name there -> the nearest key of some verb here."""
+
+OUR_VALUES = {
+    "wandb.mode=disabled": "log=[]",
+    "model.frozen=int4": "model.frozen=nf4",
+    "model.frozen=4bit": "model.frozen=nf4",
+}
+"""A value there, or in an earlier version -> what says it here."""

@@ -43,7 +43,7 @@ class Deadline:
     """Says when a run must stop to end within `max_minutes` of its process's start.
 
     It must when a turn of its loop as long as the longest so far, validation included, and the last checkpoint would
-    not fit any more.
+    not fit any more; with one still on its way to the disk, the last one waits for that first.
 
         limit 100 s, turns of 8 s, a checkpoint takes 10 s, the end 5 s: stops at the first turn's end after 77 s
 
@@ -58,20 +58,27 @@ class Deadline:
         self.seconds = None if minutes is None else 60 * minutes
         self.clock = clock or seconds_since_start
         self._saving = saved_bytes / _DISK_BYTES_A_SECOND
-        self._measured = False
+        self._measured = self._under_way = False
         self._turn_began, self._longest_turn = self.clock(), validation
+
+    def saving_begins(self) -> None:
+        """Take in that a checkpoint is on its way, which the next one waits for."""
+        self._under_way = True
 
     def saving_took(self, seconds: float) -> None:
         """Take in how long a checkpoint took to be written."""
         self._saving = max(self._saving, seconds) if self._measured else seconds
-        self._measured = True
+        self._measured, self._under_way = True, False
 
     def ends_turn(self) -> bool:
         """Whether the turn of the loop that ends here must be the last. Ranks may differ: one is enough."""
         now = self.clock()
         self._longest_turn = max(self._longest_turn, now - self._turn_began)
         self._turn_began = now
-        return self.seconds is not None and now + self._longest_turn + self._saving + ENDING_SECONDS > self.seconds
+        if self.seconds is None:
+            return False
+        saving = self._saving * (2 if self._under_way else 1)
+        return now + self._longest_turn + saving + ENDING_SECONDS > self.seconds
 
 
 def seconds_since_start() -> float:

@@ -72,7 +72,7 @@ def fit(
         wandb_id=wandb_id,
         validation=validation,
         shared=shared,
-        took=deadline.saving_took,
+        deadline=deadline,
     )
 
     def after_step(metrics: StepMetrics) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from paddle import nn
 from train.config.compose import to_yaml
 from train.config.schema import TrainConfig
 from train.run.background import Background
+from train.run.clock import Deadline
 from train.run.optim import optimizer_state
 from train.run.say import say
 from train.run.shard.group import shard_degree
@@ -46,7 +46,7 @@ class Saver:
         history: of the steps so far, which the trainer goes on writing.
         provenance: of the run's weights.
         wandb_id: of the run on wandb.
-        took: told the seconds that each checkpoint took to be written.
+        deadline: of the run, told of each checkpoint that is written.
         validation: of the run, whose best checkpoint stays; None: there is none.
         shared: the layers whose weights other processes may keep; None: there are none.
     """
@@ -60,13 +60,13 @@ class Saver:
         history: History,
         provenance: Provenance,
         wandb_id: str,
-        took: Callable[[float], None],
+        deadline: Deadline,
         validation: Validation | None = None,
         shared: SharedLayers | None = None,
     ):
         self.config, self.model, self.identity = config, model, identity
         self.history, self.provenance, self.wandb_id = history, provenance, wandb_id
-        self.validation, self.took, self.shared = validation, took, shared
+        self.validation, self.deadline, self.shared = validation, deadline, shared
         self.run_dir = Path(config.run_dir)
         self.shard_degree = shard_degree(config)
         self._writing = Background("checkpoint")
@@ -85,6 +85,7 @@ class Saver:
                 self._writing.start(lambda: leave_part(waiting, part, rank, self.shard_degree))
             return
         state = self._copy(trainer, weights)
+        self.deadline.saving_begins()
         self._writing.start(lambda: self._write(state))
 
     def rescue(self, trainer: VL2Trainer) -> Path | None:
@@ -131,7 +132,7 @@ class Saver:
         best = state.validation.best if state.validation else None
         update_marker(self.run_dir, step=state.step, best=best)
         prune(root, self.config.keep_checkpoints, best.step if best else None)
-        self.took(time.monotonic() - started)
+        self.deadline.saving_took(time.monotonic() - started)
 
     def _fill(self, folder: Path, state: HostState) -> None:
         save_state(

@@ -238,6 +238,10 @@ def test_packs_are_shared_evenly():
         ("data.max_tiles=10", r"^data.max_tiles=10: expected at most 9 tiles$"),
         ("data.max_tiles=0", r"^data.max_tiles=0: expected at least 1 tiles$"),
         ("packs_per_step=0", r"^packs_per_step=0: expected at least 1 packs$"),
+        (
+            "wandb.mode=disabled",
+            r"^wandb.mode=disabled: expected one of auto, online, offline; did you mean log=\[\]\?$",
+        ),
         ("optim.schedule=cos", r"^optim.schedule=cos: expected one of cosine, constant; did you mean cosine\?$"),
         ("precision=日", r"^precision=日: expected one of bf16, fp16, fp32$"),
         ("model=tny", r"^model=tny: expected one of base, nano, small, tiny; did you mean tiny\?.*model.path=FOLDER"),

@@ -47,6 +47,12 @@ def test_a_run_ends_while_there_is_time_for_another_turn_the_checkpoint_and_the_
     hand.now = 80.0
     quick._turn_began = 72.0
     assert not quick.ends_turn()
+    quick.saving_begins()  # 80 + 8 + 2 * 2 + 5 fits, with 80 + 8 + 2 * 4 + 5 it does not
+    assert not quick.ends_turn()
+    quick.saving_took(4.0)
+    assert not quick.ends_turn()
+    quick.saving_begins()
+    assert quick.ends_turn()
     quick.saving_took(20.0)
     assert quick.ends_turn()
 
