@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import paddle
 
+from vl2.cpu_kernels import NF4_VALUES
+
 # Streams whose bounds are kept: a pack asks for those of its conversations and of its tiles, once a layer.
 KEPT_BOUNDS = 256
 # Masks that are kept, and the keys of the largest: eight of 8 MB at most.
@@ -66,6 +68,17 @@ def segment_bounds(lens: Sequence[int], place: paddle.base.core.Place) -> paddle
 @functools.lru_cache(maxsize=KEPT_BOUNDS)
 def _segment_bounds(lens: tuple[int, ...], place: paddle.base.core.Place) -> paddle.Tensor:
     return paddle.to_tensor([0, *itertools.accumulate(lens)], dtype="int32", place=place)
+
+
+@functools.cache
+def byte_pairs(place: paddle.base.core.Place) -> paddle.Tensor:
+    """The two values that each byte of 4-bit codes stands for, the low four bits first: float32 [256, 2].
+
+    Args:
+        place: of the result.
+    """
+    codes = np.arange(256)
+    return paddle.to_tensor(np.stack([NF4_VALUES[codes % 16], NF4_VALUES[codes // 16]], axis=1), place=place)
 
 
 def causal_mask(num_queries: int, num_keys: int, place: paddle.base.core.Place) -> paddle.Tensor:

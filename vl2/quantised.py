@@ -21,7 +21,8 @@ import paddle
 from vl2 import cpu_kernels, ways
 from vl2.arrays import empty, read, tensor_of
 from vl2.casts import cast
-from vl2.cpu_kernels import NF4_BLOCK, NF4_GROUP, NF4_VALUES
+from vl2.constant_tensors import byte_pairs
+from vl2.cpu_kernels import NF4_BLOCK, NF4_GROUP
 from vl2.parameter_groups import group_of
 
 # The groups of weights that are kept so; the tower, tables, norms and routers are small, or more is lost with them.
@@ -91,13 +92,9 @@ class Nf4(Quantised):
         steps = scales.reshape([n, -1, NF4_GROUP]).astype("float32")
         blocks = codes.shape[1] * 2 // NF4_BLOCK
         scales_nB1 = (ranges[:, :, :1] + steps * ranges[:, :, 1:]).reshape([n, -1, 1])[:, :blocks]
-        pairs = paddle.gather(paddle.to_tensor(_PAIRS, place=codes.place), codes.flatten().astype("int32"))
+        pairs = paddle.gather(byte_pairs(codes.place), codes.flatten().astype("int32"))
         numbers = pairs.reshape([n, -1, NF4_BLOCK]) * scales_nB1
         return numbers.reshape([n, -1])[:, :size].reshape([n, *self.shape[-2:]])
-
-
-# The two values of every byte.
-_PAIRS = np.stack([NF4_VALUES[np.arange(256) % 16], NF4_VALUES[np.arange(256) // 16]], axis=1)
 
 
 @dataclass(frozen=True)

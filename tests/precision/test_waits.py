@@ -13,6 +13,8 @@ from train.run.gradients import any_rank
 from train.run.micro_batch import gather_losses, train_pack
 from train.run.optim import build_optimizer
 from vl2.generate import generate
+from vl2.parameters import set_quantised
+from vl2.quantised import is_quantised, quantise, quantised_of
 
 LAYERS, DENSE = 4, 1  # of narrow(), which is Tiny with other numbers
 
@@ -51,6 +53,32 @@ def test_a_step(step):
         "tolist train/run/micro_batch.py": 1,  # losses of the step's packs
         "numpy train/run/gradients.py": 1,  # their norm
     }
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_weights_in_few_bits_wait_for_nothing(kind, monkeypatch):
+    """Forward and backward on them, some experts at a time, wait where those on whole weights do."""
+    monkeypatch.setattr("vl2.ways.takes_batches", lambda place: True)
+    monkeypatch.setattr("vl2.quantised.SLICE", 3 * 40 * 32)
+    found = []
+    for few in (False, True):
+        step = prepare(narrow(2, 8, 1))
+        for path, parameter in step.model.model.named_parameters() if few else ():
+            if is_quantised(path) and "lora" not in path:
+                values = parameter.numpy().reshape(-1, *parameter.shape[-2:])
+                arrays = [quantise(kind, np.ascontiguousarray(matrix)) for matrix in values]
+                stacked = {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
+                set_quantised(step.model.model, path, quantised_of(kind, parameter.shape, stacked))
+
+        def whole(step=step) -> None:
+            loss, count = step.model.model.loss(step.batch)
+            (loss / count).backward()
+
+        whole()
+        with waits() as seen:
+            whole()
+        found.append(seen)
+    assert found[0] == found[1] and sum(found[0].values()) > 2
 
 
 def test_a_generated_token(step):
