@@ -12,22 +12,47 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer, PyLayerContext
 
+from vl2 import ways
 from vl2.casts import cast
 from vl2.quantised import Quantised, stored
 
+BLOCK = 1 << 23  # numbers of a large weight that are cast at once
+
 
 class _FrozenMatmul(PyLayer):
-    """x @ w with w cast to x's dtype; keeps the stored weight for backward, not its cast copy."""
+    """x @ w with w cast to x's dtype; keeps the stored weight for backward, not its cast copy.
+
+    On a CPU a large weight, a head's, is cast and multiplied by blocks of columns: whole in float32, that of Tiny would
+    be the largest thing of a step.
+    """
 
     @staticmethod
     def forward(ctx: PyLayerContext, x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
         ctx.save_for_backward(weight)  # a parameter, so contiguous
-        return paddle.matmul(x, cast(weight, x.dtype))
+        blocks = _column_blocks(weight)
+        if len(blocks) == 1:
+            return paddle.matmul(x, cast(weight, x.dtype))
+        return paddle.concat([paddle.matmul(x, cast(weight[:, some], x.dtype)) for some in blocks], axis=-1)
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> tuple[paddle.Tensor, None]:
         (weight,) = ctx.saved_tensor()
-        return paddle.matmul(grad, cast(weight, grad.dtype), transpose_y=True), None
+        blocks = _column_blocks(weight)
+        if len(blocks) == 1:
+            return paddle.matmul(grad, cast(weight, grad.dtype), transpose_y=True), None
+        total = paddle.zeros([*grad.shape[:-1], weight.shape[0]], grad.dtype)
+        for some in blocks:
+            total += paddle.matmul(grad[..., some], cast(weight[:, some], grad.dtype), transpose_y=True)
+        return total, None
+
+
+def _column_blocks(weight: paddle.Tensor) -> list[slice]:
+    """The columns of a stored weight that are multiplied at once."""
+    rows, columns = weight.shape
+    at_once = columns
+    if ways.takes_kernels(weight.place) and rows * columns > 4 * BLOCK:
+        at_once = max(1, BLOCK // rows)
+    return [slice(start, min(columns, start + at_once)) for start in range(0, columns, at_once)]
 
 
 class _QuantisedMatmul(PyLayer):

@@ -6,6 +6,7 @@ import pytest
 
 from vl2 import cpu_kernels, ways
 from vl2.casts import cast
+from vl2.linear import linear
 
 
 def counted(monkeypatch, name: str) -> list:
@@ -54,3 +55,25 @@ def test_kernels_are_compiled_without_a_folder_to_keep_them_in(monkeypatch):
 
     monkeypatch.setattr(cpu_kernels.numba, "njit", njit)
     assert cpu_kernels.kernel(len) is len and asked == [True, False]
+
+
+def test_a_large_weight_is_multiplied_by_blocks_of_columns(monkeypatch):
+    """Equal to the product with the whole, forward and backward; never more than a block is cast."""
+    weight = paddle.randn([12, 50]).astype("bfloat16")
+    inputs, results, largest = np.random.default_rng(0).normal(size=(2, 3, 12)).astype("float32"), [], []
+
+    def counted_cast(x, dtype):
+        largest[-1] = max(largest[-1], x.size)
+        return cast(x, dtype)
+
+    monkeypatch.setattr("vl2.linear.cast", counted_cast)
+    for block in (1 << 23, 100):
+        monkeypatch.setattr("vl2.linear.BLOCK", block)
+        largest.append(0)
+        x = paddle.to_tensor(inputs, stop_gradient=False)
+        out = linear(x, weight)
+        (out * paddle.arange(50, dtype="float32")).sum().backward()
+        results.append((out.numpy(), x.grad.numpy()))
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    assert largest == [600, 96]

@@ -6,16 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.train.run.test_invariance import packs_of
 from train.ask.load import load
 from train.config.load import load_config
-from train.config.schema import ExportConfig
+from train.config.schema import NANO, ExportConfig
 from train.export.merged import export
 from train.export.verify import logits_of, make_probe
+from train.run.build import open_base
+from train.run.build_data import build_data
 from train.run.training import train
 from train.store.facts import read_fact
 from train.store.provenance import ExportReport
 from train.store.run_dir import read_marker
 from vl2.checkpoint.load import load_model
+from vl2.lora import apply_lora
+from vl2.lora_settings import LoRASettings
+from vl2.parameter_groups import group_of
 from vl2.quantised import Quantised, stored
 
 KINDS = ("nf4", "int8")
@@ -155,3 +161,38 @@ def test_nothing_begins_where_a_weight_is_not_finite(arguments, tmp_path, golden
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight cannot be quantised: .* not finite"):
         train(load_config(arguments(tmp_path / "run", f"model.path={folder}", "model.frozen=nf4")))
     assert not list((tmp_path / "run").glob("*.json"))
+
+
+@pytest.mark.slow
+def test_gradients_on_nano_point_where_those_of_whole_weights_do(arguments, tmp_path):
+    """Of a model that has learned, on what it is asked: the cosine of each group's gradient. Measured: 0.981 to 0.987
+    of nf4, 0.9999 of int8 (and of nf4 0.978 in the dense layer before the first step, where B is zero).
+    """
+    chosen = (
+        "model.path=vl2/nano",
+        "data.path=[]",
+        "data.shapes.train=12",
+        "data.shapes.test=1",
+        "data.max_tokens=8192",
+    )
+    config = load_config(arguments(tmp_path / "run", *chosen))
+    data = build_data(config, open_base(config))
+    batch, found = packs_of(data, [list(range(12))])[0], {}
+    for kind in ("none", *KINDS):
+        model = load_model(NANO, frozen=kind)
+        groups = ("attention", "experts", "shared_experts", "dense_mlp")
+        lora = apply_lora(model, LoRASettings(groups=groups, rank=8, alpha=16.0), seed=1)
+        draw = np.random.default_rng(0)
+        for name, factor in lora.factors().items():
+            if name.endswith("_B"):
+                factor.set_value(draw.normal(0, 0.02, factor.shape).astype(np.float32))
+        loss, count = model.loss(batch)
+        (loss / count).backward()
+        parts: dict[str, list[np.ndarray]] = {}
+        for name, factor in lora.factors().items():
+            parts.setdefault(group_of(name), []).append(factor.grad.numpy().ravel())
+        found[kind] = {group: np.concatenate(each) for group, each in parts.items()}
+    for kind, least in (("nf4", 0.98), ("int8", 0.999)):
+        for group, exact in found["none"].items():
+            ours = found[kind][group]
+            assert least <= ours @ exact / np.linalg.norm(ours) / np.linalg.norm(exact) < 1 - 1e-6, (kind, group)
