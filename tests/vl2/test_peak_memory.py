@@ -12,7 +12,9 @@ from paddle.base import core
 
 from tests.bench.launches import IMAGE_ID, narrow
 from vl2.checkpoint.load import load_model
+from vl2.checkpoint.quantised import QuantisedReader
 from vl2.checkpoint.stored_model import hold_model
+from vl2.config import VL2Config
 from vl2.lora import apply_lora
 from vl2.lora_settings import LoRASettings
 from vl2.moe import Experts
@@ -103,3 +105,23 @@ def test_loading(golden_folder, family):
         # The whole in 16 bits as an array and as a tensor; of one matrix float32 twice (as read, and turned), and
         # 16 bits twice.
         assert made <= 2 * 2 * numbers + (2 * 4 + 2 * 2) * one + 20_000, path
+
+
+def test_loading_in_few_bits(monkeypatch, tmp_path):
+    """A stack of experts is never there in 16 bits: only the matrices that are being quantised, one a thread."""
+    monkeypatch.setattr("vl2.checkpoint.quantised._MOST_THREADS", 2)
+    document = narrow(2, 64, 1).to_dict()
+    document["language_config"] |= {"hidden_size": 320, "moe_intermediate_size": 64}
+    document["projector_config"] |= {"n_embed": 320}
+    model = init_model(VL2Config.from_dict(document), IMAGE_ID, seed=0, dtype="bfloat16")
+    weights = hold_model(tmp_path, model, "bfloat16")
+    reader = QuantisedReader(weights, "nf4", "bfloat16")
+    for path in (path for path, parts in weights.parts.items() if len(parts) > 1):
+        reader.read(path)  # kernels are compiled
+        numbers, kept = int(np.prod(weights.shapes[path])), []
+        tracemalloc.start()
+        made = peak_bytes(lambda path=path, kept=kept: kept.append(reader.read(path)))
+        made += tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        # As an array and as a tensor; of two matrices 16 bits, float32 (also filled up) and codes.
+        assert made <= 2 * kept[0].num_bytes + 2 * (2 + 2 * 4 + 1) * numbers // 64 + 20_000 < 2 * numbers, path

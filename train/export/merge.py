@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -90,11 +91,15 @@ class Merge:
         """A weight of the trained model as training multiplied by it: in few bits and back."""
         if path in self.weights or not is_quantised(path):
             return self.trained_parameter(path)
-        kept = QuantisedReader(self.base, self.frozen, self.precision).read(path)
+        kept = self._quantised.read(path)
         whole = np.empty(self.base.shapes[path], np.float32)
         for index, matrix in enumerate(whole.reshape(-1, *whole.shape[-2:])):
             matrix[...] = kept.matrix(paddle.float32, index).numpy()
         return paddle.to_tensor(whole)
+
+    @cached_property
+    def _quantised(self) -> QuantisedReader:
+        return QuantisedReader(self.base, self.frozen, self.precision)
 
     def merged_parameter(self, path: str) -> paddle.Tensor:
         """A weight of the unrounded float32 merge."""

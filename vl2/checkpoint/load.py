@@ -61,16 +61,14 @@ def load_model(
     for path in weights.parts:
         if path.startswith(TOWER) and not tower:
             continue
+        num_bytes = math.prod(weights.shapes[path]) * item_bytes(dtype)
         if quantised and is_quantised(path):
             set_quantised(model, path, quantised.read(path))
-            done(math.prod(weights.shapes[path]) * item_bytes(dtype))
-            continue
-        if not keep(path):
+        elif keep(path):
+            set_parameter(model, path, weights.parameter(path, dtype))
+        else:
             set_parameter(model, path, absent(weights.shapes[path], dtype))
             continue
-        value = weights.parameter(path, dtype)
-        set_parameter(model, path, value)
-        num_bytes = value.size * value.element_size()
         done(num_bytes)
         scratch += num_bytes
         if scratch > _SCRATCH_BYTES:

@@ -53,7 +53,8 @@ class QuantisedReader:
             self._about = json.dumps([_FORMAT, kind, stored_fingerprint(weights, dtype)])
             self._place = cache / f"{kind}-{hashlib.sha256(self._about.encode()).hexdigest()[:16]}"
         self._writable = True
-        self._threads = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0))))
+        # The same ones for all weights: glibc gives each new thread a heap of its own, and keeps what it frees there.
+        self._threads = ThreadPoolExecutor(max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)))))
 
     def read(self, path: str) -> Quantised:
         """One parameter.
@@ -88,9 +89,8 @@ class QuantisedReader:
             for name, array in (one(index) if index else first).items():
                 stacked[name][index] = array
 
-        with ThreadPoolExecutor(self._threads) as pool:  # kernels and files let go of Python's lock
-            for _ in pool.map(place, range(number)):
-                pass
+        for _ in self._threads.map(place, range(number)):  # kernels and files let go of Python's lock
+            pass
         return stacked
 
     def _kept(self, path: str) -> dict[str, np.ndarray] | None:
