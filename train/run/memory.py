@@ -26,8 +26,8 @@ from vl2.parameters import build_model
 
 FLOAT32_BYTES = 4
 SAVED_BYTES = 12  # of each number that trains: a checkpoint has it and Adam's two moments
-# Of a process on a CPU: Python, Paddle, PaddleNLP, numba, and what they allocate beside a model. Seen: 0.78 to 0.84 GB.
-PROCESS_BYTES = 830_000_000
+# Of a process on a CPU: Python, Paddle, PaddleNLP, numba, and what they allocate beside a model. Seen: 0.73 to 0.88 GB.
+PROCESS_BYTES = 790_000_000
 CARD_BYTES = 80 * 10**9  # the card that recipes speak of
 
 
