@@ -61,6 +61,7 @@ def header(found: DryRun) -> dict[str, str]:
         model=config.model.path,
         processes=config.nproc * config.nnodes,
         precision=config.precision,
+        frozen=config.model.frozen,
     )
     plan = plan_words(found.plan) if found.plan else {}
     return {**run_words(run, config.run_dir), **plan, **byte_words(found)}

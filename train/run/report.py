@@ -25,6 +25,7 @@ class RunFacts:
     model: str  # base model as typed
     processes: int
     precision: str
+    frozen: str = "none"  # what the base's matrices are kept in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ def start_report(
             model=config.model.path,
             processes=num_ranks,
             precision=config.precision,
+            frozen=config.model.frozen,
         ),
         parts=tuple(parts),
         lora=tuple(groups),
@@ -137,10 +139,11 @@ def plan_facts(data: Data) -> PlanFacts:
 
 def run_words(run: RunFacts, run_dir: str) -> dict[str, str]:
     """Which run it is, in words."""
+    few = "" if run.frozen == "none" else f", the language model's matrices in {run.frozen}"
     return {
         "recipe": run.recipe + (" (REHEARSAL)" if run.rehearsal else ""),
         "model": run.model,
-        "precision": f"{run.precision}, {run.processes} process(es)",
+        "precision": f"{run.precision}{few}, {run.processes} process(es)",
         "run_dir": run_dir,
     }
 

@@ -65,6 +65,14 @@ def test_losses_are_near_those_of_whole_weights(run_dir, kind, whole):
 
 
 @pytest.mark.slow
+def test_a_run_says_it(run_dir, kind):
+    assert json.loads((run_dir / "report.json").read_text())["run"]["frozen"] == kind
+    assert f"matrices in {kind}, 1 process" in (run_dir / "report.html").read_text(
+        "utf-8"
+    )
+
+
+@pytest.mark.slow
 def test_resumed_bit_for_bit(run, run_dir, kind, tmp_path):
     """From step 4, the weights read from the kept files and quantised anew; whole weights are another run."""
     checkpoint = run_dir / "checkpoints" / "step-000004"
