@@ -74,6 +74,8 @@ def load_model(
         if scratch > _SCRATCH_BYTES:
             give_back_freed_memory()
             scratch = 0
+    if quantised:
+        quantised.close()
     model.eval()
     return model
 

@@ -56,6 +56,10 @@ class QuantisedReader:
         # The same ones for all weights: glibc gives each new thread a heap of its own, and keeps what it frees there.
         self._threads = ThreadPoolExecutor(max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)))))
 
+    def close(self) -> None:
+        """End the threads; a process that forks later has none of them then."""
+        self._threads.shutdown()
+
     def read(self, path: str) -> Quantised:
         """One parameter.
 
