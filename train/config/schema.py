@@ -59,9 +59,7 @@ class ModelConfig:
         "as they are; exports merge the adapter into the original weights.",
         choices=FROZEN,
     )
-    frozen_cache: str = key(
-        "", "Folder for what model.frozen makes of the weights, which later starts read; empty: none.", path=True
-    )
+    frozen_cache: str = key("", "Folder that keeps what model.frozen made, for later starts; empty: none.", path=True)
 
 
 @dataclass(kw_only=True)
