@@ -67,9 +67,7 @@ def test_losses_are_near_those_of_whole_weights(run_dir, kind, whole):
 @pytest.mark.slow
 def test_a_run_says_it(run_dir, kind):
     assert json.loads((run_dir / "report.json").read_text())["run"]["frozen"] == kind
-    assert f"matrices in {kind}, 1 process" in (run_dir / "report.html").read_text(
-        "utf-8"
-    )
+    assert f"matrices in {kind}, 1 process" in (run_dir / "report.html").read_text("utf-8")
 
 
 @pytest.mark.slow
