@@ -41,9 +41,17 @@ class Quantised(ABC):
 
     kind: ClassVar[str]
 
-    @abstractmethod
     def matrix(self, dtype: paddle.dtype, index: int = 0) -> paddle.Tensor:
         """One whole matrix, [I, O]."""
+        if not ways.takes_kernels(next(iter(self.tensors.values())).place):
+            return self.matrices(slice(index, index + 1))[0].astype(dtype)
+        out = empty(self.shape[-2:])
+        self._write(index, out)
+        return tensor_of(out).astype(dtype)
+
+    @abstractmethod
+    def _write(self, index: int, out: np.ndarray) -> None:
+        """Write one whole matrix to float32 [I, O] with a kernel."""
 
     @abstractmethod
     def matrices(self, which: slice | paddle.Tensor) -> paddle.Tensor:
@@ -76,14 +84,9 @@ class Nf4(Quantised):
 
     kind = "nf4"
 
-    def matrix(self, dtype: paddle.dtype, index: int = 0) -> paddle.Tensor:
-        """One whole matrix, [I, O]."""
-        if not ways.takes_kernels(self.codes_EH.place):
-            return self.matrices(slice(index, index + 1))[0].astype(dtype)
-        out = empty(self.shape[-2:])
+    def _write(self, index: int, out: np.ndarray) -> None:
         codes, scales, ranges = (read(kept[index]) for kept in (self.codes_EH, self.scales_EG256, self.ranges_EG2))
         cpu_kernels.from_nf4(codes, scales, ranges, out.reshape(-1))
-        return tensor_of(out).astype(dtype)
 
     def matrices(self, which: slice | paddle.Tensor) -> paddle.Tensor:
         """Some matrices of a stacked weight, float32 [n, I, O]."""
@@ -106,13 +109,8 @@ class Int8(Quantised):
 
     kind = "int8"
 
-    def matrix(self, dtype: paddle.dtype, index: int = 0) -> paddle.Tensor:
-        """One whole matrix, [I, O]."""
-        if not ways.takes_kernels(self.codes_EIO.place):
-            return self.matrices(slice(index, index + 1))[0].astype(dtype)
-        out = empty(self.shape[-2:])
+    def _write(self, index: int, out: np.ndarray) -> None:
         cpu_kernels.from_int8(read(self.codes_EIO[index]), read(self.scales_EO[index]), out)
-        return tensor_of(out).astype(dtype)
 
     def matrices(self, which: slice | paddle.Tensor) -> paddle.Tensor:
         """Some matrices of a stacked weight, float32 [n, I, O]."""

@@ -38,7 +38,6 @@ from vl2.tokenizer import Tokenizer
 
 # From here on, loading takes long enough to show a bar.
 _BAR_BYTES = 500_000_000
-_FROZEN_IN_WORDS = {"none": "full"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +110,8 @@ def open_model(
     dtype = DTYPE_OF_SETTING[precision] if precision != "auto" else stored_dtype(opened)
     check_precision(dtype)
     kept = source.frozen if frozen == "auto" else frozen
-    if kept != "none" and (source.kind == "weights" or source.random_seed is not None):
+    beside = source.kind == "weights" and kept == source.frozen  # trained beside matrices that were kept so
+    if kept != "none" and not beside and (source.kind == "weights" or source.random_seed is not None):
         raise UserError(
             f"frozen={kept}: only a base model's files can be read so, found the trained weights of {folder}; export "
             "them first"
@@ -180,7 +180,7 @@ def _put_adapter(opened: Opened, model: DeepseekVL2) -> None:
     assert source.trained is not None
     load_adapter(model, source.trained, base_fingerprint=base_fingerprint(source, opened.folder, model), say=note)
     if source.frozen != opened.frozen:
-        trained, here = (_FROZEN_IN_WORDS.get(kind, kind) for kind in (source.frozen, opened.frozen))
+        trained, here = ("full" if kind == "none" else kind for kind in (source.frozen, opened.frozen))
         note(f"{source.trained} was trained on a base in {trained}, and answers on one in {here}; see frozen=")
 
 

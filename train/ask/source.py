@@ -61,8 +61,8 @@ class Source:
 
     @property
     def frozen(self) -> str:
-        """What the base's matrices were kept in while an adapter was trained on it, as the setting names it."""
-        return self.provenance.frozen if self.provenance and self.kind == "adapter" else "none"
+        """What the base's frozen matrices were kept in while it was trained, as the setting names it."""
+        return self.provenance.frozen if self.provenance else "none"
 
     @property
     def random_seed(self) -> int | None:

@@ -153,7 +153,13 @@ def open_merge(source: Source, dtype: str | None) -> Merge:
         )
     if source.kind == "weights":
         assert source.trained is not None
-        return Merge(base=base, dtype=dtype, weights=_read_weights(source.trained, base))
+        return Merge(
+            base=base,
+            dtype=dtype,
+            weights=_read_weights(source.trained, base),
+            frozen=source.frozen,
+            precision=DTYPE_OF_SETTING[source.precision or "bf16"],
+        )
     return Merge(base=base, dtype=dtype)
 
 

@@ -5,6 +5,7 @@ Memory is `train.run.memory`'s. What a card would take is computed here, not mea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -19,6 +20,7 @@ from vl2.config import VisionConfig, VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
 from vl2.language import HEAD_CHUNK
 from vl2.lora_settings import is_factor
+from vl2.quantised import SLICE, is_quantised
 
 # Looked up, added or never computed with; vectors are too small to count.
 _NOT_MULTIPLIED = ("embed_tokens.weight", "pos_embed", "image_newline", "view_seperator")
@@ -31,6 +33,9 @@ _LOGIT_PASSES = 8  # of float32: product, softmax, loss and their gradients
 # Kernels of a part in forward, again under recomputation, and backward, with adapters: `bench launches` counts them.
 _LAUNCHES = {"attention": 104, "norms": 40, "dense": 13, "experts": 212 + 13 + 31, "head": 12, "block": 25, "rest": 100}
 _RECOMPUTED = 0.3  # of them are those of the second forward pass
+# Of a number in few bits that operations make whole: its code as an index, its value and the product with its scale in
+# float32, written and read. A kernel of a CPU writes the result alone.
+_MADE_WHOLE_BYTES, _MADE_WHOLE_LAUNCHES = 20, 8
 _UPDATE_LAUNCHES = 2  # of a tensor that trains
 # Fitted to one-thread steps of nano and of MHA and MLA at hidden 512, with and without recomputation, all within 20 %:
 # fresh pages and exponentials against a copy, and Python and autograd around an operation against the smallest one.
@@ -168,7 +173,7 @@ def pack_cost(model: VL2Config, config: TrainConfig, *, on_gpu: bool, tower: boo
     again = 1 / config.recompute if config.recompute else 0.0  # of the layers go forward twice
     trains = {part for part in ("vision", "projector") if any(name.startswith(f"{part}.") for name in learned)}
     flops = dict.fromkeys(("token", "supervised", "tile"), 0.0)
-    read = 0.0
+    read = made_whole = 0.0
     for name, size in sizes.items():
         if name.endswith(_NOT_MULTIPLIED) or name.startswith(_UNUSED):
             continue
@@ -179,6 +184,9 @@ def pack_cost(model: VL2Config, config: TrainConfig, *, on_gpu: bool, tower: boo
         flops[where] += 2.0 * size * rows * passes
         whole = FLOAT32_BYTES * size if name in learned or is_factor(name) else weights.frozen_bytes([name])
         read += _bytes_read(size, whole, item) * passes
+        if on_gpu and config.model.frozen != "none" and name in weights.base_bytes and is_quantised(name):
+            read += _MADE_WHOLE_BYTES * size * passes
+            made_whole += _MADE_WHOLE_LAUNCHES * math.ceil(size / SLICE) * passes
     numbers = float(sum(sizes[name] for name in learned))
     attention = 2.0 * language.num_hidden_layers * language.num_attention_heads * _head_widths(model)
     forward_again = _FORWARD_PASSES * (1 + again)
@@ -199,7 +207,7 @@ def pack_cost(model: VL2Config, config: TrainConfig, *, on_gpu: bool, tower: boo
             else language.num_hidden_layers * language.num_attention_heads * item * (3 * (1 + again) + 6),
         ),
         tile=tile + Cost(flops=flops["tile"]),
-        pack=Cost(num_bytes=read, launches=_launches(model, again, on_gpu, tower)),
+        pack=Cost(num_bytes=read, launches=_launches(model, again, on_gpu, tower) + made_whole),
         update=Cost(num_bytes=numbers * _UPDATE_BYTES, launches=_UPDATE_LAUNCHES * len(learned)),
     )
 

@@ -26,7 +26,7 @@ from vl2.parameters import build_model
 
 FLOAT32_BYTES = 4
 SAVED_BYTES = 12  # of each number that trains: a checkpoint has it and Adam's two moments
-# Of a process on a CPU: Python, Paddle, PaddleNLP, numba, and what they allocate beside a model. Seen: 0.73 to 0.88 GB.
+# Of a process on a CPU: Python, Paddle, PaddleNLP, numba, and what they allocate beside a model. Seen: 0.72 to 0.94 GB.
 PROCESS_BYTES = 790_000_000
 CARD_BYTES = 80 * 10**9  # the card that recipes speak of
 
@@ -248,7 +248,12 @@ def _advice(config: TrainConfig, model: VL2Config) -> str:
             alone = " eval.questions=0" if found[1] == 3 else ""
             advice = f"use {found[0]} GPUs of {card} with sharding.stage={found[1]}{alone}, or a smaller model"
         advice += ", or train adapters instead of all weights (lora.rank=8)"
-    elif config.model.frozen != "nf4" and config.sharding.stage < 3 and not config.lora.pissa:
+    elif (
+        config.model.frozen != "nf4"
+        and config.sharding.stage < 3
+        and not config.lora.pissa
+        and config.model.init != "random"
+    ):
         advice += ", or model.frozen=nf4"
     advice += ", or shorter packs (data.max_tokens)"
     return advice + (", or precision=bf16" if config.precision == "fp32" else "")

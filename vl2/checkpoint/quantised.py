@@ -1,4 +1,4 @@
-"""Reads the weights of a checkpoint into few bits, matrix by matrix, so that no layer is in memory in 16 bits.
+"""Reads the weights of a checkpoint into few bits, matrix by matrix, so that they are never all in memory in 16 bits.
 
 On wish what comes of it is kept in files, which a later start reads in place of the checkpoint's:
 
@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = "1"  # of the files, and of how numbers are rounded
 _MOST_THREADS = 8
+_ABANDONED = 3600  # seconds after which a half-written file has no writer any more
 _ABOUT, _CHECKSUM = "vl2", "checksum"  # entries of a file's metadata
 
 
@@ -52,9 +54,10 @@ class QuantisedReader:
         if cache is not None:
             self._about = json.dumps([_FORMAT, kind, stored_fingerprint(weights, dtype)])
             self._place = cache / f"{kind}-{hashlib.sha256(self._about.encode()).hexdigest()[:16]}"
+            _sweep(self._place)
         self._writable = True
         # The same ones for all weights: glibc gives each new thread a heap of its own, and keeps what it frees there.
-        self._threads = ThreadPoolExecutor(max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)))))
+        self._threads = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
 
     def close(self) -> None:
         """End the threads; a process that forks later has none of them then."""
@@ -101,15 +104,13 @@ class QuantisedReader:
         """What a file holds of a parameter; None where there is none that is as it was written."""
         if self._place is None or not (file := self._file(self._place, path)).is_file():
             return None
-        try:
+        with contextlib.suppress(UserError, OSError):
             header = read_header(file)
             arrays = {name: tensor.read() for name, tensor in header.tensors.items()}
-        except (UserError, OSError):
-            return None
-        whole = header.metadata.get(_ABOUT) == self._about and header.metadata.get(_CHECKSUM) == _checksum(arrays)
-        if not whole:
-            logger.warning("%s is damaged; it is made again from the model", file)
-        return arrays if whole else None
+            if header.metadata.get(_ABOUT) == self._about and header.metadata.get(_CHECKSUM) == _checksum(arrays):
+                return arrays
+        logger.warning("%s is damaged; it is made again from the model", file)
+        return None
 
     def _keep(self, path: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Write a parameter's file, as long as that goes well; the run needs none of it."""
@@ -133,6 +134,14 @@ class QuantisedReader:
     @staticmethod
     def _file(place: Path, path: str) -> Path:
         return place / f"{path}.safetensors"
+
+
+def _sweep(place: Path) -> None:
+    """Remove what processes that were killed had half written; others may be writing now."""
+    for path in place.glob(".*") if place.is_dir() else ():
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                path.unlink()
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:

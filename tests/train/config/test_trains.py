@@ -47,7 +47,10 @@ def test_adapters(lora, message):
             r"^model\.frozen=nf4 with sharding\.stage=3: .*=2 or mod",
         ),
         (["model.frozen=none", "model.frozen_cache=a"], r"^model\.frozen_cache=\S*a with model\.frozen=none: nothing"),
-        (["model.frozen=int4"], r"model\.frozen=int4: expected one of none, nf4, int8"),
+        (
+            ["model.frozen=int4"],
+            r"model\.frozen=int4: expected one of none, nf4, int8; did you mean model\.frozen=nf4\?$",
+        ),
     ],
 )
 def test_weights_in_few_bits(settings, message):

@@ -10,14 +10,15 @@ from tests.train.run.test_invariance import packs_of
 from train.ask.load import load
 from train.config.load import load_config
 from train.config.schema import NANO, ExportConfig
+from train.config.serve_schema import ServeConfig
 from train.export.merged import export
 from train.export.verify import logits_of, make_probe
 from train.run.build import open_base
 from train.run.build_data import build_data
 from train.run.training import train
+from train.serve.models import load_models
 from train.store.facts import read_fact
 from train.store.provenance import ExportReport
-from train.store.run_dir import read_marker
 from vl2.checkpoint.load import load_model
 from vl2.lora import apply_lora
 from vl2.lora_settings import LoRASettings
@@ -131,13 +132,32 @@ def test_whole_weights_say_nothing_of_it(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_projector_alone_trains_on_few_bits(run, tmp_path):
-    """Without adapters what trains is not in few bits, and learns through what is."""
+def test_projector_alone_trains_on_few_bits(run, held_out, tmp_path, capsys):
+    """Without adapters what trains is not in few bits, and learns through what is; `eval` and `export` know it too."""
+    import train.ask.evaluate as entry
+
+    folder = tmp_path / "run"
     settings = ("lora.rank=0", "lora.dropout=0", "trainable=[projector]", "model.frozen=nf4", "max_steps=2")
-    assert run(tmp_path / "run", *settings, "recompute=1") == 0
-    assert all(norm > 0 for _, norm in losses(tmp_path / "run"))
-    marker = read_marker(tmp_path / "run")
-    assert marker is not None and marker.status == "finished"
+    assert run(folder, *settings, f"data.eval_path={held_out}", "eval.questions=1", "recompute=1") == 0
+    assert all(norm > 0 for _, norm in losses(folder))
+    capsys.readouterr()
+    arguments = [f"model={folder}", f"data.path={held_out}", f"out={tmp_path / 'out.jsonl'}", "device=cpu"]
+    # What trained is float32, which precision=auto rounds to the base's type.
+    assert entry.main([*arguments, "max_new_tokens=1", "precision=fp32"]) == 0
+    expected = json.loads((folder / "summary.json").read_text())["evaluation"]["after"]["loss"]
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(expected, abs=1e-6)
+    report = export(ExportConfig(run=str(folder), out=str(tmp_path / "export"), device="cpu"))
+    assert report.frozen == "nf4" and report.verified["quantised_kl"] > 1e-7
+
+
+@pytest.mark.slow
+def test_a_service_keeps_the_base_as_the_adapter_was_trained(run_dir, kind, model_folder):
+    """Its base beside it as well; an adapter beside a whole base is said to have been trained otherwise."""
+    for served, expected in (
+        (load_models(ServeConfig(model=str(run_dir), device="cpu")), kind),
+        (load_models(ServeConfig(model=str(model_folder), device="cpu", adapters={"cats": str(run_dir)})), "none"),
+    ):
+        assert len(served) == 2 and {each.loaded.frozen for each in served.values()} == {expected}
 
 
 def test_trained_weights_cannot_be_read_in_few_bits(tmp_path, run):
