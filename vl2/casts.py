@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import paddle
 
-from vl2 import cpu_kernels, ways
-from vl2.arrays import empty, read, tensor_of
+from vl2 import ways, weight_kernels
+from vl2.arrays import empty, read
 
 
 def cast(x: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
@@ -17,9 +17,9 @@ def cast(x: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor:
     if x.dtype not in (paddle.bfloat16, paddle.float16) or dtype != paddle.float32 or not ways.takes_kernels(x.place):
         return x.astype(dtype)
     bits = read(x)
-    out = empty(x.shape)
+    wide, out = empty(x.shape)
     if x.dtype == paddle.bfloat16:
-        cpu_kernels.widen_bfloat16(bits.reshape(-1), out.view(np.uint32).reshape(-1))
+        weight_kernels.widen_bfloat16(bits.reshape(-1), out.view(np.uint32).reshape(-1))
     else:
-        cpu_kernels.widen_float16(bits.view(np.uint16).reshape(-1), out.reshape(-1))
-    return tensor_of(out)
+        weight_kernels.widen_float16(bits.view(np.uint16).reshape(-1), out.reshape(-1))
+    return wide

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import paddle
 
-from vl2.cpu_kernels import NF4_VALUES
+from vl2.weight_kernels import NF4_VALUES
 
 # Streams whose bounds are kept: a pack asks for those of its conversations and of its tiles, once a layer.
 KEPT_BOUNDS = 256

@@ -17,7 +17,7 @@ import paddle.nn.functional as F
 from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2 import cpu_kernels, ways
-from vl2.arrays import empty, read, tensor_of
+from vl2.arrays import empty, read
 from vl2.constant_tensors import positions
 
 # What a layout costs beside its rows, in rows. One of Tiny (3 * 1280 * 896 multiplications, three times with recompute)
@@ -165,9 +165,9 @@ def _gather_padded(x_ND: paddle.Tensor, source_P: paddle.Tensor, padded: bool) -
 
 def _sum_of_choices(y_PD: paddle.Tensor, row_R: paddle.Tensor, each: int) -> paddle.Tensor:
     if ways.takes_float32_kernels(y_PD):
-        out = empty([row_R.shape[0] // each, y_PD.shape[-1]])
+        y_TD, out = empty([row_R.shape[0] // each, y_PD.shape[-1]])
         cpu_kernels.sum_rows(read(y_PD), read(row_R), each, out)
-        return tensor_of(out)
+        return y_TD
     y_RD = paddle.gather(y_PD, row_R)
     return y_RD if each == 1 else y_RD.reshape([-1, each, y_PD.shape[-1]]).sum(axis=1)
 

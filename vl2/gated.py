@@ -11,7 +11,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 from paddle.nn.functional import swiglu
 
 from vl2 import cpu_kernels, ways
-from vl2.arrays import empty, read, tensor_of
+from vl2.arrays import empty, read
 
 
 def gated(gate_PI: paddle.Tensor, up_PI: paddle.Tensor) -> paddle.Tensor:
@@ -38,10 +38,7 @@ class _Gated(PyLayer):
         """Gate and up [P, I], or both in one [P, 2I] -> [P, I]."""
         ctx.has_up, ctx.has_weights = up is not None, weights_P1 is not None
         ctx.save_for_backward(*(t.contiguous() for t in (gate, up, weights_P1) if t is not None))
-        gates, ups, stride, inner = _flat(gate, up)
-        out = empty([*gate.shape[:-1], inner])
-        cpu_kernels.gated(gates, ups, stride, _weights(weights_P1, out.size // inner), out.reshape(-1, inner))
-        return tensor_of(out)
+        return _made(gate, up, weights_P1)
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> tuple[paddle.Tensor, ...]:
@@ -50,14 +47,19 @@ class _Gated(PyLayer):
         up = rest.pop(0) if ctx.has_up else None
         gates, ups, stride, inner = _flat(gate, up)
         weights = _weights(rest[0] if rest else None, grad.size // inner)
-        grads = [empty(t.shape) for t in (gate, up) if t is not None]
-        to_gate = grads[0].reshape(-1)
-        to_up = to_gate[inner:] if up is None else grads[1].reshape(-1)
-        to_weights = empty([weights.size, 1])
-        cpu_kernels.gated_grad(
-            gates, ups, stride, weights, read(grad).reshape(-1, inner), to_gate, to_up, to_weights.reshape(-1)
-        )
-        return tuple(tensor_of(array) for array in (*grads, *([to_weights] * ctx.has_weights)))
+        grads = [empty(t.shape) for t in (gate, up) if t is not None] + [empty([weights.size, 1])]
+        to_gate, to_weights = (array.reshape(-1) for _, array in (grads[0], grads[-1]))
+        to_up = to_gate[inner:] if up is None else grads[1][1].reshape(-1)
+        cpu_kernels.gated_grad(gates, ups, stride, weights, read(grad).reshape(-1, inner), to_gate, to_up, to_weights)
+        return tuple(tensor for tensor, _ in (grads if ctx.has_weights else grads[:-1]))
+
+
+def _made(gate: paddle.Tensor, up: paddle.Tensor | None, weights_P1: paddle.Tensor | None) -> paddle.Tensor:
+    """What `_Gated` gives."""
+    gates, ups, stride, inner = _flat(gate, up)
+    made, out = empty([*gate.shape[:-1], inner])
+    cpu_kernels.gated(gates, ups, stride, _weights(weights_P1, out.size // inner), out.reshape(-1, inner))
+    return made
 
 
 def _flat(gate: paddle.Tensor, up: paddle.Tensor | None) -> tuple[np.ndarray, np.ndarray, int, int]:

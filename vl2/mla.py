@@ -12,11 +12,12 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from vl2.attention import Rope, attention, rope_tables, rotate_half_split
+from vl2.attention import attention
 from vl2.cache import LayerStep, Shelf
 from vl2.config import LanguageConfig
 from vl2.linear import Linear
 from vl2.norm import RMSNorm
+from vl2.rotation import Rope, rope_tables, rotate_half_split
 
 
 def rotate_interleaved(x_THR: paddle.Tensor, cos_THR: paddle.Tensor, sin_THR: paddle.Tensor) -> paddle.Tensor:
@@ -56,10 +57,12 @@ class LatentAttention(nn.Layer):
         """[T, D] -> [T, D]; with a `LayerStep` the stream continues what the cache holds."""
         cos, sin = rope
         q = self.q_proj(x_TD).reshape([-1, self.num_heads, self.nope + self.rope_dim])
-        q_THN, q_THR = q[..., : self.nope], rotate_interleaved(q[..., self.nope :], cos, sin)
-        compressed = self.kv_a_proj_with_mqa(x_TD)
-        c_TC = self.kv_a_layernorm(compressed[:, : self.rank])
-        k_T1R = rotate_interleaved(compressed[:, self.rank :].unsqueeze(1), cos[:, :1], sin[:, :1])
+        # Split, not sliced: the gradients of parts are one concatenation then, and not sums of padded copies.
+        q_THN, q_THR = paddle.split(q, [self.nope, self.rope_dim], axis=-1)
+        q_THR = rotate_interleaved(q_THR, cos, sin)
+        compressed_TC, k_TR = paddle.split(self.kv_a_proj_with_mqa(x_TD), [self.rank, self.rope_dim], axis=-1)
+        c_TC = self.kv_a_layernorm(compressed_TC)
+        k_T1R = rotate_interleaved(k_TR.unsqueeze(1), cos[:, :1], sin[:, :1])
         if cache is None:
             out_THV = self._unfolded(q_THN, q_THR, c_TC, k_T1R, q_lens, q_lens)
         else:
@@ -86,10 +89,11 @@ class LatentAttention(nn.Layer):
     ) -> paddle.Tensor:
         """Keys and values of all heads from the compressed rows: for training and long prefill."""
         kv = self.kv_b_proj(c_TC).reshape([-1, self.num_heads, self.nope + self.v_dim])
+        k_THN, v_THV = paddle.split(kv, [self.nope, self.v_dim], axis=-1)
         k_THR = k_T1R.expand([k_T1R.shape[0], self.num_heads, self.rope_dim])
-        k = paddle.concat([kv[..., : self.nope], k_THR], axis=-1)
+        k = paddle.concat([k_THN, k_THR], axis=-1)
         q = paddle.concat([q_THN, q_THR], axis=-1)
-        return attention(q, k, kv[..., self.nope :], q_lens, k_lens, scale=self.scale)
+        return attention(q, k, v_THV, q_lens, k_lens, scale=self.scale)
 
     def _folded(
         self, q_BHN: paddle.Tensor, q_BHR: paddle.Tensor, rows_B1MW: paddle.Tensor, shelf: Shelf

@@ -12,7 +12,7 @@ from paddle import nn
 from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2 import cpu_kernels, ways
-from vl2.arrays import empty, read, tensor_of
+from vl2.arrays import empty, read
 
 
 class _RMSNorm(PyLayer):
@@ -24,11 +24,11 @@ class _RMSNorm(PyLayer):
         ctx.needs_grad = not x_TD.stop_gradient, not weight_D.stop_gradient
         if ways.takes_float32_kernels(x_TD):
             width = x_TD.shape[-1]
-            out, scale = empty(x_TD.shape), empty([*x_TD.shape[:-1], 1])
+            (y_TD, out), (scale_T1, scale) = empty(x_TD.shape), empty([*x_TD.shape[:-1], 1])
             rows, weight = read(x_TD).reshape(-1, width), read(weight_D.astype("float32"))
             cpu_kernels.rms_norm(rows, weight, np.float32(eps), scale.reshape(-1), out.reshape(-1, width))
-            ctx.save_for_backward(x_TD.contiguous(), weight_D, tensor_of(scale))
-            return tensor_of(out)
+            ctx.save_for_backward(x_TD.contiguous(), weight_D, scale_T1)
+            return y_TD
         x = x_TD.astype("float32")
         scale_T1 = paddle.rsqrt(paddle.mean(x * x, axis=-1, keepdim=True) + eps)
         ctx.save_for_backward(x_TD.contiguous(), weight_D, scale_T1)
@@ -39,11 +39,11 @@ class _RMSNorm(PyLayer):
         x_TD, weight_D, scale_T1 = ctx.saved_tensor()
         x_needs_grad, weight_needs_grad = ctx.needs_grad
         if ways.takes_float32_kernels(x_TD) and not weight_needs_grad:
-            out, width = empty(x_TD.shape), x_TD.shape[-1]
+            (grad_x, out), width = empty(x_TD.shape), x_TD.shape[-1]
             rows, grads = (read(t).reshape(-1, width) for t in (x_TD, grad_TD))
             weight, scale = read(weight_D.astype("float32")), read(scale_T1).reshape(-1)
             cpu_kernels.rms_norm_grad(rows, weight, scale, grads, out.reshape(-1, width))
-            return tensor_of(out), None
+            return grad_x, None
         normed_TD = x_TD.astype("float32") * scale_T1
         grad = grad_TD.astype("float32")
         grad_x = None

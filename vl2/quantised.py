@@ -18,12 +18,12 @@ from typing import ClassVar
 import numpy as np
 import paddle
 
-from vl2 import cpu_kernels, ways
-from vl2.arrays import empty, read, tensor_of
+from vl2 import ways, weight_kernels
+from vl2.arrays import empty, read
 from vl2.casts import cast
 from vl2.constant_tensors import byte_pairs
-from vl2.cpu_kernels import NF4_BLOCK, NF4_GROUP
 from vl2.parameter_groups import group_of
+from vl2.weight_kernels import NF4_BLOCK, NF4_GROUP
 
 # The groups of weights that are kept so; the tower, tables, norms and routers are small, or more is lost with them.
 QUANTISED_GROUPS = ("attention", "experts", "shared_experts", "dense_mlp")
@@ -45,9 +45,9 @@ class Quantised(ABC):
         """One whole matrix, [I, O]."""
         if not ways.takes_kernels(next(iter(self.tensors.values())).place):
             return self.matrices(slice(index, index + 1))[0].astype(dtype)
-        out = empty(self.shape[-2:])
+        matrix, out = empty(self.shape[-2:])
         self._write(index, out)
-        return tensor_of(out).astype(dtype)
+        return matrix.astype(dtype)
 
     @abstractmethod
     def _write(self, index: int, out: np.ndarray) -> None:
@@ -86,7 +86,7 @@ class Nf4(Quantised):
 
     def _write(self, index: int, out: np.ndarray) -> None:
         codes, scales, ranges = (read(kept[index]) for kept in (self.codes_EH, self.scales_EG256, self.ranges_EG2))
-        cpu_kernels.from_nf4(codes, scales, ranges, out.reshape(-1))
+        weight_kernels.from_nf4(codes, scales, ranges, out.reshape(-1))
 
     def matrices(self, which: slice | paddle.Tensor) -> paddle.Tensor:
         """Some matrices of a stacked weight, float32 [n, I, O]."""
@@ -110,7 +110,7 @@ class Int8(Quantised):
     kind = "int8"
 
     def _write(self, index: int, out: np.ndarray) -> None:
-        cpu_kernels.from_int8(read(self.codes_EIO[index]), read(self.scales_EO[index]), out)
+        weight_kernels.from_int8(read(self.codes_EIO[index]), read(self.scales_EO[index]), out)
 
     def matrices(self, which: slice | paddle.Tensor) -> paddle.Tensor:
         """Some matrices of a stacked weight, float32 [n, I, O]."""
@@ -176,17 +176,17 @@ def quantise(kind: str, matrix: np.ndarray) -> dict[str, np.ndarray]:
     """
     if kind == "int8":
         most = np.zeros(matrix.shape[1], np.float32)
-        finite = cpu_kernels.largest_of_columns(matrix, most)
+        finite = weight_kernels.largest_of_columns(matrix, most)
         _check_finite(finite)
         scales, codes = most / np.float32(_LARGEST), np.empty(matrix.shape, np.int8)
-        cpu_kernels.to_int8(matrix, _inverse(scales), codes)
+        weight_kernels.to_int8(matrix, _inverse(scales), codes)
         return {"codes_EIO": codes, "scales_EO": scales}
     flat = matrix.reshape(-1)
     if rest := -flat.size % NF4_BLOCK:
         flat = np.concatenate([flat, np.zeros(rest, np.float32)])
     blocks = flat.size // NF4_BLOCK
     most = np.zeros(-(-blocks // NF4_GROUP) * NF4_GROUP, np.float32)
-    _check_finite(cpu_kernels.largest_of_blocks(flat, most))
+    _check_finite(weight_kernels.largest_of_blocks(flat, most))
     most_GS = most.reshape(-1, NF4_GROUP)
     most_GS.reshape(-1)[blocks:] = most[blocks - 1]  # no range gets wider by what is not there
     lowest = most_GS.min(axis=1, keepdims=True)
@@ -194,7 +194,7 @@ def quantise(kind: str, matrix: np.ndarray) -> dict[str, np.ndarray]:
     steps = np.rint((most_GS - lowest) * _inverse(step)).astype(np.uint8)
     scales = (lowest + steps.astype(np.float32) * step).reshape(-1)
     codes = np.empty(flat.size // 2, np.uint8)
-    cpu_kernels.to_nf4(flat, _inverse(scales), codes)
+    weight_kernels.to_nf4(flat, _inverse(scales), codes)
     return {
         "codes_EH": codes,
         "scales_EG256": steps.reshape(-1),

@@ -4,15 +4,15 @@ import numpy as np
 import paddle
 import pytest
 
-from vl2 import cpu_kernels, ways
+from vl2 import compiled, ways, weight_kernels
 from vl2.casts import cast
 from vl2.linear import linear
 
 
 def counted(monkeypatch, name: str) -> list:
     """Each call of a kernel, which still does its work."""
-    calls, function = [], getattr(cpu_kernels, name)
-    monkeypatch.setattr(cpu_kernels, name, lambda *args: calls.append(name) or function(*args))
+    calls, function = [], getattr(weight_kernels, name)
+    monkeypatch.setattr(weight_kernels, name, lambda *args: calls.append(name) or function(*args))
     return calls
 
 
@@ -53,8 +53,8 @@ def test_kernels_are_compiled_without_a_folder_to_keep_them_in(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(cpu_kernels.numba, "njit", njit)
-    assert cpu_kernels.kernel(len) is len and asked == [True, False]
+    monkeypatch.setattr(compiled.numba, "njit", njit)
+    assert compiled.kernel(len) is len and asked == [True, False]
 
 
 def test_a_large_weight_is_multiplied_by_blocks_of_columns(monkeypatch):

@@ -159,6 +159,8 @@ def child_environment(environ: Mapping[str, str], num_processes: int, *, tf32: b
         child["NVIDIA_TF32_OVERRIDE"] = "0"
     child.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's numbers; CUDA alone puts the fastest card first
     child.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // num_processes)))
+    # A product's threads wait a millisecond for the next one and then leave their cores to the loops of `vl2.threads`.
+    child.setdefault("KMP_BLOCKTIME", "1")
     if "HOME" in environ:  # beside the sources, which is numba's usual place, not everybody may write
         cache = Path(environ.get("XDG_CACHE_HOME") or Path(environ["HOME"], ".cache"))
         child.setdefault("NUMBA_CACHE_DIR", str(cache / "deepseek-vl2-finetune" / "kernels"))

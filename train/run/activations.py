@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from train.config.schema import TrainConfig
 from train.config.trains import trained_groups
-from vl2.attention import KEPT_WEIGHTS, KERNEL_BLOCK
 from vl2.config import LanguageConfig, VisionConfig, VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
 from vl2.language import HEAD_CHUNK
@@ -44,7 +43,7 @@ def step_memory(model: VL2Config, config: TrainConfig, *, on_gpu: bool = True) -
     Args:
         model: the base model.
         config: of the run: packs, precision, recomputation, what trains.
-        on_gpu: else as a CPU computes: in float32, experts one after the other, attention with its weights.
+        on_gpu: else as a CPU computes: in float32, experts one after the other.
     """
     item = item_bytes(DTYPE_OF_SETTING[config.precision]) if on_gpu else 4
     language, tokens = model.language, config.data.max_tokens
@@ -84,15 +83,15 @@ def saved_numbers(language: LanguageConfig, layer: int, tokens: int, on_gpu: boo
     attention = 4 * width + heads * (4 * _key_width(language) + 2 * _value_width(language))
     if language.use_mla:  # latents, and keys and values before they are put together
         attention += (language.kv_lora_rank or 0) + heads * (language.qk_nope_head_dim + language.v_head_dim)
-    if not on_gpu:  # weights of a conversation as long as the pack, the half that is seen and half a block more
-        attention += min(heads * (tokens + KERNEL_BLOCK) // 2, KEPT_WEIGHTS // tokens)
     if not language.is_moe(layer):
         return tokens * (attention + 3 * language.intermediate_size)
     inner = language.moe_intermediate_size
     rows = (PADDING if on_gpu else 1) * tokens * language.num_experts_per_tok
     shared = 3 * inner * (language.n_shared_experts or 0)
     router = 2 * 3 * (language.n_routed_experts or 0)  # in float32: two of these numbers each
-    return tokens * (attention + shared + router) + rows * (3 * width + 4 * inner)
+    # A loop makes the rows that it multiplies again in backward, see `vl2.expert_loop.Remade`.
+    experts = 3 * width + 4 * inner if on_gpu else 2 * inner
+    return tokens * (attention + shared + router) + rows * experts
 
 
 def _sent_back(language: LanguageConfig, layer: int, tokens: int, on_gpu: bool, few_bits: bool) -> float:

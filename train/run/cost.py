@@ -15,11 +15,11 @@ from data.sizes import Sizes
 from train.config.schema import TrainConfig
 from train.run.activations import PADDING, saved_numbers
 from train.run.memory import FLOAT32_BYTES, plan_weights
-from vl2.attention import KERNEL_BLOCK
 from vl2.config import VisionConfig, VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
 from vl2.language import HEAD_CHUNK
 from vl2.lora_settings import is_factor
+from vl2.plain_attention import KERNEL_BLOCK
 from vl2.quantised import SLICE, is_quantised
 
 # Looked up, added or never computed with; vectors are too small to count.

@@ -12,10 +12,10 @@ import paddle
 from vl2.checkpoint.folder import Checkpoint
 from vl2.checkpoint.layouts import Layout, Part, check_tensors, official_parts, official_tensors
 from vl2.checkpoint.tensor_files import MemoryTensor, StoredTensor, cast
-from vl2.cpu_kernels import widen_transposed
 from vl2.dtypes import bits_type
 from vl2.model import DeepseekVL2
 from vl2.parameters import build_model
+from vl2.weight_kernels import widen_transposed
 
 
 @dataclass(frozen=True, kw_only=True)
