@@ -150,23 +150,49 @@ def gated_grad(
     grad: np.ndarray,
     grad_gate: np.ndarray,
     grad_up: np.ndarray,
+    again: np.ndarray,
     grad_weights: np.ndarray,
     start: int,
     stop: int,
 ) -> None:
-    """Gradients of what `gated` takes, from that of what it gives, [P, I]; they lie as what they are of."""
+    """Gradients of what `gated` takes, from that of what it gives, [P, I]; they lie as what they are of.
+
+    `again` takes what `gated` gives [P, I], for whoever did not keep it; nothing, where it has no rows.
+    """
     inner = grad.shape[1]
-    parts = np.empty(inner, np.float32)
+    parts, spare = np.empty(inner, np.float32), np.empty(inner, np.float32)
     for row in range(start, stop):
         here, end, weight, d = row * stride, row * stride + inner, weights[row], grad[row]
         g, u, to_gate, to_up = gate[here:end], up[here:end], grad_gate[here:end], grad_up[here:end]
+        again_row = again[row] if again.size else spare
         for i in range(inner):
             sigmoid = _ONE / (_ONE + _exp(-g[i]))
             silu = g[i] * sigmoid
             parts[i] = d[i] * silu * u[i]
             to_up[i] = d[i] * weight * silu
             to_gate[i] = d[i] * weight * u[i] * (sigmoid + silu * (_ONE - sigmoid))
+            again_row[i] = silu * u[i] * weight
         grad_weights[row] = _sum(parts)
+
+
+@row_kernel
+def take_rows(x: np.ndarray, index: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
+    """Rows of x [N, D] in the order of the index [n] -> [n, D]."""
+    for row in range(start, stop):
+        source = x[index[row]]
+        for i in range(source.size):
+            out[row, i] = source[i]
+
+
+@row_kernel
+def add_rows(x: np.ndarray, index: np.ndarray, total: np.ndarray, start: int, stop: int) -> None:
+    """Adds each row of x [n, D] to the row of the total [N, D] that the index [n] names, in the order of x."""
+    for row in range(index.size):
+        place = index[row]
+        if start <= place < stop:
+            source, to = x[row], total[place]
+            for i in range(source.size):
+                to[i] += source[i]
 
 
 @row_kernel
@@ -251,10 +277,61 @@ def rms_norm_grad(
 
 
 @row_kernel
-def swap(x: np.ndarray, factor: np.float32, out: np.ndarray, start: int, stop: int) -> None:
-    """Exchanges the first two axes, [A, B, K] -> [B, A, K], and multiplies by a factor."""
+def swap(x: np.ndarray, row: int, head: int, factor: np.float32, out: np.ndarray, start: int, stop: int) -> None:
+    """Exchanges the first two axes, [A, B, K] -> [B, A, K], and multiplies by a factor.
+
+    Args:
+        x: flat from its first number on; [a, b, 0] is at a * row + b * head, and the K follow.
+        row: numbers from one a to the next.
+        head: numbers from one b to the next.
+        factor: of all numbers.
+        out: [B, A, K].
+    """
     for b in range(start, stop):
-        for a in range(x.shape[0]):
-            row, to = x[a, b], out[b, a]
-            for i in range(x.shape[2]):
-                to[i] = row[i] * factor
+        for a in range(out.shape[1]):
+            first, to = a * row + b * head, out[b, a]
+            source = x[first : first + to.size]
+            for i in range(to.size):
+                to[i] = source[i] * factor
+
+
+@row_kernel
+def patches(tile: np.ndarray, side: int, out: np.ndarray, start: int, stop: int) -> None:
+    """Rows of square patches, channel by channel, of a tile uint8 [3, X, X]; pixel = (u8 / 255 - 0.5) / 0.5.
+
+    Args:
+        tile: beyond the last whole patch it is dropped.
+        side: pixels of a patch.
+        out: [patches of a side, patches of a side, 3 * side * side].
+    """
+    half = np.float32(0.5)
+    for y in range(start, stop):
+        for x in range(out.shape[1]):
+            to = out[y, x]
+            for channel in range(3):
+                for i in range(side):
+                    line = tile[channel, y * side + i, x * side : (x + 1) * side]
+                    first = (channel * side + i) * side
+                    for j in range(side):
+                        to[first + j] = (np.float32(line[j]) / np.float32(255.0) - half) / half
+
+
+@row_kernel
+def squares(features: np.ndarray, ratio: int, out: np.ndarray, start: int, stop: int) -> None:
+    """Squares of neighbours as rows, zeros beyond the edge, each channel's numbers together.
+
+    Args:
+        features: [P, P, W].
+        ratio: neighbours along a side of a square.
+        out: [R, R, W * ratio * ratio].
+    """
+    side, width = features.shape[0], features.shape[2]
+    for y in range(start, stop):
+        for x in range(out.shape[1]):
+            to = out[y, x]
+            for corner in range(ratio * ratio):
+                above, left = ratio * y + corner // ratio, ratio * x + corner % ratio
+                inside = above < side and left < side
+                source = features[min(above, side - 1), min(left, side - 1)]
+                for channel in range(width):
+                    to[channel * ratio * ratio + corner] = source[channel] if inside else np.float32(0.0)

@@ -13,6 +13,8 @@ from paddle.nn.functional import swiglu
 from vl2 import cpu_kernels, ways
 from vl2.arrays import empty, read
 
+_NOTHING = np.empty((0, 0), np.float32)
+
 
 def gated(gate_PI: paddle.Tensor, up_PI: paddle.Tensor) -> paddle.Tensor:
     """SiLU of the gate, times up: [P, I]."""
@@ -50,7 +52,9 @@ class _Gated(PyLayer):
         grads = [empty(t.shape) for t in (gate, up) if t is not None] + [empty([weights.size, 1])]
         to_gate, to_weights = (array.reshape(-1) for _, array in (grads[0], grads[-1]))
         to_up = to_gate[inner:] if up is None else grads[1][1].reshape(-1)
-        cpu_kernels.gated_grad(gates, ups, stride, weights, read(grad).reshape(-1, inner), to_gate, to_up, to_weights)
+        cpu_kernels.gated_grad(
+            gates, ups, stride, weights, read(grad).reshape(-1, inner), to_gate, to_up, _NOTHING, to_weights
+        )
         return tuple(tensor for tensor, _ in (grads if ctx.has_weights else grads[:-1]))
 
 

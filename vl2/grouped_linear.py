@@ -12,7 +12,7 @@ import paddle
 from vl2.expert_batches import ExpertBatches
 from vl2.expert_loop import ExpertLoop
 from vl2.expert_rows import Layout
-from vl2.quantised import stored
+from vl2.quantised import Quantised, stored
 
 
 class GroupedLora(NamedTuple):
@@ -46,9 +46,7 @@ def grouped_linear(
     Returns:
         [P, out] in x's dtype. Gradients reach x, lora.x, lora.a, lora.b, and the weight when it trains.
     """
-    kept = stored(weight)
-    if isinstance(kept, paddle.Tensor) and not kept.stop_gradient and kept.dtype != x_PD.dtype:
-        kept = kept.astype(x_PD.dtype)
+    kept = stored_for(weight, x_PD.dtype)
     lora_x = a = b = None
     if lora is not None:
         lora_x = None if lora.x is x_PD else lora.x  # without dropout
@@ -56,3 +54,11 @@ def grouped_linear(
     if layout.blocks is None:
         return ExpertLoop.apply(x_PD, kept, lora_x, a, b, layout.counts)
     return ExpertBatches.apply(x_PD, kept, lora_x, a, b, layout)
+
+
+def stored_for(weight: paddle.Tensor, dtype: paddle.dtype) -> paddle.Tensor | Quantised:
+    """What a stacked weight is kept in; one that trains, in the type that is computed in."""
+    kept = stored(weight)
+    if isinstance(kept, paddle.Tensor) and not kept.stop_gradient and kept.dtype != dtype:
+        kept = kept.astype(dtype)
+    return kept

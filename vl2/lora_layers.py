@@ -12,6 +12,7 @@ import paddle
 from paddle import nn
 from paddlenlp.peft.lora.lora_layers import LoRALinear as PaddleNLPLoRALinear
 
+from vl2.expert_mlp import Factors
 from vl2.grouped_linear import GroupedLora
 from vl2.linear import Linear, linear, whole
 from vl2.moe import Experts
@@ -153,18 +154,32 @@ class ExpertsLoRA(nn.Layer):
         a = [gate_A | up_A]  [E, D, 2r]        b = [gate_B   0  ]  [E, 2r, 2I], times the scaling
                                                    [  0    up_B ]
         """
+        a, b = self.gate_up_factors()
+        return None if a is None or b is None else GroupedLora(self.dropout(x_PD), a, b)
+
+    def down(self, inner_PI: paddle.Tensor) -> GroupedLora | None:
+        """Addition to the stacked down projections: a [E, I, r], b [E, r, D] times the scaling."""
+        a, b = self.down_factors()
+        return None if a is None or b is None else GroupedLora(self.dropout(inner_PI), a, b)
+
+    def gate_up_factors(self) -> Factors:
+        """The A and B of `gate_up`, see there."""
         if self.disable_lora:
-            return None
+            return None, None
         (gate_a, gate_b), (up_a, up_b) = self.product("gate"), self.product("up")
         zeros = paddle.zeros_like(gate_b)
         gate = paddle.concat([gate_b, zeros], axis=-1)
         up = paddle.concat([zeros, up_b], axis=-1)
         a = paddle.concat([gate_a, up_a], axis=-1)
-        return GroupedLora(self.dropout(x_PD), a, paddle.concat([gate, up], axis=1) * self.scaling)
+        return a, paddle.concat([gate, up], axis=1) * self.scaling
 
-    def down(self, inner_PI: paddle.Tensor) -> GroupedLora | None:
-        """Addition to the stacked down projections: a [E, I, r], b [E, r, D] times the scaling."""
+    def down_factors(self) -> Factors:
+        """The A and B of `down`, see there."""
         if self.disable_lora:
-            return None
+            return None, None
         a, b = self.product("down")
-        return GroupedLora(self.dropout(inner_PI), a, b * self.scaling)
+        return a, b * self.scaling
+
+    def drops(self) -> bool:
+        """Whether rows lose channels before they are multiplied."""
+        return self.training and self.dropout.p > 0 and not self.disable_lora

@@ -12,11 +12,13 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from vl2 import ways
 from vl2.balance import LoadBalance
 from vl2.config import LanguageConfig
+from vl2.expert_mlp import expert_mlp
 from vl2.expert_rows import Dispatch, combine, dispatch, spread
 from vl2.gated import gated, gated_pair
-from vl2.grouped_linear import grouped_linear
+from vl2.grouped_linear import grouped_linear, stored_for
 from vl2.linear import Linear
 
 
@@ -91,6 +93,11 @@ class Experts(nn.Layer):
     def forward(self, x_TD: paddle.Tensor, weights_TC: paddle.Tensor, where: Dispatch) -> paddle.Tensor:
         """Each token through its experts, and the sum of what they give times their weights: [T, D] -> [T, D]."""
         layout = where.layout
+        if layout.blocks is None and ways.takes_float32_kernels(x_TD) and not (self.lora and self.lora.drops()):
+            none = None, None
+            of_gate_up, of_down = (self.lora.gate_up_factors(), self.lora.down_factors()) if self.lora else (none, none)
+            kept = (stored_for(weight, x_TD.dtype) for weight in (self.gate_up, self.down))
+            return expert_mlp(x_TD, weights_TC, where, next(kept), of_gate_up, next(kept), of_down)
         x_PD = spread(x_TD, where, each=weights_TC.shape[1])
         weights_P1 = spread(weights_TC.reshape([-1, 1]), where, each=1).astype(x_TD.dtype)
         hidden_P2I = grouped_linear(x_PD, layout, self.gate_up, self.lora and self.lora.gate_up(x_PD))

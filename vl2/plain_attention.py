@@ -14,8 +14,9 @@ import paddle.nn.functional as F
 from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2 import cpu_kernels, ways
-from vl2.arrays import empty, read, written
+from vl2.arrays import empty, read, read_strided, written
 from vl2.constant_tensors import causal_mask
+from vl2.scratch import scratch
 
 # A longer segment is computed in blocks of QUERY_BLOCK queries: with fewer the calls cost more than the work saved.
 MAX_ROWS, QUERY_BLOCK = 1024, 512
@@ -52,7 +53,8 @@ def _weights(q_HnK: paddle.Tensor, k_HmK: paddle.Tensor, causal: bool) -> tuple[
     """
     n, m = q_HnK.shape[1], k_HmK.shape[1]
     if ways.takes_float32_kernels(q_HnK):
-        (weights_Hnm, scores), (notes_R2, notes) = empty([q_HnK.shape[0], n, m]), empty([q_HnK.shape[0] * n, 2])
+        heads = q_HnK.shape[0]
+        (weights_Hnm, scores), (notes_R2, notes) = scratch("weights", heads, n, m), empty([heads * n, 2])
         paddle.matmul(q_HnK, k_HmK, transpose_y=True, out=weights_Hnm)
         cpu_kernels.softmax(scores.reshape(-1, m), n, n - 1 if causal else 0, notes)
         return weights_Hnm, [notes_R2]
@@ -121,9 +123,10 @@ class PlainAttention(PyLayer):
 
 def _swapped(x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
     """[A, B, K] -> [B, A, K], contiguous, times a factor."""
-    if ways.takes_float32_kernels(x) and x.is_contiguous():
+    if ways.takes_float32_kernels(x):
+        numbers, (row, head) = read_strided(x)
         swapped, out = empty([x.shape[1], x.shape[0], x.shape[2]])
-        cpu_kernels.swap(read(x), np.float32(factor), out)
+        cpu_kernels.swap(numbers, row, head, np.float32(factor), out)
         return swapped
     return ((x * factor) if factor != 1.0 else x).transpose([1, 0, 2]).contiguous()
 
@@ -166,7 +169,7 @@ def _weights_and_scores_grad(
     """A block's softmax weights, and the gradient of its scores from that of its result; both [H, n, m]."""
     n, m = q_HnK.shape[1], k_HmK.shape[1]
     if ways.takes_float32_kernels(grad_HnV):
-        (weights_Hnm, scores), (grad_Hnm, grads) = empty([q_HnK.shape[0], n, m]), empty([q_HnK.shape[0], n, m])
+        (weights_Hnm, scores), (grad_Hnm, grads) = (scratch(f, q_HnK.shape[0], n, m) for f in ("weights", "grads"))
         paddle.matmul(q_HnK, k_HmK, transpose_y=True, out=weights_Hnm)
         paddle.matmul(grad_HnV, v_HmV, transpose_y=True, out=grad_Hnm)
         hidden, means = n - 1 if causal else 0, read(mean_Hn1).reshape(-1)

@@ -13,6 +13,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from vl2 import cpu_kernels, ways
+from vl2.arrays import empty, read
 from vl2.config import ProjectorConfig
 from vl2.errors import UserError
 from vl2.linear import Linear
@@ -31,15 +33,24 @@ class Projector(nn.Layer):
 
     def forward(self, features_NPW: paddle.Tensor) -> paddle.Tensor:
         """[N, P, W] -> [N, G, D]. An unfolded row holds channel c of the 2 x 2 patches at 4c .. 4c + 3."""
-        n, p, w = features_NPW.shape
-        side, r = int(p**0.5), self.ratio
-        pad = -side % r
-        x = features_NPW.reshape([n, side, side, w])
-        if pad:
-            x = F.pad(x, [0, pad, 0, pad], data_format="NHWC")
-        rows = (side + pad) // r
-        x = x.reshape([n, rows, r, rows, r, w]).transpose([0, 1, 3, 5, 2, 4]).reshape([n, rows * rows, w * r * r])
-        return self.layers[2](F.gelu(self.layers[0](x)))
+        return self.layers[2](F.gelu(self.layers[0](_squares(features_NPW, self.ratio))))
+
+
+def _squares(features_NPW: paddle.Tensor, r: int) -> paddle.Tensor:
+    """Squares of r x r patches as rows, [N, G, W * r * r]."""
+    n, p, w = features_NPW.shape
+    side = int(p**0.5)
+    pad = -side % r
+    rows = (side + pad) // r
+    if ways.takes_float32_kernels(features_NPW) and features_NPW.stop_gradient:
+        made, out = empty([n, rows, rows, w * r * r])
+        for features, to in zip(read(features_NPW).reshape(n, side, side, w), out, strict=True):
+            cpu_kernels.squares(features, r, to)
+        return made.reshape([n, rows * rows, w * r * r])
+    x = features_NPW.reshape([n, side, side, w])
+    if pad:
+        x = F.pad(x, [0, pad, 0, pad], data_format="NHWC")
+    return x.reshape([n, rows, r, rows, r, w]).transpose([0, 1, 3, 5, 2, 4]).reshape([n, rows * rows, w * r * r])
 
 
 def distinct_tiles(tiles_N3XX: np.ndarray | None, grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

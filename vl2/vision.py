@@ -11,6 +11,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from vl2 import cpu_kernels, ways
+from vl2.arrays import empty, read
 from vl2.attention import attention
 from vl2.config import VisionConfig
 from vl2.linear import Linear, linear
@@ -78,6 +80,22 @@ class VisionBlock(nn.Layer):
         return x_NPD + self.mlp(self.norm2(x_NPD))
 
 
+def patches_of(tiles_N3XX: paddle.Tensor, dtype: Any, grid: int, patch: int) -> paddle.Tensor:
+    """Normalised pixels of each patch: [N, 3, 384, 384] -> [N, P, 3 * 14 * 14].
+
+    Like the convolution it drops the six pixels beyond the last patch.
+    """
+    n, used = tiles_N3XX.shape[0], grid * patch
+    if ways.takes_kernels(tiles_N3XX.place) and dtype in ("float32", paddle.float32):
+        made, out = empty([n, grid, grid, 3 * patch * patch])
+        for tile, rows in zip(read(tiles_N3XX), out, strict=True):
+            cpu_kernels.patches(tile, patch, rows)
+        return made.reshape([n, grid * grid, 3 * patch * patch])
+    pixels = ((tiles_N3XX.astype("float32") / 255.0 - 0.5) / 0.5).astype(dtype)
+    patches = pixels[:, :, :used, :used].reshape([n, 3, grid, patch, grid, patch])
+    return patches.transpose([0, 2, 4, 1, 3, 5]).reshape([n, grid * grid, 3 * patch * patch])
+
+
 class PatchProjection(nn.Layer):
     """The 14 x 14 stride-14 convolution's parameters, [D, 3, 14, 14]; applied as one matrix product."""
 
@@ -86,11 +104,8 @@ class PatchProjection(nn.Layer):
         self.weight = self.create_parameter([config.width, 3, config.patch_size, config.patch_size])
         self.bias = self.create_parameter([config.width], is_bias=True)
 
-    def forward(self, pixels_N3XX: paddle.Tensor, grid: int, patch: int) -> paddle.Tensor:
-        """[N, 3, 384, 384] -> [N, P, D]; like the convolution it drops the six pixels beyond the last patch."""
-        n, used = pixels_N3XX.shape[0], grid * patch
-        patches = pixels_N3XX[:, :, :used, :used].reshape([n, 3, grid, patch, grid, patch])
-        patches = patches.transpose([0, 2, 4, 1, 3, 5]).reshape([n, grid * grid, 3 * patch * patch])
+    def forward(self, patches: paddle.Tensor) -> paddle.Tensor:
+        """Pixels of the patches, [N, P, 3 * 14 * 14] -> [N, P, D]."""
         # The bias apart: with it a GPU takes cublasLt's epilogue, and 588 rows are no multiple of the 8 that it likes.
         product = linear(patches, self.weight.flatten(1).transpose([1, 0]))
         return product + self.bias.astype(product.dtype)
@@ -133,8 +148,7 @@ class VisionTower(nn.Layer):
 
     def embed(self, tiles_N3XX: paddle.Tensor, dtype: Any) -> paddle.Tensor:
         """Normalise and cut into patches: uint8 [N, 3, 384, 384] -> [N, P, D]. Pixel = (u8 / 255 - 0.5) / 0.5."""
-        pixels = (tiles_N3XX.astype("float32") / 255.0 - 0.5) / 0.5
-        x_NPD = self.patch_embed.proj(pixels.astype(dtype), self.config.grid, self.config.patch_size)
+        x_NPD = self.patch_embed.proj(patches_of(tiles_N3XX, dtype, self.config.grid, self.config.patch_size))
         return x_NPD + self.pos_embed.astype(dtype)
 
     def forward(self, tiles_N3XX: paddle.Tensor, dtype: Any) -> paddle.Tensor:

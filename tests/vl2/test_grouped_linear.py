@@ -1,4 +1,4 @@
-"""The two ways of the experts give the same: outputs and all gradients, for every load, with and without LoRA.
+"""The ways of the experts give the same: outputs and all gradients, for every load, with and without LoRA.
 
 Tolerance 2e-6 of a tensor's largest value: float32 sums of some hundred terms in another order.
 """
@@ -34,29 +34,33 @@ LOADS = {
 }
 
 
-def outcome(monkeypatch, load: str, way: Blocks | str, *, lora: bool, train: bool, dropout: float = 0.0) -> dict:
-    """Output and gradients of a layer's experts by name; the way is "loop", "batches" or a layout."""
+def outcome(monkeypatch, load: str, way: Blocks | str, *, lora: bool, train: bool, frozen_input: bool = False) -> dict:
+    """Output and gradients of a layer's experts by name; the way is "kernels", "loop", "batches" or a layout."""
     experts_TC, num_experts = LOADS[load]
     rng = np.random.default_rng(0)
     experts = Experts(num_experts, D, I)
     if lora:
-        experts.lora = ExpertsLoRA(experts, rank=4, scaling=2.0, dropout=dropout)
+        experts.lora = ExpertsLoRA(experts, rank=4, scaling=2.0, dropout=0.0)
     for name, parameter in experts.named_parameters():
         parameter.set_value(rng.normal(0, 0.3, parameter.shape).astype("float32"))
         parameter.stop_gradient = not (train or "lora" in name)
-    x_TD = paddle.to_tensor(rng.normal(0, 1, (len(experts_TC), D)).astype("float32"), stop_gradient=False)
-    weights_TC = paddle.to_tensor(rng.random(experts_TC.shape).astype("float32"), stop_gradient=False)
+    x_TD = paddle.to_tensor(rng.normal(0, 1, (len(experts_TC), D)).astype("float32"), stop_gradient=frozen_input)
+    weights_TC = paddle.to_tensor(rng.random(experts_TC.shape).astype("float32"), stop_gradient=frozen_input)
+    loops = way in ("kernels", "loop")
+    monkeypatch.setattr("vl2.ways.takes_kernels", lambda place: way == "kernels")
     with monkeypatch.context() as patch:
-        patch.setattr("vl2.ways.takes_batches", lambda place: way != "loop")
+        patch.setattr("vl2.ways.takes_batches", lambda place: not loops)
         if isinstance(way, Blocks):
             counts = np.bincount(experts_TC.ravel(), minlength=num_experts)
             num_parts = int((-(-np.maximum(counts - way.first, 0) // way.part)).sum())
             patch.setattr("vl2.expert_rows.choose_blocks", lambda counts: way._replace(num_parts=num_parts))
         where = dispatch(paddle.to_tensor(experts_TC), num_experts)
-    assert (where.layout.blocks is None) is (way == "loop")
+    assert (where.layout.blocks is None) is loops
     y_TD = experts(x_TD, weights_TC, where)
     (y_TD * paddle.to_tensor(rng.normal(0, 1, y_TD.shape).astype("float32"))).sum().backward()
-    found = {"y": y_TD.numpy(), "x": x_TD.grad.numpy(), "weights": weights_TC.grad.numpy()}
+    found = {"y": y_TD.numpy(), "x": None, "weights": None}
+    if not frozen_input:
+        found |= {"x": x_TD.grad.numpy(), "weights": weights_TC.grad.numpy()}
     return found | {name: p.grad.numpy() for name, p in experts.named_parameters() if not p.stop_gradient}
 
 
@@ -69,10 +73,30 @@ def assert_equal(ours: dict, theirs: dict) -> None:
 
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize(("lora", "train"), [(True, False), (False, True), (True, True)])
-def test_both_ways_are_equal(monkeypatch, load, lora, train):
+def test_all_ways_are_equal(monkeypatch, load, lora, train):
+    monkeypatch.setattr("vl2.expert_mlp.GROUP", 64)
     loop = outcome(monkeypatch, load, "loop", lora=lora, train=train)
     assert len(loop) == 3 + 6 * lora + 2 * train
-    assert_equal(outcome(monkeypatch, load, "batches", lora=lora, train=train), loop)
+    for way in ("batches", "kernels"):
+        assert_equal(outcome(monkeypatch, load, way, lora=lora, train=train), loop)
+
+
+@pytest.mark.parametrize("rows", [1, 100, 10_000])
+def test_groups_decide_what_is_in_the_cache_only(monkeypatch, rows):
+    """To the last bit; also of experts with more rows than a group has."""
+    found = []
+    for group in (rows, 64):
+        monkeypatch.setattr("vl2.expert_mlp.GROUP", group)
+        found.append(outcome(monkeypatch, "zipf 1", "kernels", lora=True, train=True))
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_frozen_layer_gives_its_input_no_gradient(monkeypatch):
+    """What nothing below needs is not computed; the factors have theirs all the same."""
+    whole = outcome(monkeypatch, "zipf 1", "kernels", lora=True, train=False)
+    part = outcome(monkeypatch, "zipf 1", "kernels", lora=True, train=False, frozen_input=True)
+    assert part.pop("x") is None and part.pop("weights") is None
+    assert all(np.array_equal(part[name], whole[name]) for name in part)
 
 
 @pytest.mark.parametrize("blocks", [Blocks(20, 32, 0), Blocks(1, 64, 0), Blocks(0, 32, 0), Blocks(0, 1024, 0)])

@@ -5,7 +5,7 @@ import paddle
 import pytest
 
 from tests.precision.emulation import half_precision_on_cpu
-from vl2.projector import arrange, arrange_index, distinct_tiles, plan_rows
+from vl2.projector import _squares, arrange, arrange_index, distinct_tiles, plan_rows
 
 
 def arranged(projected, which, newline, separator, grids) -> paddle.Tensor:
@@ -76,3 +76,17 @@ def test_rows_are_those_of_the_index(grids):
     table = np.concatenate([projected.numpy().reshape([-1, 3]), [newline.numpy(), separator.numpy()]])
     rows = arranged(projected, np.arange(tiles), newline, separator, grids)
     assert np.array_equal(rows.numpy(), table[arrange_index(grids, 2)])
+
+
+@pytest.mark.parametrize(("patches", "ratio"), [(9, 2), (16, 2), (25, 3)])
+def test_squares_are_the_same_in_both_ways(patches, ratio, monkeypatch):
+    """With zeros beyond the edge and without; of a tower that trains they keep their gradients."""
+    features = paddle.randn([2, patches, 5])
+    found = []
+    for kernels in (True, False):
+        monkeypatch.setattr("vl2.ways.takes_kernels", lambda place, kernels=kernels: kernels)
+        found.append(_squares(features, ratio).numpy())
+    assert np.array_equal(*found)
+    features.stop_gradient = False
+    _squares(features, ratio).sum().backward()
+    assert (features.grad.numpy() == 1).all()

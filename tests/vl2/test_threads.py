@@ -91,6 +91,24 @@ def test_threads_that_let_go_of_tensors_do_not_wait_for_each_other():
     subprocess.run([sys.executable, "-c", LETTING_GO], check=True, timeout=120)
 
 
+def test_memory_is_let_go_of():
+    """With every tensor: some gigabytes pass through here."""
+    from vl2.arrays import empty
+
+    def held() -> int:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = held()
+    for _ in range(200):
+        tensor, array = empty([1 << 20])
+        array[:] = 1
+        other = tensor.reshape([1 << 10, 1 << 10])[3:]
+        del tensor, array
+    assert float(other.sum()) == other.size
+    assert held() - before < 64 << 20
+
+
 def test_arrays_keep_the_memory_of_their_tensors_alive():
     from vl2.arrays import empty, read
 

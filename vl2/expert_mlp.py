@@ -1,0 +1,183 @@
+"""All experts of a layer on a CPU, from tokens to tokens in one node of the graph.
+
+Shape suffixes: T tokens, C choices of a token, P = T * C rows expert by expert, n rows of some experts, E experts,
+D model, I inner channels, L and K LoRA channels of the two products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+from paddle.autograd import PyLayer, PyLayerContext
+
+from vl2 import cpu_kernels
+from vl2.arrays import empty, read, written
+from vl2.expert_products import ExpertGradients, ExpertProducts, check_views, slices
+from vl2.expert_rows import Dispatch
+from vl2.quantised import Quantised, needs_grad
+from vl2.scratch import scratch
+
+# Rows that are gathered, multiplied and added up together: of some experts, while they are in the cache.
+GROUP = 2048
+
+Factors = tuple[paddle.Tensor, paddle.Tensor] | tuple[None, None]  # A and B of all experts, the scaling inside B
+
+
+class Group(NamedTuple):
+    """Some experts and their rows."""
+
+    rows: slice  # of all rows
+    parts: list[tuple[int, slice]]  # each expert and its rows, counted from the group's first
+
+
+def expert_mlp(
+    x_TD: paddle.Tensor,
+    weights_TC: paddle.Tensor,
+    where: Dispatch,
+    gate_up: paddle.Tensor | Quantised,
+    gate_up_factors: Factors,
+    down: paddle.Tensor | Quantised,
+    down_factors: Factors,
+) -> paddle.Tensor:
+    """Each token through its experts, and the sum of what they give times their weights; float32, on a CPU.
+
+    Rows are copied, multiplied and added up by groups of experts. Of a layer only what the first product gives is there
+    whole: not the copies of the tokens, nor what lies between the products, the results, or the gradients of these.
+
+    Args:
+        x_TD: tokens.
+        weights_TC: of the choices.
+        where: from `vl2.expert_rows.dispatch`, without blocks.
+        gate_up: [E, D, 2I].
+        gate_up_factors: [E, D, L] and [E, L, 2I].
+        down: [E, I, D].
+        down_factors: [E, I, K] and [E, K, D].
+
+    Returns:
+        [T, D]. Gradients reach x, weights_TC, the factors, and gate_up and down when they train.
+    """
+    check_views()
+    return _ExpertMLP.apply(x_TD, weights_TC, gate_up, *gate_up_factors, down, *down_factors, _Rows(where))
+
+
+class _Rows:  # no tuple: a PyLayer would take the tensors in one for its inputs
+    """Where rows come from."""
+
+    def __init__(self, where: Dispatch):
+        self.counts = where.layout.counts
+        self.token_P, self.choice_P = read(where.token_P), read(where.choice_P)
+
+
+class _ExpertMLP(PyLayer):
+    @staticmethod
+    def forward(
+        ctx: PyLayerContext,
+        x_TD: paddle.Tensor,
+        weights_TC: paddle.Tensor,
+        gate_up: paddle.Tensor | Quantised,
+        a_EDL: paddle.Tensor | None,
+        b_EL2I: paddle.Tensor | None,
+        down: paddle.Tensor | Quantised,
+        a_EIK: paddle.Tensor | None,
+        b_EKD: paddle.Tensor | None,
+        where: _Rows,
+    ) -> paddle.Tensor:
+        x, weights = read(x_TD), read(weights_TC).reshape(-1)
+        (tokens, width), inner, rows = x.shape, down.shape[1], where.token_P.size
+        first, second = ExpertProducts(gate_up, a_EDL, b_EL2I), ExpertProducts(down, a_EIK, b_EKD)
+        hidden_P2I, _ = empty([rows, 2 * inner])
+        low_PL, low_PK = (None if a is None else paddle.empty([rows, a.shape[2]], x_TD.dtype) for a in (a_EDL, a_EIK))
+        y_TD = paddle.zeros([tokens, width], x_TD.dtype)
+        y = written(y_TD)
+        for group in _groups(where.counts):
+            index, n = where.token_P[group.rows], group.rows.stop - group.rows.start
+            (x_nD, copies), (inner_nI, between), (y_nD, results) = (
+                scratch(f"expert_{name}", n, size) for name, size in (("x", width), ("inner", inner), ("y", width))
+            )
+            hidden_n2I, low_nL, low_nK = hidden_P2I[group.rows], *(_some(t, group.rows) for t in (low_PL, low_PK))
+            cpu_kernels.take_rows(x, index, copies)
+            for e, part in group.parts:
+                first.forward(e, x_nD[part], hidden_n2I[part], _some(low_nL, part))
+            gates = read(hidden_n2I).reshape(-1)
+            cpu_kernels.gated(gates, gates[inner:], 2 * inner, weights[where.choice_P[group.rows]], between)
+            for e, part in group.parts:
+                second.forward(e, inner_nI[part], y_nD[part], _some(low_nK, part))
+            cpu_kernels.add_rows(results, index, y)
+        # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
+        operands = gate_up, a_EDL, b_EL2I, down, a_EIK, b_EKD
+        ctx.where, ctx.needs_grad = where, [needs_grad(t) for t in (x_TD, weights_TC, *operands)]
+        ctx.kept = [t if isinstance(t, Quantised) else t is not None for t in (*operands, low_PL, low_PK)]
+        saved = (t for t in (*operands, low_PL, low_PK) if isinstance(t, paddle.Tensor))
+        ctx.save_for_backward(x_TD.contiguous(), weights_TC.contiguous(), hidden_P2I, *saved)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx: PyLayerContext, grad_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
+        saved, where = iter(ctx.saved_tensor()), ctx.where
+        x_TD, weights_TC, hidden_P2I = next(saved), next(saved), next(saved)
+        operands = [next(saved) if kept is True else (kept or None) for kept in ctx.kept]
+        gate_up, a_EDL, b_EL2I, down, a_EIK, b_EKD, low_PL, low_PK = operands
+        assert gate_up is not None and down is not None
+        grad, x, weights = read(grad_TD), read(x_TD), read(weights_TC).reshape(-1)
+        width, inner = x.shape[1], down.shape[1]
+        x_needs, weights_need, *needs = ctx.needs_grad
+        of_first = ExpertGradients(gate_up, a_EDL, b_EL2I, needs[:3], where.counts, grad_TD.dtype)
+        of_second = ExpertGradients(down, a_EIK, b_EKD, needs[3:], where.counts, grad_TD.dtype)
+        grad_x_TD, (grad_weights_TC, to_weights) = paddle.zeros_like(x_TD), empty(weights_TC.shape)
+        to_x = written(grad_x_TD)
+        for group in _groups(where.counts):
+            index, n = where.token_P[group.rows], group.rows.stop - group.rows.start
+            choices = where.choice_P[group.rows]
+            sizes = {"x": width, "inner": inner, "y": width, "grad_inner": inner, "grad_hidden": 2 * inner}
+            room = {name: scratch(f"expert_{name}", n, size) for name, size in sizes.items()}
+            (x_nD, inner_nI, y_nD, grad_inner_nI, grad_hidden_n2I) = (tensor for tensor, _ in room.values())
+            hidden_n2I, low_nL, low_nK = hidden_P2I[group.rows], *(_some(t, group.rows) for t in (low_PL, low_PK))
+            cpu_kernels.take_rows(grad, index, room["y"][1])
+            grad_lows = [of_second.to_rows(e, y_nD[part], grad_inner_nI[part]) for e, part in group.parts]
+            gates, to_gates = read(hidden_n2I).reshape(-1), room["grad_hidden"][1].reshape(-1)
+            of_weights = np.empty(n, np.float32)
+            cpu_kernels.gated_grad(
+                *(gates, gates[inner:], 2 * inner, weights[choices], room["grad_inner"][1]),
+                *(to_gates, to_gates[inner:], room["inner"][1], of_weights),
+            )
+            to_weights.reshape(-1)[choices] = of_weights
+            for (e, part), grad_low in zip(group.parts, grad_lows, strict=True):
+                of_second.to_matrices(e, y_nD[part], grad_low, inner_nI[part], _some(low_nK, part))
+            if of_first.need_rows:
+                cpu_kernels.take_rows(x, index, room["x"][1])
+            for e, part in group.parts:
+                grad_n2I = grad_hidden_n2I[part]
+                grad_low = of_first.to_rows(e, grad_n2I, y_nD[part] if x_needs else None)
+                of_first.to_matrices(e, grad_n2I, grad_low, x_nD[part], _some(low_nL, part))
+            if x_needs:
+                cpu_kernels.add_rows(room["y"][1], index, to_x)
+        grads = [grad_x_TD if x_needs else None, grad_weights_TC if weights_need else None]
+        for operand, found in ((gate_up, of_first), (down, of_second)):
+            grads += [] if isinstance(operand, Quantised) else [found.of_weight]
+            grads += [found.of_a, found.of_b] if found.has_factors else []
+        return tuple(grads)
+
+
+def _some(x: paddle.Tensor | None, rows: slice) -> paddle.Tensor | None:
+    return None if x is None else x[rows]
+
+
+def _groups(counts: Sequence[int]) -> Iterator[Group]:
+    """Neighbours of at most GROUP rows together; an expert that has more by itself."""
+    parts: list[tuple[int, slice]] = []
+    for expert, rows in slices(counts):
+        if parts and rows.stop - parts[0][1].start > GROUP:
+            yield _group(parts)
+            parts = []
+        parts.append((expert, rows))
+    if parts:
+        yield _group(parts)
+
+
+def _group(parts: list[tuple[int, slice]]) -> Group:
+    first = parts[0][1].start
+    inside = [(expert, slice(rows.start - first, rows.stop - first)) for expert, rows in parts]
+    return Group(slice(first, parts[-1][1].stop), inside)
