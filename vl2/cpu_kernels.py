@@ -241,6 +241,48 @@ def rotate_back(grad: np.ndarray, cos: np.ndarray, sin: np.ndarray, out: np.ndar
             to_b[i] = b[i] * cos[row, half + i] + a[i] * sin[row, i]
 
 
+@kernel
+def _mixed(number: np.uint32) -> np.uint32:
+    """Bits at random of a number, all of which depend on all of its own. Source: Wellons, lowbias32."""
+    number = np.uint32(np.uint32(number ^ (number >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    number = np.uint32(np.uint32(number ^ (number >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.uint32(number ^ (number >> np.uint32(16)))
+
+
+@row_kernel
+def drop(
+    x: np.ndarray, seed: np.uint32, least: np.uint32, factor: np.float32, out: np.ndarray, start: int, stop: int
+) -> None:
+    """Zeros in the place of some numbers of x [n, D], and the others times a factor; the same ones for the same seed.
+
+    Args:
+        x: rows.
+        seed: with a number's place it decides whether it stays.
+        least: a number stays where what they are mixed to is not less.
+        factor: of what stays.
+        out: [n, D].
+    """
+    width = out.shape[1]
+    for row in range(start, stop):
+        first = _mixed(np.uint32(np.uint32(row) + seed))
+        for i in range(width):
+            stays = _mixed(np.uint32(first + np.uint32(i))) >= least
+            out[row, i] = x[row, i] * factor if stays else np.float32(0.0)
+
+
+@row_kernel
+def add_dropped(
+    x: np.ndarray, seed: np.uint32, least: np.uint32, factor: np.float32, total: np.ndarray, start: int, stop: int
+) -> None:
+    """Adds to the total what `drop` makes of x."""
+    width = total.shape[1]
+    for row in range(start, stop):
+        first = _mixed(np.uint32(np.uint32(row) + seed))
+        for i in range(width):
+            if _mixed(np.uint32(first + np.uint32(i))) >= least:
+                total[row, i] += x[row, i] * factor
+
+
 @sum_kernel
 def _dot(x: np.ndarray, y: np.ndarray) -> np.float32:
     total = np.float32(0.0)

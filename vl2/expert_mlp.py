@@ -41,6 +41,7 @@ def expert_mlp(
     gate_up_factors: Factors,
     down: paddle.Tensor | Quantised,
     down_factors: Factors,
+    dropout: float = 0.0,
 ) -> paddle.Tensor:
     """Each token through its experts, and the sum of what they give times their weights; float32, on a CPU.
 
@@ -55,12 +56,14 @@ def expert_mlp(
         gate_up_factors: [E, D, L] and [E, L, 2I].
         down: [E, I, D].
         down_factors: [E, I, K] and [E, K, D].
+        dropout: part of what the factors multiply that is dropped; drawn from Paddle's generator.
 
     Returns:
         [T, D]. Gradients reach x, weights_TC, the factors, and gate_up and down when they train.
     """
     check_views()
-    return _ExpertMLP.apply(x_TD, weights_TC, gate_up, *gate_up_factors, down, *down_factors, _Rows(where))
+    operands = gate_up, *gate_up_factors, down, *down_factors
+    return _ExpertMLP.apply(x_TD, weights_TC, *operands, _Rows(where), _Dropout.drawn(dropout))
 
 
 class _Rows:  # no tuple: a PyLayer would take the tensors in one for its inputs
@@ -69,6 +72,26 @@ class _Rows:  # no tuple: a PyLayer would take the tensors in one for its inputs
     def __init__(self, where: Dispatch):
         self.counts = where.layout.counts
         self.token_P, self.choice_P = read(where.token_P), read(where.choice_P)
+
+
+class _Dropout(NamedTuple):
+    """What the factors multiply: their numbers are dropped by place, so that backward need not keep which."""
+
+    part: float
+    seeds: tuple[int, int]  # of the two products
+
+    @staticmethod
+    def drawn(part: float) -> _Dropout | None:
+        """Of this layer and step; None drops nothing."""
+        if not part:
+            return None
+        first, second = paddle.randint(0, (1 << 31) - 1, [2]).tolist()
+        return _Dropout(part, (first, second))
+
+    def rule(self, product: int, rows: slice) -> tuple[np.uint32, np.uint32, np.float32]:
+        """Seed, least and factor of `cpu_kernels.drop` for some rows of the first (0) or second product."""
+        seed = np.uint32((self.seeds[product] + rows.start) % (1 << 32))
+        return seed, np.uint32(self.part * (1 << 32)), np.float32(1 / (1 - self.part))
 
 
 class _ExpertMLP(PyLayer):
@@ -84,6 +107,7 @@ class _ExpertMLP(PyLayer):
         a_EIK: paddle.Tensor | None,
         b_EKD: paddle.Tensor | None,
         where: _Rows,
+        dropout: _Dropout | None,
     ) -> paddle.Tensor:
         x, weights = read(x_TD), read(weights_TC).reshape(-1)
         (tokens, width), inner, rows = x.shape, down.shape[1], where.token_P.size
@@ -99,16 +123,18 @@ class _ExpertMLP(PyLayer):
             )
             hidden_n2I, low_nL, low_nK = hidden_P2I[group.rows], *(_some(t, group.rows) for t in (low_PL, low_PK))
             cpu_kernels.take_rows(x, index, copies)
+            lora_x_nD = _dropped("x", copies, dropout, 0, group.rows)
             for e, part in group.parts:
-                first.forward(e, x_nD[part], hidden_n2I[part], _some(low_nL, part))
+                first.forward(e, x_nD[part], hidden_n2I[part], _some(low_nL, part), _some(lora_x_nD, part))
             gates = read(hidden_n2I).reshape(-1)
             cpu_kernels.gated(gates, gates[inner:], 2 * inner, weights[where.choice_P[group.rows]], between)
+            lora_inner_nI = _dropped("inner", between, dropout, 1, group.rows)
             for e, part in group.parts:
-                second.forward(e, inner_nI[part], y_nD[part], _some(low_nK, part))
+                second.forward(e, inner_nI[part], y_nD[part], _some(low_nK, part), _some(lora_inner_nI, part))
             cpu_kernels.add_rows(results, index, y)
         # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
         operands = gate_up, a_EDL, b_EL2I, down, a_EIK, b_EKD
-        ctx.where, ctx.needs_grad = where, [needs_grad(t) for t in (x_TD, weights_TC, *operands)]
+        ctx.where, ctx.dropout, ctx.needs_grad = where, dropout, [needs_grad(t) for t in (x_TD, weights_TC, *operands)]
         ctx.kept = [t if isinstance(t, Quantised) else t is not None for t in (*operands, low_PL, low_PK)]
         saved = (t for t in (*operands, low_PL, low_PK) if isinstance(t, paddle.Tensor))
         ctx.save_for_backward(x_TD.contiguous(), weights_TC.contiguous(), hidden_P2I, *saved)
@@ -116,7 +142,7 @@ class _ExpertMLP(PyLayer):
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad_TD: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
-        saved, where = iter(ctx.saved_tensor()), ctx.where
+        saved, where, dropout = iter(ctx.saved_tensor()), ctx.where, ctx.dropout
         x_TD, weights_TC, hidden_P2I = next(saved), next(saved), next(saved)
         operands = [next(saved) if kept is True else (kept or None) for kept in ctx.kept]
         gate_up, a_EDL, b_EL2I, down, a_EIK, b_EKD, low_PL, low_PK = operands
@@ -136,7 +162,12 @@ class _ExpertMLP(PyLayer):
             (x_nD, inner_nI, y_nD, grad_inner_nI, grad_hidden_n2I) = (tensor for tensor, _ in room.values())
             hidden_n2I, low_nL, low_nK = hidden_P2I[group.rows], *(_some(t, group.rows) for t in (low_PL, low_PK))
             cpu_kernels.take_rows(grad, index, room["y"][1])
-            grad_lows = [of_second.to_rows(e, y_nD[part], grad_inner_nI[part]) for e, part in group.parts]
+            from_lora, same = _room_of_dropped("inner", n, inner, dropout), dropout is None
+            grad_lows = [
+                of_second.to_rows(e, y_nD[part], grad_inner_nI[part], _some(from_lora, part), same_rows=same)
+                for e, part in group.parts
+            ]
+            _add_dropped(from_lora, dropout, 1, group.rows, room["grad_inner"][1])
             gates, to_gates = read(hidden_n2I).reshape(-1), room["grad_hidden"][1].reshape(-1)
             of_weights = np.empty(n, np.float32)
             cpu_kernels.gated_grad(
@@ -144,21 +175,50 @@ class _ExpertMLP(PyLayer):
                 *(to_gates, to_gates[inner:], room["inner"][1], of_weights),
             )
             to_weights.reshape(-1)[choices] = of_weights
+            lora_inner_nI = _dropped("inner", room["inner"][1], dropout, 1, group.rows)
             for (e, part), grad_low in zip(group.parts, grad_lows, strict=True):
-                of_second.to_matrices(e, y_nD[part], grad_low, inner_nI[part], _some(low_nK, part))
+                rows = inner_nI[part], _some(low_nK, part), _some(lora_inner_nI, part)
+                of_second.to_matrices(e, y_nD[part], grad_low, *rows)
+            lora_x_nD = None
             if of_first.need_rows:
                 cpu_kernels.take_rows(x, index, room["x"][1])
+                lora_x_nD = _dropped("x", room["x"][1], dropout, 0, group.rows)
+            from_lora = _room_of_dropped("y", n, width, dropout if x_needs else None)
             for e, part in group.parts:
-                grad_n2I = grad_hidden_n2I[part]
-                grad_low = of_first.to_rows(e, grad_n2I, y_nD[part] if x_needs else None)
-                of_first.to_matrices(e, grad_n2I, grad_low, x_nD[part], _some(low_nL, part))
+                grad_n2I, to_rows = grad_hidden_n2I[part], y_nD[part] if x_needs else None
+                grad_low = of_first.to_rows(e, grad_n2I, to_rows, _some(from_lora, part), same_rows=same)
+                of_first.to_matrices(e, grad_n2I, grad_low, x_nD[part], _some(low_nL, part), _some(lora_x_nD, part))
             if x_needs:
+                _add_dropped(from_lora, dropout, 0, group.rows, room["y"][1])
                 cpu_kernels.add_rows(room["y"][1], index, to_x)
         grads = [grad_x_TD if x_needs else None, grad_weights_TC if weights_need else None]
         for operand, found in ((gate_up, of_first), (down, of_second)):
             grads += [] if isinstance(operand, Quantised) else [found.of_weight]
             grads += [found.of_a, found.of_b] if found.has_factors else []
         return tuple(grads)
+
+
+def _dropped(
+    name: str, numbers: np.ndarray, dropout: _Dropout | None, product: int, rows: slice
+) -> paddle.Tensor | None:
+    """What the factors multiply, where it is not what the weights multiply."""
+    if dropout is None:
+        return None
+    dropped, out = scratch(f"expert_lora_{name}", *numbers.shape)
+    cpu_kernels.drop(numbers, *dropout.rule(product, rows), out)
+    return dropped
+
+
+def _room_of_dropped(name: str, rows: int, width: int, dropout: _Dropout | None) -> paddle.Tensor | None:
+    """Room for the gradient of what the factors multiply, where it is not what the weights multiply."""
+    return None if dropout is None else scratch(f"expert_grad_lora_{name}", rows, width)[0]
+
+
+def _add_dropped(
+    grads: paddle.Tensor | None, dropout: _Dropout | None, product: int, rows: slice, total: np.ndarray
+) -> None:
+    if grads is not None and dropout is not None:
+        cpu_kernels.add_dropped(read(grads), *dropout.rule(product, rows), total)
 
 
 def _some(x: paddle.Tensor | None, rows: slice) -> paddle.Tensor | None:

@@ -180,6 +180,6 @@ class ExpertsLoRA(nn.Layer):
         a, b = self.product("down")
         return a, b * self.scaling
 
-    def drops(self) -> bool:
-        """Whether rows lose channels before they are multiplied."""
-        return self.training and self.dropout.p > 0 and not self.disable_lora
+    def dropped(self) -> float:
+        """Part of the rows' channels that is dropped before the factors multiply them."""
+        return float(self.dropout.p) if self.training and not self.disable_lora else 0.0

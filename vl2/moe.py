@@ -93,11 +93,12 @@ class Experts(nn.Layer):
     def forward(self, x_TD: paddle.Tensor, weights_TC: paddle.Tensor, where: Dispatch) -> paddle.Tensor:
         """Each token through its experts, and the sum of what they give times their weights: [T, D] -> [T, D]."""
         layout = where.layout
-        if layout.blocks is None and ways.takes_float32_kernels(x_TD) and not (self.lora and self.lora.drops()):
-            none = None, None
-            of_gate_up, of_down = (self.lora.gate_up_factors(), self.lora.down_factors()) if self.lora else (none, none)
-            kept = (stored_for(weight, x_TD.dtype) for weight in (self.gate_up, self.down))
-            return expert_mlp(x_TD, weights_TC, where, next(kept), of_gate_up, next(kept), of_down)
+        if layout.blocks is None and ways.takes_float32_kernels(x_TD):
+            gate_up, down = (stored_for(weight, x_TD.dtype) for weight in (self.gate_up, self.down))
+            if self.lora is None:
+                return expert_mlp(x_TD, weights_TC, where, gate_up, (None, None), down, (None, None))
+            factors = self.lora.gate_up_factors(), self.lora.down_factors()
+            return expert_mlp(x_TD, weights_TC, where, gate_up, factors[0], down, factors[1], self.lora.dropped())
         x_PD = spread(x_TD, where, each=weights_TC.shape[1])
         weights_P1 = spread(weights_TC.reshape([-1, 1]), where, each=1).astype(x_TD.dtype)
         hidden_P2I = grouped_linear(x_PD, layout, self.gate_up, self.lora and self.lora.gate_up(x_PD))

@@ -1,10 +1,11 @@
 """The experts of a layer beside their bare products, by hand: `bash launch.sh bench experts`.
 
-6,144 rows over 32 experts of the model of `bench step`, LoRA of rank 8, forward and backward on this CPU, for even and
-for skewed loads. The bare products are those of the weights (forward, and the gradient of the rows) and of the factors
-(forward, and the gradients of rows and factors), each written where it belongs, nothing added up. All of them in turns;
-the last line is JSON: for each load the seconds of the bare products of the weights, of all products and of ours, and
-the median of ours over all products of the same turn.
+6,144 rows (1,024 tokens of six choices) over 32 experts of the model of `bench step`, LoRA of rank 8, forward and
+backward on this CPU, for even and for skewed loads. Ours is a whole layer: rows copied to their experts, both products
+with LoRA, what lies between them, and the sums. The bare products are those of the weights (forward, and the gradient
+of the rows) and of the factors (forward, and the gradients of rows and factors), each written where it belongs, nothing
+added up. All of them in turns; the last line is JSON: for each load the seconds of the bare products of the weights, of
+all products and of ours, and the median of ours over all products of the same turn.
 """
 
 from __future__ import annotations
@@ -19,28 +20,21 @@ import numpy as np
 import paddle
 
 from tests.vl2.expert_loads import zipf
-from vl2.expert_rows import Layout
-from vl2.grouped_linear import GroupedLora, grouped_linear
+from vl2.expert_rows import dispatch
+from vl2.lora_layers import ExpertsLoRA
+from vl2.moe import Experts
 
-EXPERTS, WIDTH, INNER, RANK, ROWS = 32, 512, 352, 8, 6144
+EXPERTS, WIDTH, INNER, RANK, CHOICES, ROWS = 32, 512, 352, 8, 6, 6144
 LOADS = {"even": 0.0, "zipf 0.3": 0.3, "zipf 1": 1.0}  # powers of `zipf`
 
 
 class Product:
-    """One grouped product: rows, weight, factors, and what comes back."""
+    """One grouped product, bare: rows, weight, factors, and what comes back."""
 
     def __init__(self, into: int, out: int, rank: int, rows: int):
         self.x, self.grad = paddle.randn([rows, into]), paddle.randn([rows, out])
         self.weight = paddle.randn([EXPERTS, into, out])
         self.a, self.b = paddle.randn([EXPERTS, into, rank]), paddle.randn([EXPERTS, rank, out])
-
-    def ours(self, counts: list[int]) -> None:
-        """Forward and backward as in training."""
-        leaves = [t.detach() for t in (self.x, self.a, self.b)]
-        for leaf in leaves:
-            leaf.stop_gradient = False
-        x, a, b = leaves
-        grouped_linear(x, Layout(counts=counts), self.weight, GroupedLora(x, a, b)).backward(self.grad)
 
     def of_weights(self, counts: list[int]) -> None:
         """The products of the weights alone."""
@@ -60,6 +54,29 @@ class Product:
             paddle.matmul(low[rows], self.grad[rows], transpose_x=True, out=grad_b[e])
             paddle.matmul(self.x[rows], grad_low[rows], transpose_x=True, out=grad_a[e])
             paddle.matmul(grad_low[rows], self.a[e], transpose_y=True, out=back[rows])
+
+
+class Layer:
+    """The experts as a model has them: both products."""
+
+    def __init__(self) -> None:
+        self.experts = Experts(EXPERTS, WIDTH, INNER)
+        self.experts.lora = ExpertsLoRA(self.experts, rank=RANK, scaling=2.0, dropout=0.0)
+        for name, parameter in self.experts.named_parameters():
+            parameter.stop_gradient = "lora" not in name
+
+    def ours(self, counts: list[int]) -> float:
+        """Seconds of forward and backward as in training, after the choices have been sorted."""
+        choices = np.random.default_rng(0).permutation(np.repeat(np.arange(EXPERTS), counts))
+        where = dispatch(paddle.to_tensor(choices.reshape(-1, CHOICES)), EXPERTS)
+        x_TD, weights_TC = paddle.randn([len(choices) // CHOICES, WIDTH]), paddle.rand(where.experts_TC.shape)
+        grad = paddle.randn(x_TD.shape)
+        x_TD.stop_gradient = weights_TC.stop_gradient = False
+        start = time.perf_counter()
+        self.experts(x_TD, weights_TC, where).backward(grad)
+        seconds = time.perf_counter() - start
+        self.experts.clear_gradients()
+        return seconds
 
 
 def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
@@ -84,12 +101,16 @@ def main(arguments: list[str]) -> None:
     asked = parser.parse_args(arguments)
     rows = asked.rows
     products = Product(WIDTH, 2 * INNER, 2 * RANK, rows), Product(INNER, WIDTH, RANK, rows)  # gate and up, down
-    kinds = ("of_weights", "of_factors", "ours")
+    layer = Layer()
     found: dict[str, np.ndarray] = {}  # [turns, kinds] of each load
     for turn in range(asked.repeats + 1):
         for load, power in LOADS.items():
             counts = zipf(EXPERTS, rows, power)
-            taken = [sum(seconds_of(getattr(one, kind), counts) for one in products) for kind in kinds]
+            taken = [
+                sum(seconds_of(one.of_weights, counts) for one in products),
+                sum(seconds_of(one.of_factors, counts) for one in products),
+                layer.ours(counts),
+            ]
             if turn:  # the first one warms up
                 found[load] = np.vstack([*([found[load]] if load in found else []), taken])
     said = {}

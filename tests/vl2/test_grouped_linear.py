@@ -7,7 +7,9 @@ import numpy as np
 import paddle
 import pytest
 
+from vl2 import cpu_kernels
 from vl2.errors import UserError
+from vl2.expert_mlp import _Dropout
 from vl2.expert_rows import Blocks, dispatch
 from vl2.lora_layers import ExpertsLoRA
 from vl2.moe import Experts
@@ -34,18 +36,18 @@ LOADS = {
 }
 
 
-def outcome(monkeypatch, load: str, way: Blocks | str, *, lora: bool, train: bool, frozen_input: bool = False) -> dict:
+def outcome(monkeypatch, load: str, way: Blocks | str, *, lora: bool, train: bool, frozen=False, dropout=0.0) -> dict:
     """Output and gradients of a layer's experts by name; the way is "kernels", "loop", "batches" or a layout."""
     experts_TC, num_experts = LOADS[load]
     rng = np.random.default_rng(0)
     experts = Experts(num_experts, D, I)
     if lora:
-        experts.lora = ExpertsLoRA(experts, rank=4, scaling=2.0, dropout=0.0)
+        experts.lora = ExpertsLoRA(experts, rank=4, scaling=2.0, dropout=dropout)
     for name, parameter in experts.named_parameters():
         parameter.set_value(rng.normal(0, 0.3, parameter.shape).astype("float32"))
         parameter.stop_gradient = not (train or "lora" in name)
-    x_TD = paddle.to_tensor(rng.normal(0, 1, (len(experts_TC), D)).astype("float32"), stop_gradient=frozen_input)
-    weights_TC = paddle.to_tensor(rng.random(experts_TC.shape).astype("float32"), stop_gradient=frozen_input)
+    x_TD = paddle.to_tensor(rng.normal(0, 1, (len(experts_TC), D)).astype("float32"), stop_gradient=frozen)
+    weights_TC = paddle.to_tensor(rng.random(experts_TC.shape).astype("float32"), stop_gradient=frozen)
     loops = way in ("kernels", "loop")
     monkeypatch.setattr("vl2.ways.takes_kernels", lambda place: way == "kernels")
     with monkeypatch.context() as patch:
@@ -59,7 +61,7 @@ def outcome(monkeypatch, load: str, way: Blocks | str, *, lora: bool, train: boo
     y_TD = experts(x_TD, weights_TC, where)
     (y_TD * paddle.to_tensor(rng.normal(0, 1, y_TD.shape).astype("float32"))).sum().backward()
     found = {"y": y_TD.numpy(), "x": None, "weights": None}
-    if not frozen_input:
+    if not frozen:
         found |= {"x": x_TD.grad.numpy(), "weights": weights_TC.grad.numpy()}
     return found | {name: p.grad.numpy() for name, p in experts.named_parameters() if not p.stop_gradient}
 
@@ -94,7 +96,7 @@ def test_groups_decide_what_is_in_the_cache_only(monkeypatch, rows):
 def test_a_frozen_layer_gives_its_input_no_gradient(monkeypatch):
     """What nothing below needs is not computed; the factors have theirs all the same."""
     whole = outcome(monkeypatch, "zipf 1", "kernels", lora=True, train=False)
-    part = outcome(monkeypatch, "zipf 1", "kernels", lora=True, train=False, frozen_input=True)
+    part = outcome(monkeypatch, "zipf 1", "kernels", lora=True, train=False, frozen=True)
     assert part.pop("x") is None and part.pop("weights") is None
     assert all(np.array_equal(part[name], whole[name]) for name in part)
 
@@ -105,6 +107,35 @@ def test_any_layout_is_equal(monkeypatch, blocks, load):
     """What a layout costs decides which is taken, not what comes out."""
     loop = outcome(monkeypatch, load, "loop", lora=True, train=True)
     assert_equal(outcome(monkeypatch, load, blocks, lora=True, train=True), loop)
+
+
+def test_dropout_of_groups(monkeypatch):
+    """What is dropped is the same in backward, and right: equal to the loop's with the same numbers dropped."""
+    seeds = iter([11, 22] * 9)
+    monkeypatch.setattr("vl2.expert_mlp.GROUP", 64)
+    monkeypatch.setattr(paddle, "randint", lambda *args: paddle.to_tensor([next(seeds), next(seeds)]))
+    found = outcome(monkeypatch, "zipf 1", "kernels", lora=True, train=True, dropout=0.4)
+
+    def by_place(layer, x):
+        """The layer's dropout, told of the first product's rows [P, D] and the second's [P, I]."""
+        rule = _Dropout(0.4, (11, 22)).rule(0 if x.shape[1] == D else 1, slice(0, x.shape[0]))
+        stays = np.empty(x.shape, np.float32)
+        cpu_kernels.drop(np.ones(x.shape, np.float32), *rule, stays)
+        assert abs((stays > 0).mean() - 0.6) < 0.02 and abs((stays > 0).mean(axis=0) - 0.6).max() < 0.07
+        return x * paddle.to_tensor(stays)
+
+    monkeypatch.setattr(paddle.nn.Dropout, "forward", by_place)
+    loop = outcome(monkeypatch, "zipf 1", "loop", lora=True, train=True, dropout=0.4)
+    assert_equal(found, loop)
+
+
+def test_dropout_is_drawn_from_the_generator(monkeypatch):
+    """So that a run that goes on drops what it would have, and a layer computed again what it did."""
+    found = []
+    for seed in (1, 1, 2):
+        paddle.seed(seed)
+        found.append(outcome(monkeypatch, "zipf 1", "kernels", lora=True, train=False, dropout=0.4)["y"])
+    assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
 
 
 def test_batches_are_deterministic(monkeypatch):

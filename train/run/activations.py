@@ -12,6 +12,7 @@ from train.config.schema import TrainConfig
 from train.config.trains import trained_groups
 from vl2.config import LanguageConfig, VisionConfig, VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
+from vl2.expert_mlp import GROUP
 from vl2.language import HEAD_CHUNK
 from vl2.quantised import SLICE
 
@@ -89,7 +90,7 @@ def saved_numbers(language: LanguageConfig, layer: int, tokens: int, on_gpu: boo
     rows = (PADDING if on_gpu else 1) * tokens * language.num_experts_per_tok
     shared = 3 * inner * (language.n_shared_experts or 0)
     router = 2 * 3 * (language.n_routed_experts or 0)  # in float32: two of these numbers each
-    # A loop makes the rows that it multiplies again in backward, see `vl2.expert_loop.Remade`.
+    # A CPU has copies of tokens, results and what lies between by groups, see `vl2.expert_mlp`.
     experts = 3 * width + 4 * inner if on_gpu else 2 * inner
     return tokens * (attention + shared + router) + rows * experts
 
@@ -99,10 +100,13 @@ def _sent_back(language: LanguageConfig, layer: int, tokens: int, on_gpu: bool, 
     width = language.hidden_size
     if not language.is_moe(layer):
         return tokens * (2 * width + 3 * language.intermediate_size)
-    rows = (PADDING if on_gpu else 1) * tokens * language.num_experts_per_tok
     inner = language.moe_intermediate_size
+    if not on_gpu:
+        shared = 3 * inner * (language.n_shared_experts or 0)
+        return tokens * (2 * width + shared) + GROUP * (2 * width + 4 * inner)
+    rows = PADDING * tokens * language.num_experts_per_tok
     copied = 0
-    if on_gpu and not few_bits:  # weights of crowded experts, beside the stacked ones
+    if not few_bits:  # weights of crowded experts, beside the stacked ones
         copied = 2 * (language.n_routed_experts or 0) * width * inner
     return tokens * 2 * width + rows * max(width + 4 * inner, 3 * width + 2 * inner) + copied
 
