@@ -14,6 +14,7 @@ import paddle
 from vl2.arrays import written
 
 _CPU = paddle.CPUPlace()
+MOST = 1 << 24  # numbers of a room that is kept: one that was needed once, by a crowded expert, would stay for ever
 _kept = threading.local()
 
 
@@ -25,6 +26,9 @@ def scratch(name: str, *shape: int) -> tuple[paddle.Tensor, np.ndarray]:
         shape: of the room.
     """
     size = math.prod(shape)
+    if size > MOST:
+        tensor = paddle.empty(shape, "float32", device=_CPU)
+        return tensor, written(tensor)
     room = getattr(_kept, name, None)
     if room is None or room.size < size:
         room = paddle.empty([size], "float32", device=_CPU)
