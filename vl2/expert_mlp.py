@@ -15,6 +15,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2 import cpu_kernels
 from vl2.arrays import empty, read, written
+from vl2.dropout import Rule, draw_seeds, rule
 from vl2.expert_products import ExpertGradients, ExpertProducts, check_views, slices
 from vl2.expert_rows import Dispatch
 from vl2.quantised import Quantised, needs_grad
@@ -85,13 +86,12 @@ class _Dropout(NamedTuple):
         """Of this layer and step; None drops nothing."""
         if not part:
             return None
-        first, second = paddle.randint(0, (1 << 31) - 1, [2]).tolist()
+        first, second = draw_seeds(2)
         return _Dropout(part, (first, second))
 
-    def rule(self, product: int, rows: slice) -> tuple[np.uint32, np.uint32, np.float32]:
-        """Seed, least and factor of `cpu_kernels.drop` for some rows of the first (0) or second product."""
-        seed = np.uint32((self.seeds[product] + rows.start) % (1 << 32))
-        return seed, np.uint32(self.part * (1 << 32)), np.float32(1 / (1 - self.part))
+    def rule(self, product: int, rows: slice) -> Rule:
+        """What stays of some rows of the first (0) or second product: row by row the next seed."""
+        return rule(self.part, self.seeds[product] + rows.start)
 
 
 class _ExpertMLP(PyLayer):

@@ -12,6 +12,7 @@ import paddle
 from paddle import nn
 from paddlenlp.peft.lora.lora_layers import LoRALinear as PaddleNLPLoRALinear
 
+from vl2.dropout import Dropout
 from vl2.expert_mlp import Factors
 from vl2.grouped_linear import GroupedLora
 from vl2.linear import Linear, linear, whole
@@ -85,7 +86,7 @@ class LoRALinear(PaddleNLPLoRALinear):
         self.weight, self.bias, self.name = base.weight, base.bias, None
         self.in_features, self.out_features = base.weight.shape
         self.r, self.scaling = rank, scaling
-        self.lora_dropout = nn.Dropout(dropout)
+        self.lora_dropout = Dropout(dropout)
         self.lora_A = self.create_parameter([self.in_features, rank], dtype="float32")
         self.lora_B = self.create_parameter([rank, self.out_features], dtype="float32")
         if pissa:
@@ -133,7 +134,7 @@ class ExpertsLoRA(nn.Layer):
         super().__init__()
         num_experts, size, inner = base.gate_up.shape[0], base.gate_up.shape[1], base.down.shape[1]
         self.scaling = scaling
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.gate_A = self.create_parameter([num_experts, size, rank], dtype="float32")
         self.gate_B = self.create_parameter([num_experts, rank, inner], dtype="float32")
         self.up_A = self.create_parameter([num_experts, size, rank], dtype="float32")

@@ -8,6 +8,7 @@ import paddle
 import pytest
 
 from vl2 import cpu_kernels
+from vl2.dropout import Dropout
 from vl2.errors import UserError
 from vl2.expert_mlp import _Dropout
 from vl2.expert_rows import Blocks, dispatch
@@ -124,7 +125,7 @@ def test_dropout_of_groups(monkeypatch):
         assert abs((stays > 0).mean() - 0.6) < 0.02 and abs((stays > 0).mean(axis=0) - 0.6).max() < 0.07
         return x * paddle.to_tensor(stays)
 
-    monkeypatch.setattr(paddle.nn.Dropout, "forward", by_place)
+    monkeypatch.setattr(Dropout, "forward", by_place)
     loop = outcome(monkeypatch, "zipf 1", "loop", lora=True, train=True, dropout=0.4)
     assert_equal(found, loop)
 
