@@ -87,8 +87,8 @@ def test_a_run_with_a_broken_marker_goes_on(run, whole, tmp_path):
     assert marker is not None and (marker.status, marker.step, marker.wandb_id) == ("finished", 6, known.wandb_id)
 
 
-# Losses of these runs' second and third step. They were made when Paddle drew what is dropped number by number, and went
-# on to 8.1216 and 7.2476 then. As the golden curve: another machine's float32 sums.
+# Losses of these runs' second and third step. They were made when Paddle drew what is dropped number by number, and
+# went on to 8.1216 and 7.2476 then. As the golden curve: another machine's float32 sums.
 DROPPED_BY_PLACE = (8.1170, 7.2058)
 
 
