@@ -42,7 +42,7 @@ def _sum(x: np.ndarray) -> np.float32:
 
 @kernel
 def _max(x: np.ndarray) -> np.float32:
-    """Greatest number; one that is none is passed over where it is not the first of its lane."""
+    """Greatest number; one that is none is passed over where it is not the first of all."""
     lanes = np.full(_LANES, x[0])
     whole = x.size - x.size % _LANES
     for start in range(0, whole, _LANES):

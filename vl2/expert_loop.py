@@ -8,7 +8,7 @@ from __future__ import annotations
 import paddle
 from paddle.autograd import PyLayer, PyLayerContext
 
-from vl2.expert_products import ExpertGradients, ExpertProducts, check_views, slices
+from vl2.expert_products import ExpertGradients, ExpertProducts, check_views, slices, some_rows
 from vl2.quantised import Quantised, needs_grad, tensors_of
 
 
@@ -35,7 +35,7 @@ class ExpertLoop(PyLayer):
         out = paddle.empty([x.shape[0], weight.shape[2]], x.dtype)
         low = None if a is None else paddle.empty([x.shape[0], a.shape[2]], x.dtype)
         for e, rows in slices(counts):
-            products.forward(e, x[rows], out[rows], _rows(low, rows), _rows(lora_x, rows))
+            products.forward(e, x[rows], out[rows], some_rows(low, rows), some_rows(lora_x, rows))
         ctx.save_for_backward(*(t for t in (x, *tensors_of(weight), a, b, low, lora_x) if t is not None))
         return out
 
@@ -51,12 +51,8 @@ class ExpertLoop(PyLayer):
         gradients = ExpertGradients(weight, a, b, (weight_needs, a_needs, b_needs), ctx.counts, grad.dtype)
         for e, rows in slices(ctx.counts):
             g = grad[rows]
-            into = _rows(grad_x, rows), _rows(grad_lora_x, rows)
+            into = some_rows(grad_x, rows), some_rows(grad_lora_x, rows)
             grad_low = gradients.to_rows(e, g, *into, same_rows=not ctx.has_lora_x)
-            gradients.to_matrices(e, g, grad_low, x[rows], _rows(low, rows), _rows(lora_x, rows))
+            gradients.to_matrices(e, g, grad_low, x[rows], some_rows(low, rows), some_rows(lora_x, rows))
         of_tensors = [grad_x, *([] if ctx.quantised else [gradients.of_weight]), *([grad_lora_x] * ctx.has_lora_x)]
         return *of_tensors, *([gradients.of_a, gradients.of_b] * bool(rest))
-
-
-def _rows(x: paddle.Tensor | None, rows: slice) -> paddle.Tensor | None:
-    return None if x is None else x[rows]

@@ -16,7 +16,7 @@ from paddle.autograd import PyLayer, PyLayerContext
 from vl2 import cpu_kernels
 from vl2.arrays import empty, read, written
 from vl2.dropout import Rule, draw_seeds, rule
-from vl2.expert_products import ExpertGradients, ExpertProducts, check_views, slices
+from vl2.expert_products import ExpertGradients, ExpertProducts, check_views, slices, some_rows
 from vl2.expert_rows import Dispatch
 from vl2.quantised import Quantised, needs_grad
 from vl2.scratch import scratch
@@ -121,16 +121,16 @@ class _ExpertMLP(PyLayer):
             (x_nD, copies), (inner_nI, between), (y_nD, results) = (
                 scratch(f"expert_{name}", n, size) for name, size in (("x", width), ("inner", inner), ("y", width))
             )
-            hidden_n2I, low_nL, low_nK = hidden_P2I[group.rows], *(_some(t, group.rows) for t in (low_PL, low_PK))
+            hidden_n2I, low_nL, low_nK = hidden_P2I[group.rows], *(some_rows(t, group.rows) for t in (low_PL, low_PK))
             cpu_kernels.take_rows(x, index, copies)
             lora_x_nD = _dropped("x", copies, dropout, 0, group.rows)
             for e, part in group.parts:
-                first.forward(e, x_nD[part], hidden_n2I[part], _some(low_nL, part), _some(lora_x_nD, part))
+                first.forward(e, x_nD[part], hidden_n2I[part], some_rows(low_nL, part), some_rows(lora_x_nD, part))
             gates = read(hidden_n2I).reshape(-1)
             cpu_kernels.gated(gates, gates[inner:], 2 * inner, weights[where.choice_P[group.rows]], between)
             lora_inner_nI = _dropped("inner", between, dropout, 1, group.rows)
             for e, part in group.parts:
-                second.forward(e, inner_nI[part], y_nD[part], _some(low_nK, part), _some(lora_inner_nI, part))
+                second.forward(e, inner_nI[part], y_nD[part], some_rows(low_nK, part), some_rows(lora_inner_nI, part))
             cpu_kernels.add_rows(results, index, y)
         # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
         operands = gate_up, a_EDL, b_EL2I, down, a_EIK, b_EKD
@@ -160,11 +160,11 @@ class _ExpertMLP(PyLayer):
             sizes = {"x": width, "inner": inner, "y": width, "grad_inner": inner, "grad_hidden": 2 * inner}
             room = {name: scratch(f"expert_{name}", n, size) for name, size in sizes.items()}
             (x_nD, inner_nI, y_nD, grad_inner_nI, grad_hidden_n2I) = (tensor for tensor, _ in room.values())
-            hidden_n2I, low_nL, low_nK = hidden_P2I[group.rows], *(_some(t, group.rows) for t in (low_PL, low_PK))
+            hidden_n2I, low_nL, low_nK = hidden_P2I[group.rows], *(some_rows(t, group.rows) for t in (low_PL, low_PK))
             cpu_kernels.take_rows(grad, index, room["y"][1])
             from_lora, same = _room_of_dropped("inner", n, inner, dropout), dropout is None
             grad_lows = [
-                of_second.to_rows(e, y_nD[part], grad_inner_nI[part], _some(from_lora, part), same_rows=same)
+                of_second.to_rows(e, y_nD[part], grad_inner_nI[part], some_rows(from_lora, part), same_rows=same)
                 for e, part in group.parts
             ]
             _add_dropped(from_lora, dropout, 1, group.rows, room["grad_inner"][1])
@@ -177,7 +177,7 @@ class _ExpertMLP(PyLayer):
             to_weights.reshape(-1)[choices] = of_weights
             lora_inner_nI = _dropped("inner", room["inner"][1], dropout, 1, group.rows)
             for (e, part), grad_low in zip(group.parts, grad_lows, strict=True):
-                rows = inner_nI[part], _some(low_nK, part), _some(lora_inner_nI, part)
+                rows = inner_nI[part], some_rows(low_nK, part), some_rows(lora_inner_nI, part)
                 of_second.to_matrices(e, y_nD[part], grad_low, *rows)
             lora_x_nD = None
             if of_first.need_rows:
@@ -186,8 +186,10 @@ class _ExpertMLP(PyLayer):
             from_lora = _room_of_dropped("y", n, width, dropout if x_needs else None)
             for e, part in group.parts:
                 grad_n2I, to_rows = grad_hidden_n2I[part], y_nD[part] if x_needs else None
-                grad_low = of_first.to_rows(e, grad_n2I, to_rows, _some(from_lora, part), same_rows=same)
-                of_first.to_matrices(e, grad_n2I, grad_low, x_nD[part], _some(low_nL, part), _some(lora_x_nD, part))
+                grad_low = of_first.to_rows(e, grad_n2I, to_rows, some_rows(from_lora, part), same_rows=same)
+                of_first.to_matrices(
+                    e, grad_n2I, grad_low, x_nD[part], some_rows(low_nL, part), some_rows(lora_x_nD, part)
+                )
             if x_needs:
                 _add_dropped(from_lora, dropout, 0, group.rows, room["y"][1])
                 cpu_kernels.add_rows(room["y"][1], index, to_x)
@@ -219,10 +221,6 @@ def _add_dropped(
 ) -> None:
     if grads is not None and dropout is not None:
         cpu_kernels.add_dropped(read(grads), *dropout.rule(product, rows), total)
-
-
-def _some(x: paddle.Tensor | None, rows: slice) -> paddle.Tensor | None:
-    return None if x is None else x[rows]
 
 
 def _groups(counts: Sequence[int]) -> Iterator[Group]:

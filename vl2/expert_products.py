@@ -38,6 +38,11 @@ def slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
         start += count
 
 
+def some_rows(x: paddle.Tensor | None, rows: slice) -> paddle.Tensor | None:
+    """Rows of what may not be there."""
+    return None if x is None else x[rows]
+
+
 class ExpertProducts:
     """x @ weight[e] + x @ a[e] @ b[e] of each expert's rows."""
 

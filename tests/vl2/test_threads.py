@@ -9,6 +9,7 @@ import paddle
 import pytest
 
 from vl2 import cpu_kernels, threads
+from vl2.arrays import empty, read
 
 LETTING_GO = """
 import threading
@@ -93,7 +94,6 @@ def test_threads_that_let_go_of_tensors_do_not_wait_for_each_other():
 
 def test_memory_is_let_go_of():
     """With every tensor: some gigabytes pass through here."""
-    from vl2.arrays import empty
 
     def held() -> int:
         with open("/proc/self/statm") as statm:
@@ -110,8 +110,6 @@ def test_memory_is_let_go_of():
 
 
 def test_arrays_keep_the_memory_of_their_tensors_alive():
-    from vl2.arrays import empty, read
-
     def made():
         tensor, array = empty([3, 4])
         array[:] = 7

@@ -36,7 +36,7 @@ from vl2.tiles import MAX_CROPPED_IMAGES, Grid, Resolution, tile_grid
 # Of vl2: what decides the tiles of a picture, and the rounding of what the tower makes of them.
 _DECIDING = (
     *("tiles", "vision", "projector", "attention", "plain_attention", "linear", "casts"),
-    *("cpu_kernels", "weight_kernels", "ways"),
+    *("compiled", "cpu_kernels", "weight_kernels", "ways"),
 )
 _NUMPY_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 
