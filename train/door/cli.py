@@ -5,12 +5,16 @@ The door runs `python -m train.door.cli train.ask.infer ...`: Paddle must come i
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import io
 import logging
 import multiprocessing
+import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -29,23 +33,55 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
     """
     import_paddle_quietly()
     try:
-        code = main(sys.argv[1:]) or 0
+        code = _code_of(main)
+    except Exception:
+        if not _one_of_several():
+            raise
+        traceback.print_exc()
+        code = 1
+    finally:
+        # After an exception Python waits for its children, and a data loader's worker that ignores SIGTERM never ends.
+        for child in multiprocessing.active_children():
+            child.kill()
+    if _one_of_several():
+        _leave(code)
+    sys.exit(code)
+
+
+def _code_of(main: Callable[[list[str]], int | None]) -> int:
+    try:
+        return main(sys.argv[1:]) or 0
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
-        code = 2
+        return 2
     except OSError as problem:
         if not is_full(problem):
             raise
         where = f"{problem.filename}: " if problem.filename else ""
         print(f"error: {where}the disk is full; free some space, what was saved before is whole", file=sys.stderr)
-        code = 2
+        return 2
     except KeyboardInterrupt:
-        code = 130
-    finally:
-        # After an exception Python waits for its children, and a data loader's worker that ignores SIGTERM never ends.
-        for child in multiprocessing.active_children():
-            child.kill()
-    sys.exit(code)
+        return 130
+
+
+def _one_of_several() -> bool:
+    """Whether this process has met the others of its run."""
+    distributed = sys.modules.get("paddle.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process as Python does, but its libraries are not taken down.
+
+    The process that the others met at serves them to its end in a thread. When one hangs up after the log of Paddle's
+    libraries is gone, that thread aborts, and a run that has saved everything is reported as failed.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as Python does first
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+            stream.flush()
+    os._exit(code)
 
 
 def import_paddle_quietly() -> None:

@@ -96,7 +96,9 @@ def end_all(processes: list[subprocess.Popen[bytes]]) -> None:
 def show_failure(container: Any, *, shown: bool) -> None:
     """Says which process failed, with the end of its log where that is not on the screen yet (as rank 0's is)."""
     code = container.exit_code
-    how = f"failed (exit {code})" if code >= 0 else f"was killed by {signal.Signals(-code).name} (out of memory?)"
+    how = f"failed (exit {code})" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    if -code == signal.SIGKILL:
+        how += " (out of memory?)"
     print(f"error: process {container.rank} of this machine {how}: {container.errfile}", file=sys.stderr)
     if not shown:
         print(Path(container.errfile).read_text("utf-8", "replace")[-TAIL:], file=sys.stderr)

@@ -36,6 +36,29 @@ if os.environ["PADDLE_TRAINER_ID"] == "1":
 print("rank 0 waits", flush=True)
 time.sleep(60)
 """
+# Rank 0 lingers where its libraries are taken down already (its pause, registered before theirs, comes after them) and
+# still serves the ranks' meeting place, which a library kept; meanwhile rank 1 hangs up.
+LINGERS = """
+import ctypes, os, sys, time
+rank = int(os.environ["PADDLE_TRAINER_ID"])
+if rank == 0:
+    libc = ctypes.CDLL(None)
+    libc.__cxa_atexit(libc.usleep, ctypes.c_void_p(3_000_000), None)
+from train.door.cli import run_cli
+def main(argv):
+    import paddle.distributed as dist
+    from paddle.base import core
+    dist.init_parallel_env()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(core.create_or_get_global_tcp_store()))
+    dist.barrier()
+    if rank == 1:
+        time.sleep(1)
+    if argv[2:]:
+        raise TypeError("a fault")
+    print("done", rank)
+    return 75
+run_cli(main)
+"""
 
 
 def start(folder, script, *arguments):
@@ -121,6 +144,15 @@ def test_failed_process_takes_the_others_with_it(tmp_path):
     assert said.count("error: rank 1 cannot go on") == 1
     assert said.count("rank 0 waits") == 1
     assert "process 1 of this machine failed (exit 1)" in said
+
+
+@pytest.mark.slow
+def test_taking_libraries_down_does_not_fail_a_run(tmp_path):
+    """Rank 0 was aborted at its very end when another hung up after Paddle's log was gone and before its server was."""
+    launcher = start(tmp_path, LINGERS, "--nproc_per_node", "2", "--log_level", "WARNING")
+    said = launcher.communicate(timeout=90)[0].decode()
+    assert launcher.returncode == 75 and "killed" not in said, said
+    assert said.count("done 0") == 1
 
 
 def test_processes_whose_time_is_up_have_not_failed(capfd):
