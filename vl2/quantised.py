@@ -4,12 +4,16 @@
             itself is one of 256 steps between the smallest and the largest of 256 neighbours. Source: arXiv 2305.14314.
     int8    8 bits a weight and a float32 scale for each output channel.
 
+The vision tower's matrices are kept in int8 in either case: it is small beside what they are, and all that is seen
+passes through it.
+
 Shape suffixes: E matrices of a stacked weight (1 of any other), I in, O out, B blocks of 64, G groups of 256 blocks.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -25,8 +29,9 @@ from vl2.constant_tensors import byte_pairs
 from vl2.parameter_groups import group_of
 from vl2.weight_kernels import NF4_BLOCK, NF4_GROUP
 
-# The groups of weights that are kept so; the tower, tables, norms and routers are small, or more is lost with them.
+# The groups of weights that are kept so; tables, norms and routers are small, or more is lost with them.
 QUANTISED_GROUPS = ("attention", "experts", "shared_experts", "dense_mlp")
+_TOWER_MATRICES = re.compile(r"vision\.(blocks\.\d+\.(attn|mlp)|attn_pool(\.mlp)?)\.\w+\.weight")
 _STEPS = 255  # of a scale's code
 _LARGEST = 127  # of an int8 code
 # Numbers of stacked matrices that are made whole at once on a GPU, with some 10 bytes each on the way.
@@ -146,9 +151,19 @@ def tensors_of(weight: paddle.Tensor | Quantised) -> list[paddle.Tensor]:
     return [] if isinstance(weight, Quantised) else [weight]
 
 
-def is_quantised(path: str) -> bool:
-    """Whether a base model's parameter is kept in few bits when its model is."""
-    return group_of(path) in QUANTISED_GROUPS
+def kept_in(path: str, frozen: str) -> str:
+    """What a base model's parameter is kept in.
+
+    Args:
+        path: of the parameter.
+        frozen: what the model's frozen matrices are: "none", "nf4" or "int8".
+
+    Returns:
+        "nf4", "int8", or "none": as it is stored.
+    """
+    if frozen == "none" or group_of(path) in QUANTISED_GROUPS:
+        return frozen
+    return "int8" if _TOWER_MATRICES.fullmatch(path) and "norm" not in path else "none"
 
 
 def quantised_bytes(kind: str, shape: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from train.run.micro_batch import gather_losses, train_pack
 from train.run.optim import build_optimizer
 from vl2.generate import generate
 from vl2.parameters import set_quantised
-from vl2.quantised import is_quantised, quantise, quantised_of
+from vl2.quantised import kept_in, quantise, quantised_of
 
 LAYERS, DENSE = 4, 1  # of narrow(), which is Tiny with other numbers
 
@@ -64,11 +64,11 @@ def test_weights_in_few_bits_wait_for_nothing(kind, monkeypatch):
     for few in (False, True):
         step = prepare(narrow(2, 8, 1))
         for path, parameter in step.model.model.named_parameters() if few else ():
-            if is_quantised(path) and "lora" not in path:
+            if "lora" not in path and (kept := kept_in(path, kind)) != "none":
                 values = parameter.numpy().reshape(-1, *parameter.shape[-2:])
-                arrays = [quantise(kind, np.ascontiguousarray(matrix)) for matrix in values]
+                arrays = [quantise(kept, np.ascontiguousarray(matrix)) for matrix in values]
                 stacked = {name: np.stack([each[name] for each in arrays]) for name in arrays[0]}
-                set_quantised(step.model.model, path, quantised_of(kind, parameter.shape, stacked))
+                set_quantised(step.model.model, path, quantised_of(kept, parameter.shape, stacked))
 
         def whole(step=step) -> None:
             loss, count = step.model.model.loss(step.batch)

@@ -201,6 +201,7 @@ def load_with_bar(
     tower: bool = True,
     frozen: str = "none",
     frozen_cache: Path | None = None,
+    trains: Callable[[str], bool] = lambda path: False,
 ) -> DeepseekVL2:
     """`load_model` with a progress bar on stderr, where there is enough to wait for; one of several ranks shows it."""
     sizes = weight_sizes(build_model(folder.config, 0))
@@ -210,7 +211,14 @@ def load_with_bar(
     style = {"desc": what, "unit": "B", "unit_scale": True, "mininterval": 1.0, "file": sys.stderr}
     with tqdm(total=num_bytes, disable=num_bytes < _BAR_BYTES or dist.get_rank() != 0, **style) as bar:
         return load_model(
-            folder, dtype=dtype, keep=keep, done=bar.update, tower=tower, frozen=frozen, frozen_cache=frozen_cache
+            folder,
+            dtype=dtype,
+            keep=keep,
+            done=bar.update,
+            tower=tower,
+            frozen=frozen,
+            frozen_cache=frozen_cache,
+            trains=trains,
         )
 
 

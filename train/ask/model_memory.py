@@ -14,7 +14,7 @@ from train.machine.memory import check_memory, gigabytes
 from vl2.config import LanguageConfig, VL2Config
 from vl2.dtypes import item_bytes
 from vl2.parameters import build_model
-from vl2.quantised import is_quantised, quantised_bytes
+from vl2.quantised import kept_in, quantised_bytes
 
 
 def inference_memory(config: VL2Config, dtype: str, frozen: str = "none") -> int:
@@ -69,8 +69,8 @@ def weight_bytes(model: nn.Layer, dtype: str, frozen: str) -> dict[str, int]:
         frozen: what the language model's matrices are kept in; "none": as the others.
     """
     return {
-        name: quantised_bytes(frozen, parameter.shape)
-        if frozen != "none" and is_quantised(name)
-        else math.prod(parameter.shape) * item_bytes(dtype)
+        name: math.prod(parameter.shape) * item_bytes(dtype)
+        if (kind := kept_in(name, frozen)) == "none"
+        else quantised_bytes(kind, parameter.shape)
         for name, parameter in model.named_parameters()
     }

@@ -55,8 +55,9 @@ class ModelConfig:
     frozen: str = key(
         "none",
         "Keep the language model's frozen matrices in few bits: nf4, 4.1 bits a weight, for adapters on a card that is "
-        "too small (QLoRA), or int8, 8 bits; none: as precision says. Tables, norms, routers and the vision tower stay "
-        "as they are; exports merge the adapter into the original weights.",
+        "too small (QLoRA), or int8, 8 bits; none: as precision says. Those of the vision tower, where it does not "
+        "train, take 8 bits in either case; tables, norms and routers stay as they are; exports merge the adapter into "
+        "the original weights.",
         choices=FROZEN,
     )
     frozen_cache: str = key("", "Folder that keeps what model.frozen made, for later starts; empty: none.", path=True)

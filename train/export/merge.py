@@ -27,7 +27,7 @@ from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.errors import UserError
 from vl2.lora import Delta, VL2LoRAModel, apply_lora, deltas
 from vl2.parameters import build_model, init_model
-from vl2.quantised import is_quantised
+from vl2.quantised import kept_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Merge:
 
     def quantised_parameter(self, path: str) -> paddle.Tensor:
         """A weight of the trained model as training multiplied by it: in few bits and back."""
-        if path in self.weights or not is_quantised(path):
+        if path in self.weights or kept_in(path, self.frozen) == "none":
             return self.trained_parameter(path)
         kept = self._quantised.read(path)
         whole = np.empty(self.base.shapes[path], np.float32)

@@ -79,6 +79,7 @@ def build_base(config: TrainConfig, folder: ModelFolder, *, tower: bool = True) 
             tower=tower,
             frozen=config.model.frozen,
             frozen_cache=Path(config.model.frozen_cache) if config.model.frozen_cache else None,
+            trains=set(own_names(weight_sizes(build_model(folder.config, 0)), config)).__contains__,
         )
     if paddle.get_device().startswith("gpu"):
         model.compute_dtype = dtype
@@ -150,11 +151,11 @@ def make_trainable(
     """
     model.config = dataclasses.replace(model.config, candidate_resolutions=candidates)
     if config.lora.rank == 0:
-        train_parameters(model, trained_names((name for name, _ in model.named_parameters()), config.trainable))
+        train_parameters(model, own_names(dict(model.named_parameters()), config))
         return model, ()
     settings = lora_settings(config)
     parameters = dict(model.named_parameters())
-    whole = whole_parameters(parameters, settings.also_train)
+    whole = own_names(parameters, config)
     adapter, weights = None, dict[str, Piece]()
     if config.lora.init:
         check_base(config.lora.init, base_fingerprint)
@@ -205,6 +206,13 @@ def whole_reports(model: nn.Layer, settings: LoRASettings) -> tuple[GroupReport,
         numbers = sum(map(sizes.__getitem__, names))
         reports.append(GroupReport(group=group, rank=0, modules=len(names), parameters=numbers))
     return tuple(reports)
+
+
+def own_names(names: Iterable[str], config: TrainConfig) -> list[str]:
+    """Those of a base model's parameters that train themselves in a run: all that train, or those beside adapters."""
+    if config.lora.rank == 0:
+        return trained_names(names, config.trainable)
+    return whole_parameters(names, config.lora.also_train)
 
 
 def trained_names(names: Iterable[str], parts: Sequence[str]) -> list[str]:

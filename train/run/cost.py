@@ -20,7 +20,7 @@ from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
 from vl2.language import HEAD_CHUNK
 from vl2.lora_settings import is_factor
 from vl2.plain_attention import KERNEL_BLOCK
-from vl2.quantised import SLICE, is_quantised
+from vl2.quantised import SLICE, kept_in
 
 # Looked up, added or never computed with; vectors are too small to count.
 _NOT_MULTIPLIED = ("embed_tokens.weight", "pos_embed", "image_newline", "view_seperator")
@@ -170,6 +170,7 @@ def pack_cost(model: VL2Config, config: TrainConfig, *, on_gpu: bool, tower: boo
     weights = plan_weights(model, config)
     sizes, learned = weights.sizes, weights.learned
     item = item_bytes(DTYPE_OF_SETTING[config.precision]) if on_gpu else FLOAT32_BYTES
+    kept_small = {n for n in weights.base_bytes.keys() - learned if kept_in(n, config.model.frozen) != "none"}
     again = 1 / config.recompute if config.recompute else 0.0  # of the layers go forward twice
     trains = {part for part in ("vision", "projector") if any(name.startswith(f"{part}.") for name in learned)}
     flops = dict.fromkeys(("token", "supervised", "tile"), 0.0)
@@ -184,7 +185,7 @@ def pack_cost(model: VL2Config, config: TrainConfig, *, on_gpu: bool, tower: boo
         flops[where] += 2.0 * size * rows * passes
         whole = FLOAT32_BYTES * size if name in learned or is_factor(name) else weights.frozen_bytes([name])
         read += _bytes_read(size, whole, item) * passes
-        if on_gpu and config.model.frozen != "none" and name in weights.base_bytes and is_quantised(name):
+        if on_gpu and name in kept_small:
             read += _MADE_WHOLE_BYTES * size * passes
             made_whole += _MADE_WHOLE_LAUNCHES * math.ceil(size / SLICE) * passes
     numbers = float(sum(sizes[name] for name in learned))

@@ -12,7 +12,7 @@ from train.config.schema import TrainConfig
 from train.machine.devices import CONTEXT_BYTES
 from train.machine.memory import check_memory, free_ram, gigabytes
 from train.run.activations import StepMemory, step_memory
-from train.run.build import PART_PREFIXES, PartCount, lora_settings, trained_names, whole_reports
+from train.run.build import PART_PREFIXES, PartCount, lora_settings, own_names, whole_reports
 from train.run.gradients import reduction_slices
 from train.run.shard.group import shard_degree
 from train.run.shard.partition import heaviest_share, layer_of, numbers_of_layers
@@ -21,7 +21,6 @@ from vl2.config import VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING
 from vl2.lora import GroupReport, plan_factors
 from vl2.lora_settings import is_factor
-from vl2.parameter_groups import whole_parameters
 from vl2.parameters import build_model
 
 FLOAT32_BYTES = 4
@@ -55,14 +54,13 @@ def plan_weights(model: VL2Config, config: TrainConfig) -> Weights:
     skeleton = build_model(model, 0)
     sizes = weight_sizes(skeleton)
     base_bytes = weight_bytes(skeleton, DTYPE_OF_SETTING[config.precision], config.model.frozen)
+    learned = set(own_names(sizes, config))
     if config.lora.rank == 0:
-        learned = set(trained_names(sizes, config.trainable))
         return Weights(sizes=sizes, learned=learned, groups=(), base_bytes=base_bytes)
-    of_base = set(sizes)
     settings = lora_settings(config)
     groups = (*plan_factors(skeleton, settings), *whole_reports(skeleton, settings))
     sizes = weight_sizes(skeleton)
-    learned = {name for name in sizes if is_factor(name)} | set(whole_parameters(of_base, settings.also_train))
+    learned |= {name for name in sizes if is_factor(name)}
     return Weights(sizes=sizes, learned=learned, groups=groups, base_bytes=base_bytes)
 
 

@@ -36,7 +36,7 @@ from vl2.tiles import MAX_CROPPED_IMAGES, Grid, Resolution, tile_grid
 # Of vl2: what decides the tiles of a picture, and the rounding of what the tower makes of them.
 _DECIDING = (
     *("tiles", "vision", "projector", "attention", "plain_attention", "linear", "casts"),
-    *("compiled", "cpu_kernels", "weight_kernels", "ways"),
+    *("compiled", "cpu_kernels", "weight_kernels", "quantised", "ways"),
 )
 _NUMPY_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 
@@ -135,7 +135,7 @@ def vision_cache(config: TrainConfig, folder: ModelFolder, images: ImageReader) 
     about = {
         "tower": tower,
         "projector": projected,
-        "stored": stored,
+        "stored": stored if config.model.frozen == "none" else f"{stored}, matrices in int8",
         "computed": f"{computed} on a {'GPU' if on_gpu else 'CPU'}{' with TF32' if on_gpu and config.tf32 else ''}",
         "code": _code(),
         "libraries": {"paddle": paddle.__version__, "pillow": PIL.__version__},

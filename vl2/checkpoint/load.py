@@ -17,7 +17,7 @@ from vl2.checkpoint.stored_model import StoredModel
 from vl2.dtypes import item_bytes
 from vl2.model import DeepseekVL2
 from vl2.parameters import absent, build_model, set_parameter, set_quantised
-from vl2.quantised import is_quantised
+from vl2.quantised import kept_in
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ def load_model(
     tower: bool = True,
     frozen: str = "none",
     frozen_cache: Path | None = None,
+    trains: Callable[[str], bool] = lambda path: False,
 ) -> DeepseekVL2:
     """Read a checkpoint in either layout straight into the model, tensor by tensor; all weights frozen.
 
@@ -43,8 +44,9 @@ def load_model(
         keep: whether to read a parameter; the others stay without memory.
         done: told the bytes of each parameter that is in place (a progress bar).
         tower: False leaves the vision tower out until it is called.
-        frozen: "nf4" or "int8": the language model's matrices are kept in few bits, see `vl2.quantised`.
+        frozen: "nf4" or "int8": matrices are kept in few bits, see `vl2.quantised`.
         frozen_cache: folder for what comes of that, which later starts read; None: it is not kept.
+        trains: whether a parameter will train, and is needed whole.
 
     Returns:
         The model in eval mode. Mark what trains afterwards (`train_parameters`).
@@ -56,13 +58,13 @@ def load_model(
     weights, scratch = opened.weights, 0
     model = build_model(opened.config, opened.tokenizer.image_id)
     if not tower:
-        _load_when_called(model, weights, dtype)
+        _load_when_called(model, weights, dtype, frozen)
     quantised = None if frozen == "none" else QuantisedReader(weights, frozen, dtype, frozen_cache)
     for path in weights.parts:
         if path.startswith(TOWER) and not tower:
             continue
         num_bytes = math.prod(weights.shapes[path]) * item_bytes(dtype)
-        if quantised and is_quantised(path):
+        if quantised and kept_in(path, frozen) != "none" and not trains(path):
             set_quantised(model, path, quantised.read(path))
         elif keep(path):
             set_parameter(model, path, weights.parameter(path, dtype))
@@ -80,7 +82,7 @@ def load_model(
     return model
 
 
-def _load_when_called(model: DeepseekVL2, weights: StoredModel, dtype: str) -> None:
+def _load_when_called(model: DeepseekVL2, weights: StoredModel, dtype: str, frozen: str) -> None:
     """Have the vision tower read its weights before its first call."""
     for parameter in model.vision.parameters():
         parameter.trainable, parameter.stop_gradient = False, True
@@ -88,9 +90,16 @@ def _load_when_called(model: DeepseekVL2, weights: StoredModel, dtype: str) -> N
     def read(layer: nn.Layer, inputs: object) -> None:
         hook.remove()
         logger.warning("a picture is not in the vision cache: the vision tower is loaded after all")
+        quantised = None if frozen == "none" else QuantisedReader(weights, frozen, dtype)
         for path in weights.parts:
-            if path.startswith(TOWER):
+            if not path.startswith(TOWER):
+                continue
+            if quantised and kept_in(path, frozen) != "none":
+                set_quantised(model, path, quantised.read(path))
+            else:
                 set_parameter(model, path, weights.parameter(path, dtype))
+        if quantised:
+            quantised.close()
 
     hook = model.vision.register_forward_pre_hook(read)
 

@@ -27,11 +27,11 @@ from vl2.checkpoint.fingerprint import stored_fingerprint
 from vl2.checkpoint.stored_model import StoredModel
 from vl2.checkpoint.tensor_files import read_header, write_safetensors
 from vl2.errors import UserError
-from vl2.quantised import Quantised, quantise, quantised_of
+from vl2.quantised import Quantised, kept_in, quantise, quantised_of
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "1"  # of the files, and of how numbers are rounded
+_FORMAT = "2"  # of the files, and of how numbers are rounded
 _MOST_THREADS = 8
 _ABANDONED = 3600  # seconds after which a half-written file has no writer any more
 _ABOUT, _CHECKSUM = "vl2", "checksum"  # entries of a file's metadata
@@ -42,18 +42,18 @@ class QuantisedReader:
 
     Args:
         weights: the checkpoint.
-        kind: "nf4" or "int8".
+        frozen: "nf4" or "int8", see `vl2.quantised.kept_in`.
         dtype: type that the weights are rounded to before.
         cache: folder for what comes of it; None: it is not kept.
     """
 
-    def __init__(self, weights: StoredModel, kind: str, dtype: str, cache: Path | None = None):
-        self._weights, self._kind, self._dtype = weights, kind, dtype
+    def __init__(self, weights: StoredModel, frozen: str, dtype: str, cache: Path | None = None):
+        self._weights, self._frozen, self._dtype = weights, frozen, dtype
         self._about = ""
         self._place: Path | None = None
         if cache is not None:
-            self._about = json.dumps([_FORMAT, kind, stored_fingerprint(weights, dtype)])
-            self._place = cache / f"{kind}-{hashlib.sha256(self._about.encode()).hexdigest()[:16]}"
+            self._about = json.dumps([_FORMAT, frozen, stored_fingerprint(weights, dtype)])
+            self._place = cache / f"{frozen}-{hashlib.sha256(self._about.encode()).hexdigest()[:16]}"
             _sweep(self._place)
         self._writable = True
         # The same ones for all weights: glibc gives each new thread a heap of its own, and keeps what it frees there.
@@ -74,15 +74,15 @@ class QuantisedReader:
         if arrays is None:
             arrays = self._made(path, shape)
             self._keep(path, arrays)
-        return quantised_of(self._kind, shape, arrays)
+        return quantised_of(kept_in(path, self._frozen), shape, arrays)
 
     def _made(self, path: str, shape: list[int]) -> dict[str, np.ndarray]:
-        number = math.prod(shape[:-2])
+        number, kind = math.prod(shape[:-2]), kept_in(path, self._frozen)
 
         def one(index: int) -> dict[str, np.ndarray]:
             matrix = self._weights.matrix(path, index, self._dtype)
             try:
-                return quantise(self._kind, matrix)
+                return quantise(kind, matrix)
             except ValueError as problem:
                 which = f"matrix {index} of " if number > 1 else ""
                 raise UserError(f"{self._weights.folder}: {which}{path} cannot be quantised: {problem}") from problem

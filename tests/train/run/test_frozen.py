@@ -132,14 +132,21 @@ def test_whole_weights_say_nothing_of_it(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_projector_alone_trains_on_few_bits(run, held_out, tmp_path, capsys):
-    """Without adapters what trains is not in few bits, and learns through what is; `eval` and `export` know it too."""
+@pytest.mark.parametrize(
+    "trains", ["trainable=[projector]", "trainable=[vision,projector]", "lora.also_train=[vision]"]
+)
+def test_what_trains_itself_is_not_in_few_bits(trains, run, held_out, tmp_path, capsys):
+    """It learns through what is, with adapters beside it and without; `eval` and `export` know it too."""
     import train.ask.evaluate as entry
 
     folder = tmp_path / "run"
-    settings = ("lora.rank=0", "lora.dropout=0", "trainable=[projector]", "model.frozen=nf4", "max_steps=2")
+    settings = ("lora.dropout=0", trains, "model.frozen=nf4", "max_steps=2")
+    settings += ("lora.rank=0",) if "lora" not in trains else ()
     assert run(folder, *settings, f"data.eval_path={held_out}", "eval.questions=1", "recompute=1") == 0
     assert all(norm > 0 for _, norm in losses(folder))
+    if "vision" in trains:
+        groups = [line["grad_norm_of"]["vision"] for line in lines(folder) if "loss" in line]
+        assert len(groups) == 2 and max(groups) > 0
     capsys.readouterr()
     arguments = [f"model={folder}", f"data.path={held_out}", f"out={tmp_path / 'out.jsonl'}", "device=cpu"]
     # What trained is float32, which precision=auto rounds to the base's type.
@@ -174,6 +181,17 @@ def test_a_base_is_read_in_few_bits_on_wish(model_folder):
     assert 0 < np.sqrt(np.square(ours - theirs).mean()) < 0.1 * theirs.std()
     assert few.frozen == "int8" and whole.frozen == "none"
     assert all(not isinstance(stored(p), Quantised) for p in load_model(model_folder).parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tower_is_kept_in_eight_bits(kind, model_folder):
+    """Its matrices in either case, and neither what it adds, nor its norms, nor the pixels' projection."""
+    tower = load_model(model_folder, frozen=kind).vision
+    kinds = {name: kept.kind for name, p in tower.named_parameters() if isinstance(kept := stored(p), Quantised)}
+    matrices = [name for name, p in tower.named_parameters() if p.ndim == 2]
+    assert sorted(kinds) == sorted(matrices) and set(kinds.values()) == {"int8"}
+    trained = load_model(model_folder, frozen=kind, trains=lambda path: path.startswith("vision.")).vision
+    assert all(not isinstance(stored(p), Quantised) for p in trained.parameters())
 
 
 def test_nothing_begins_where_a_weight_is_not_finite(arguments, tmp_path, golden_folder):

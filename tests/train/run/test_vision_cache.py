@@ -63,6 +63,21 @@ def test_losses_are_those_without_it(run, whole, data_file, tmp_path, tower_call
     assert tower_calls == [1] and "the vision tower is loaded after all" in caplog.text
 
 
+@pytest.mark.slow
+def test_a_tower_in_few_bits(run, tmp_path, caplog):
+    """Its features have a place of their own, and it is as it was where it is loaded after all."""
+    folder, frozen = tmp_path / "cache", "model.frozen=nf4"
+    assert run(tmp_path / "without", frozen, "max_steps=6") == 0
+    for name in ("first", "second"):
+        assert run(tmp_path / name, frozen, "max_steps=6", f"data.vision_cache={folder}") == 0
+        assert lines(tmp_path / name) == lines(tmp_path / "without")
+        damaged, *_ = (path for path in folder.glob("*/seen/*/*"))
+        damaged.write_bytes(b"x")
+    assert "the vision tower is loaded after all" in caplog.text
+    assert run(tmp_path / "whole", "max_steps=1", f"data.vision_cache={folder}") == 0
+    assert len(list(folder.glob("*/seen"))) == 2
+
+
 def test_a_dry_run_says_it_and_writes_nothing(arguments, tmp_path):
     config = load_config(arguments(tmp_path / "run", f"data.vision_cache={tmp_path / 'cache'}"))
     found = dry_run(config, tmp_path)
