@@ -8,6 +8,8 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-4294967296}"
 export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-4294967296}"
 export MALLOC_TOP_PAD_="${MALLOC_TOP_PAD_:-268435456}"
+# In large pages, which the processor finds and clears faster (4 % of a CPU training step of VL2-Tiny).
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 # Paddle's MKL takes its slowest kernels on a processor that is not Intel's; with AVX2 there, matrix products are 4x as fast.
 # The tests take the kernels that give the same numbers on every processor: goldens hold to the last digits.
 if [ "${1:-}" = test ]; then
