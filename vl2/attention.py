@@ -12,9 +12,11 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from vl2 import ways
 from vl2.cache import LayerStep
 from vl2.config import LanguageConfig
 from vl2.constant_tensors import segment_bounds
+from vl2.kernel_attention import KernelAttention
 from vl2.linear import Linear
 from vl2.plain_attention import PlainAttention
 from vl2.rotation import Rope, rope_tables, rotate_half_split
@@ -55,7 +57,8 @@ def attention(
     """
     if _flash_fits(q_THK, q_lens, k_lens):
         return _flash_attention(q_THK, k_THK, v_THV, q_lens, scale, causal)
-    return PlainAttention.apply(q_THK, k_THK, v_THV, list(q_lens), list(k_lens), scale, causal)
+    way = KernelAttention if ways.takes_float32_kernels(q_THK) else PlainAttention
+    return way.apply(q_THK, k_THK, v_THV, list(q_lens), list(k_lens), scale, causal)
 
 
 def attend_last(

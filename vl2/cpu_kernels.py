@@ -17,6 +17,7 @@ _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.flo
 _ROUND = np.float32(1.5 * 2**23)  # adding and subtracting it leaves whole numbers
 _LOWEST, _HIGHEST = np.float32(-87.0), np.float32(88.0)
 _ONE = np.float32(1.0)
+_GELU_1, _GELU_3 = np.float32(2 * 0.7978845608028654), np.float32(2 * 0.7978845608028654 * 0.044715)  # 2 (2 / pi)^0.5
 _LANES = 64  # of a maximum: compilers split sums into lanes, but no maximum of numbers that may be none
 
 
@@ -176,6 +177,23 @@ def gated_grad(
 
 
 @row_kernel
+def gelu(x: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
+    """GELU in its tanh form, which is x times a sigmoid: float32 [N, I]."""
+    for row in range(start, stop):
+        for i in range(out.shape[1]):
+            u = x[row, i] * (_GELU_1 + _GELU_3 * x[row, i] * x[row, i])
+            out[row, i] = x[row, i] / (_ONE + _exp(-u))
+
+
+@row_kernel
+def fill_rows(numbers: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
+    """The same numbers [O] in every row of [N, O]."""
+    for row in range(start, stop):
+        for i in range(out.shape[1]):
+            out[row, i] = numbers[i]
+
+
+@row_kernel
 def take_rows(x: np.ndarray, index: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
     """Rows of x [N, D] in the order of the index [n] -> [n, D]."""
     for row in range(start, stop):
@@ -207,16 +225,6 @@ def sum_rows(x: np.ndarray, index: np.ndarray, each: int, out: np.ndarray, start
             further = x[index[row * each + choice]]
             for i in range(width):
                 out[row, i] += further[i]
-
-
-@row_kernel
-def add_first(total: np.ndarray, part: np.ndarray, start: int, stop: int) -> None:
-    """Adds [H, s, K] to the first rows of [H, m, K]."""
-    for head in range(start, stop):
-        for row in range(part.shape[1]):
-            to, what = total[head, row], part[head, row]
-            for i in range(part.shape[2]):
-                to[i] += what[i]
 
 
 @row_kernel
@@ -289,6 +297,14 @@ def _dot(x: np.ndarray, y: np.ndarray) -> np.float32:
     for i in range(x.size):
         total += x[i] * y[i]
     return total
+
+
+@row_kernel
+def dots(x: np.ndarray, y: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
+    """Products of the rows of x and y, each [H, T, V], with one another -> [H, T]."""
+    for head in range(start, stop):
+        for row in range(out.shape[1]):
+            out[head, row] = _dot(x[head, row], y[head, row])
 
 
 @row_kernel

@@ -14,9 +14,9 @@ import paddle
 from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2 import cpu_kernels
-from vl2.arrays import empty, read, written
+from vl2.arrays import empty, read
 from vl2.dropout import Rule, draw_seeds, rule
-from vl2.expert_products import ExpertGradients, ExpertProducts, check_views, slices, some_rows
+from vl2.expert_products import ExpertGradients, ExpertProducts, slices, some_rows
 from vl2.expert_rows import Dispatch
 from vl2.quantised import Quantised, needs_grad
 from vl2.scratch import scratch
@@ -62,7 +62,6 @@ def expert_mlp(
     Returns:
         [T, D]. Gradients reach x, weights_TC, the factors, and gate_up and down when they train.
     """
-    check_views()
     operands = gate_up, *gate_up_factors, down, *down_factors
     return _ExpertMLP.apply(x_TD, weights_TC, *operands, _Rows(where), _Dropout.drawn(dropout))
 
@@ -112,26 +111,27 @@ class _ExpertMLP(PyLayer):
         x, weights = read(x_TD), read(weights_TC).reshape(-1)
         (tokens, width), inner, rows = x.shape, down.shape[1], where.token_P.size
         first, second = ExpertProducts(gate_up, a_EDL, b_EL2I), ExpertProducts(down, a_EIK, b_EKD)
-        hidden_P2I, _ = empty([rows, 2 * inner])
-        low_PL, low_PK = (None if a is None else paddle.empty([rows, a.shape[2]], x_TD.dtype) for a in (a_EDL, a_EIK))
-        y_TD = paddle.zeros([tokens, width], x_TD.dtype)
-        y = written(y_TD)
+        (hidden_P2I, hidden), (y_TD, y) = empty([rows, 2 * inner]), empty([tokens, width])
+        (low_PL, low_x), (low_PK, low_inner) = (
+            (None, None) if a is None else empty([rows, a.shape[2]]) for a in (a_EDL, a_EIK)
+        )
+        y[...] = 0
         for group in _groups(where.counts):
             index, n = where.token_P[group.rows], group.rows.stop - group.rows.start
-            (x_nD, copies), (inner_nI, between), (y_nD, results) = (
+            x_nD, inner_nI, y_nD = (
                 scratch(f"expert_{name}", n, size) for name, size in (("x", width), ("inner", inner), ("y", width))
             )
-            hidden_n2I, low_nL, low_nK = hidden_P2I[group.rows], *(some_rows(t, group.rows) for t in (low_PL, low_PK))
-            cpu_kernels.take_rows(x, index, copies)
-            lora_x_nD = _dropped("x", copies, dropout, 0, group.rows)
+            hidden_n2I, low_nL, low_nK = hidden[group.rows], *(some_rows(t, group.rows) for t in (low_x, low_inner))
+            cpu_kernels.take_rows(x, index, x_nD)
+            lora_x_nD = _dropped("x", x_nD, dropout, 0, group.rows)
             for e, part in group.parts:
                 first.forward(e, x_nD[part], hidden_n2I[part], some_rows(low_nL, part), some_rows(lora_x_nD, part))
-            gates = read(hidden_n2I).reshape(-1)
-            cpu_kernels.gated(gates, gates[inner:], 2 * inner, weights[where.choice_P[group.rows]], between)
-            lora_inner_nI = _dropped("inner", between, dropout, 1, group.rows)
+            gates = hidden_n2I.reshape(-1)
+            cpu_kernels.gated(gates, gates[inner:], 2 * inner, weights[where.choice_P[group.rows]], inner_nI)
+            lora_inner_nI = _dropped("inner", inner_nI, dropout, 1, group.rows)
             for e, part in group.parts:
                 second.forward(e, inner_nI[part], y_nD[part], some_rows(low_nK, part), some_rows(lora_inner_nI, part))
-            cpu_kernels.add_rows(results, index, y)
+            cpu_kernels.add_rows(y_nD, index, y)
         # Noted here: under non-reentrant recompute a saved tensor comes back without its stop_gradient.
         operands = gate_up, a_EDL, b_EL2I, down, a_EIK, b_EKD
         ctx.where, ctx.dropout, ctx.needs_grad = where, dropout, [needs_grad(t) for t in (x_TD, weights_TC, *operands)]
@@ -147,42 +147,43 @@ class _ExpertMLP(PyLayer):
         operands = [next(saved) if kept is True else (kept or None) for kept in ctx.kept]
         gate_up, a_EDL, b_EL2I, down, a_EIK, b_EKD, low_PL, low_PK = operands
         assert gate_up is not None and down is not None
-        grad, x, weights = read(grad_TD), read(x_TD), read(weights_TC).reshape(-1)
+        grad, x, weights, hidden = read(grad_TD), read(x_TD), read(weights_TC).reshape(-1), read(hidden_P2I)
+        low_x, low_inner = (None if low is None else read(low) for low in (low_PL, low_PK))
         width, inner = x.shape[1], down.shape[1]
         x_needs, weights_need, *needs = ctx.needs_grad
-        of_first = ExpertGradients(gate_up, a_EDL, b_EL2I, needs[:3], where.counts, grad_TD.dtype)
-        of_second = ExpertGradients(down, a_EIK, b_EKD, needs[3:], where.counts, grad_TD.dtype)
-        grad_x_TD, (grad_weights_TC, to_weights) = paddle.zeros_like(x_TD), empty(weights_TC.shape)
-        to_x = written(grad_x_TD)
+        of_first = ExpertGradients(gate_up, a_EDL, b_EL2I, needs[:3], where.counts)
+        of_second = ExpertGradients(down, a_EIK, b_EKD, needs[3:], where.counts)
+        (grad_x_TD, to_x), (grad_weights_TC, to_weights) = empty(x_TD.shape), empty(weights_TC.shape)
+        to_x[...] = 0
         for group in _groups(where.counts):
             index, n = where.token_P[group.rows], group.rows.stop - group.rows.start
             choices = where.choice_P[group.rows]
             sizes = {"x": width, "inner": inner, "y": width, "grad_inner": inner, "grad_hidden": 2 * inner}
-            room = {name: scratch(f"expert_{name}", n, size) for name, size in sizes.items()}
-            (x_nD, inner_nI, y_nD, grad_inner_nI, grad_hidden_n2I) = (tensor for tensor, _ in room.values())
-            hidden_n2I, low_nL, low_nK = hidden_P2I[group.rows], *(some_rows(t, group.rows) for t in (low_PL, low_PK))
-            cpu_kernels.take_rows(grad, index, room["y"][1])
+            rooms = [scratch(f"expert_{name}", n, size) for name, size in sizes.items()]
+            x_nD, inner_nI, y_nD, grad_inner_nI, grad_hidden_n2I = rooms
+            hidden_n2I, low_nL, low_nK = hidden[group.rows], *(some_rows(t, group.rows) for t in (low_x, low_inner))
+            cpu_kernels.take_rows(grad, index, y_nD)
             from_lora, same = _room_of_dropped("inner", n, inner, dropout), dropout is None
             grad_lows = [
                 of_second.to_rows(e, y_nD[part], grad_inner_nI[part], some_rows(from_lora, part), same_rows=same)
                 for e, part in group.parts
             ]
-            _add_dropped(from_lora, dropout, 1, group.rows, room["grad_inner"][1])
-            gates, to_gates = read(hidden_n2I).reshape(-1), room["grad_hidden"][1].reshape(-1)
+            _add_dropped(from_lora, dropout, 1, group.rows, grad_inner_nI)
+            gates, to_gates = hidden_n2I.reshape(-1), grad_hidden_n2I.reshape(-1)
             of_weights = np.empty(n, np.float32)
             cpu_kernels.gated_grad(
-                *(gates, gates[inner:], 2 * inner, weights[choices], room["grad_inner"][1]),
-                *(to_gates, to_gates[inner:], room["inner"][1], of_weights),
+                *(gates, gates[inner:], 2 * inner, weights[choices], grad_inner_nI),
+                *(to_gates, to_gates[inner:], inner_nI, of_weights),
             )
             to_weights.reshape(-1)[choices] = of_weights
-            lora_inner_nI = _dropped("inner", room["inner"][1], dropout, 1, group.rows)
+            lora_inner_nI = _dropped("inner", inner_nI, dropout, 1, group.rows)
             for (e, part), grad_low in zip(group.parts, grad_lows, strict=True):
                 rows = inner_nI[part], some_rows(low_nK, part), some_rows(lora_inner_nI, part)
                 of_second.to_matrices(e, y_nD[part], grad_low, *rows)
             lora_x_nD = None
             if of_first.need_rows:
-                cpu_kernels.take_rows(x, index, room["x"][1])
-                lora_x_nD = _dropped("x", room["x"][1], dropout, 0, group.rows)
+                cpu_kernels.take_rows(x, index, x_nD)
+                lora_x_nD = _dropped("x", x_nD, dropout, 0, group.rows)
             from_lora = _room_of_dropped("y", n, width, dropout if x_needs else None)
             for e, part in group.parts:
                 grad_n2I, to_rows = grad_hidden_n2I[part], y_nD[part] if x_needs else None
@@ -191,8 +192,8 @@ class _ExpertMLP(PyLayer):
                     e, grad_n2I, grad_low, x_nD[part], some_rows(low_nL, part), some_rows(lora_x_nD, part)
                 )
             if x_needs:
-                _add_dropped(from_lora, dropout, 0, group.rows, room["y"][1])
-                cpu_kernels.add_rows(room["y"][1], index, to_x)
+                _add_dropped(from_lora, dropout, 0, group.rows, y_nD)
+                cpu_kernels.add_rows(y_nD, index, to_x)
         grads = [grad_x_TD if x_needs else None, grad_weights_TC if weights_need else None]
         for operand, found in ((gate_up, of_first), (down, of_second)):
             grads += [] if isinstance(operand, Quantised) else [found.of_weight]
@@ -200,27 +201,25 @@ class _ExpertMLP(PyLayer):
         return tuple(grads)
 
 
-def _dropped(
-    name: str, numbers: np.ndarray, dropout: _Dropout | None, product: int, rows: slice
-) -> paddle.Tensor | None:
+def _dropped(name: str, numbers: np.ndarray, dropout: _Dropout | None, product: int, rows: slice) -> np.ndarray | None:
     """What the factors multiply, where it is not what the weights multiply."""
     if dropout is None:
         return None
-    dropped, out = scratch(f"expert_lora_{name}", *numbers.shape)
+    out = scratch(f"expert_lora_{name}", *numbers.shape)
     cpu_kernels.drop(numbers, *dropout.rule(product, rows), out)
-    return dropped
+    return out
 
 
-def _room_of_dropped(name: str, rows: int, width: int, dropout: _Dropout | None) -> paddle.Tensor | None:
+def _room_of_dropped(name: str, rows: int, width: int, dropout: _Dropout | None) -> np.ndarray | None:
     """Room for the gradient of what the factors multiply, where it is not what the weights multiply."""
-    return None if dropout is None else scratch(f"expert_grad_lora_{name}", rows, width)[0]
+    return None if dropout is None else scratch(f"expert_grad_lora_{name}", rows, width)
 
 
 def _add_dropped(
-    grads: paddle.Tensor | None, dropout: _Dropout | None, product: int, rows: slice, total: np.ndarray
+    grads: np.ndarray | None, dropout: _Dropout | None, product: int, rows: slice, total: np.ndarray
 ) -> None:
     if grads is not None and dropout is not None:
-        cpu_kernels.add_dropped(read(grads), *dropout.rule(product, rows), total)
+        cpu_kernels.add_dropped(grads, *dropout.rule(product, rows), total)
 
 
 def _groups(counts: Sequence[int]) -> Iterator[Group]:

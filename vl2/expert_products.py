@@ -11,22 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import paddle
 
-from vl2.errors import UserError
-from vl2.quantised import Quantised, matrix_of
-
-_VIEWS = "FLAGS_use_stride_kernel"
-
-
-def check_views() -> None:
-    """Whether slices are views, which products are written to.
-
-    Raises:
-        UserError: they are copies.
-    """
-    if not paddle.get_flags(_VIEWS)[_VIEWS]:
-        raise UserError(f"{_VIEWS}=0 is set: slices would be copies, and products written into them lost; unset it")
+from vl2.arrays import empty, read
+from vl2.products import multiply
+from vl2.quantised import Quantised
+from vl2.stored_products import StoredMatrices
 
 
 def slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
@@ -38,7 +29,7 @@ def slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
         start += count
 
 
-def some_rows(x: paddle.Tensor | None, rows: slice) -> paddle.Tensor | None:
+def some_rows(x: np.ndarray | None, rows: slice) -> np.ndarray | None:
     """Rows of what may not be there."""
     return None if x is None else x[rows]
 
@@ -49,17 +40,16 @@ class ExpertProducts:
     def __init__(
         self, weight: paddle.Tensor | Quantised, a_EIL: paddle.Tensor | None = None, b_ELO: paddle.Tensor | None = None
     ):
-        self.weight = weight
-        # All views at once: one costs as much as a small product.
-        self._factors = None if a_EIL is None or b_ELO is None else (paddle.unbind(a_EIL), paddle.unbind(b_ELO))
+        self._weights = StoredMatrices(weight)
+        self._factors = None if a_EIL is None or b_ELO is None else (read(a_EIL), read(b_ELO))
 
     def forward(
         self,
         e: int,
-        x_nI: paddle.Tensor,
-        out_nO: paddle.Tensor,
-        low_nL: paddle.Tensor | None,
-        lora_x_nI: paddle.Tensor | None = None,
+        x_nI: np.ndarray,
+        out_nO: np.ndarray,
+        low_nL: np.ndarray | None,
+        lora_x_nI: np.ndarray | None = None,
     ) -> None:
         """Writes an expert's result, and x @ a for backward.
 
@@ -70,11 +60,11 @@ class ExpertProducts:
             low_nL: takes x @ a, where there is LoRA.
             lora_x_nI: the rows that LoRA multiplies, where they are others.
         """
-        paddle.matmul(x_nI, matrix_of(self.weight, x_nI.dtype, e), out=out_nO)
+        self._weights.multiply(x_nI, out_nO, e)
         if self._factors is not None and low_nL is not None:
-            a_E, b_E = self._factors
-            paddle.matmul(x_nI if lora_x_nI is None else lora_x_nI, a_E[e], out=low_nL)
-            paddle.addmm_(out_nO, low_nL, b_E[e])
+            a_EIL, b_ELO = self._factors
+            multiply(x_nI if lora_x_nI is None else lora_x_nI, a_EIL[e], low_nL)
+            multiply(low_nL, b_ELO[e], out_nO, add=True)
 
 
 class ExpertGradients:
@@ -87,7 +77,6 @@ class ExpertGradients:
         b_ELO: paddle.Tensor | None,
         needed: Sequence[bool],
         counts: Sequence[int],
-        dtype: paddle.dtype,
     ):
         """Makes room for the gradients of all experts.
 
@@ -95,17 +84,15 @@ class ExpertGradients:
             weight, a_EIL, b_ELO: as of `ExpertProducts`.
             needed: whether each of the three has a gradient.
             counts: rows of each expert; the gradients of those without rows are zeros.
-            dtype: of the gradients.
         """
-        self._weight = weight
-        self.of_weight, self.of_a, self.of_b = (
-            _room(stacked, counts, dtype) if wanted else None
+        self._weights = StoredMatrices(weight)
+        self._factors = None if a_EIL is None or b_ELO is None else (read(a_EIL), read(b_ELO))
+        rooms = [
+            _room(stacked, counts) if wanted else (None, None)
             for stacked, wanted in zip((weight, a_EIL, b_ELO), needed, strict=True)
-        )
-        self._factors = None
-        if a_EIL is not None and b_ELO is not None:
-            self._factors = paddle.unbind(a_EIL.transpose([0, 2, 1]).contiguous()), paddle.unbind(b_ELO)
-        self._of_a_E, self._of_b_E = (room if room is None else paddle.unbind(room) for room in (self.of_a, self.of_b))
+        ]
+        self.of_weight, self.of_a, self.of_b = (tensor for tensor, _ in rooms)
+        self._of_weight, self._of_a, self._of_b = (array for _, array in rooms)
 
     @property
     def has_factors(self) -> bool:
@@ -120,12 +107,12 @@ class ExpertGradients:
     def to_rows(
         self,
         e: int,
-        grad_nO: paddle.Tensor,
-        grad_x_nI: paddle.Tensor | None,
-        grad_lora_x_nI: paddle.Tensor | None = None,
+        grad_nO: np.ndarray,
+        grad_x_nI: np.ndarray | None,
+        grad_lora_x_nI: np.ndarray | None = None,
         *,
         same_rows: bool = True,
-    ) -> paddle.Tensor | None:
+    ) -> np.ndarray | None:
         """Writes the gradient of an expert's rows.
 
         Args:
@@ -139,25 +126,26 @@ class ExpertGradients:
             The gradient of x @ a, [n, L].
         """
         if grad_x_nI is not None:
-            paddle.matmul(grad_nO, matrix_of(self._weight, grad_nO.dtype, e), transpose_y=True, out=grad_x_nI)
+            self._weights.multiply(grad_nO, grad_x_nI, e, transpose=True)
         if self._factors is None:
             return None
-        a_T_E, b_E = self._factors
-        grad_low_nL = paddle.matmul(grad_nO, b_E[e], transpose_y=True)
+        a_EIL, b_ELO = self._factors
+        grad_low_nL = np.empty([len(grad_nO), b_ELO.shape[1]], np.float32)
+        multiply(grad_nO, b_ELO[e], grad_low_nL, transpose_b=True)
         if grad_lora_x_nI is not None:
-            paddle.matmul(grad_low_nL, a_T_E[e], out=grad_lora_x_nI)
+            multiply(grad_low_nL, a_EIL[e], grad_lora_x_nI, transpose_b=True)
         elif grad_x_nI is not None and same_rows:
-            paddle.addmm_(grad_x_nI, grad_low_nL, a_T_E[e])
+            multiply(grad_low_nL, a_EIL[e], grad_x_nI, transpose_b=True, add=True)
         return grad_low_nL
 
     def to_matrices(
         self,
         e: int,
-        grad_nO: paddle.Tensor,
-        grad_low_nL: paddle.Tensor | None,
-        x_nI: paddle.Tensor | None,
-        low_nL: paddle.Tensor | None,
-        lora_x_nI: paddle.Tensor | None = None,
+        grad_nO: np.ndarray,
+        grad_low_nL: np.ndarray | None,
+        x_nI: np.ndarray | None,
+        low_nL: np.ndarray | None,
+        lora_x_nI: np.ndarray | None = None,
     ) -> None:
         """Writes the gradients of an expert's weight, a and b, of those that have one.
 
@@ -169,19 +157,22 @@ class ExpertGradients:
             low_nL: x @ a from forward.
             lora_x_nI: the rows that LoRA multiplied, where they are others.
         """
-        if self.of_weight is not None:
-            paddle.matmul(x_nI, grad_nO, transpose_x=True, out=self.of_weight[e])
-        if self._of_b_E is not None:
-            paddle.matmul(low_nL, grad_nO, transpose_x=True, out=self._of_b_E[e])
-        if self._of_a_E is not None:
-            multiplied = x_nI if lora_x_nI is None else lora_x_nI
-            paddle.matmul(multiplied, grad_low_nL, transpose_x=True, out=self._of_a_E[e])
+        if self._of_weight is not None and x_nI is not None:
+            multiply(x_nI, grad_nO, self._of_weight[e], transpose_a=True)
+        if self._of_b is not None and low_nL is not None:
+            multiply(low_nL, grad_nO, self._of_b[e], transpose_a=True)
+        multiplied = x_nI if lora_x_nI is None else lora_x_nI
+        if self._of_a is not None and multiplied is not None and grad_low_nL is not None:
+            multiply(multiplied, grad_low_nL, self._of_a[e], transpose_a=True)
 
 
-def _room(stacked: paddle.Tensor, counts: Sequence[int], dtype: paddle.dtype) -> paddle.Tensor:
+def _room(
+    stacked: paddle.Tensor | Quantised | None, counts: Sequence[int]
+) -> tuple[paddle.Tensor | None, np.ndarray | None]:
     """Room for the gradient of a stacked matrix; zeros for experts without rows."""
-    room = paddle.empty(stacked.shape, dtype)
+    assert stacked is not None
+    room, numbers = empty(stacked.shape)
     for expert, count in enumerate(counts):
         if not count:
-            room[expert].zero_()
-    return room
+            numbers[expert] = 0
+    return room, numbers

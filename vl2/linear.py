@@ -13,46 +13,22 @@ from paddle import nn
 from paddle.autograd import PyLayer, PyLayerContext
 
 from vl2 import ways
-from vl2.casts import cast
+from vl2.kernel_linear import Frozen, frozen_linear
 from vl2.quantised import Quantised, stored
-
-BLOCK = 1 << 23  # numbers of a large weight that are cast at once
 
 
 class _FrozenMatmul(PyLayer):
-    """x @ w with w cast to x's dtype; keeps the stored weight for backward, not its cast copy.
-
-    On a CPU a large weight, a head's, is cast and multiplied by blocks of columns: whole in float32, that of Tiny would
-    be the largest thing of a step.
-    """
+    """x @ w with w cast to x's dtype; keeps the stored weight for backward, not its cast copy."""
 
     @staticmethod
     def forward(ctx: PyLayerContext, x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
         ctx.save_for_backward(weight)  # a parameter, so contiguous
-        blocks = _column_blocks(weight)
-        if len(blocks) == 1:
-            return paddle.matmul(x, cast(weight, x.dtype))
-        return paddle.concat([paddle.matmul(x, cast(weight[:, some], x.dtype)) for some in blocks], axis=-1)
+        return paddle.matmul(x, weight.astype(x.dtype))
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad: paddle.Tensor) -> tuple[paddle.Tensor, None]:
         (weight,) = ctx.saved_tensor()
-        blocks = _column_blocks(weight)
-        if len(blocks) == 1:
-            return paddle.matmul(grad, cast(weight, grad.dtype), transpose_y=True), None
-        total = paddle.zeros([*grad.shape[:-1], weight.shape[0]], grad.dtype)
-        for some in blocks:
-            total += paddle.matmul(grad[..., some], cast(weight[:, some], grad.dtype), transpose_y=True)
-        return total, None
-
-
-def _column_blocks(weight: paddle.Tensor) -> list[slice]:
-    """The columns of a stored weight that are multiplied at once."""
-    rows, columns = weight.shape
-    at_once = columns
-    if ways.takes_kernels(weight.place) and rows * columns > 4 * BLOCK:
-        at_once = max(1, BLOCK // rows)
-    return [slice(start, min(columns, start + at_once)) for start in range(0, columns, at_once)]
+        return paddle.matmul(grad, weight.astype(grad.dtype), transpose_y=True), None
 
 
 class _QuantisedMatmul(PyLayer):
@@ -81,9 +57,11 @@ def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None =
     Returns:
         [..., out] in x's dtype.
     """
+    kept = stored(weight)
+    if is_frozen(weight, bias) and ways.takes_float32_kernels(x):
+        return frozen_linear(x, Frozen(kept, bias))
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.astype(x.dtype)
-    kept = stored(weight)
     if isinstance(kept, Quantised):
         product = _QuantisedMatmul.apply(x, kept)
         return product if bias is None else product + bias
@@ -94,6 +72,11 @@ def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None =
     else:
         product = paddle.matmul(x, weight.astype(x.dtype))
     return product if bias is None else product + bias
+
+
+def is_frozen(weight: paddle.Tensor, bias: paddle.Tensor | None) -> bool:
+    """Whether neither trains."""
+    return weight.stop_gradient and (bias is None or bias.stop_gradient)
 
 
 def whole(weight: paddle.Tensor, dtype: Any) -> paddle.Tensor:

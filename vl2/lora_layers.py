@@ -12,11 +12,14 @@ import paddle
 from paddle import nn
 from paddlenlp.peft.lora.lora_layers import LoRALinear as PaddleNLPLoRALinear
 
+from vl2 import ways
 from vl2.dropout import Dropout
 from vl2.expert_mlp import Factors
 from vl2.grouped_linear import GroupedLora
-from vl2.linear import Linear, linear, whole
+from vl2.kernel_linear import Frozen, frozen_linear
+from vl2.linear import Linear, is_frozen, linear, whole
 from vl2.moe import Experts
+from vl2.quantised import stored
 
 MERGE = (
     "a merge in the weight's dtype loses most of the addition in bfloat16; use vl2.lora.deltas, which add in float32"
@@ -96,10 +99,14 @@ class LoRALinear(PaddleNLPLoRALinear):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[..., in] -> [..., out]."""
-        out = linear(x, self.weight, self.bias)
         if self.disable_lora:
-            return out
+            return linear(x, self.weight, self.bias)
         a, b = self.product()
+        if is_frozen(self.weight, self.bias) and ways.takes_float32_kernels(x):
+            lora_x = self.lora_dropout(x)
+            frozen = Frozen(stored(self.weight), self.bias, self.scaling)
+            return frozen_linear(x, frozen, a, b, None if lora_x is x else lora_x)
+        out = linear(x, self.weight, self.bias)
         low, b = linear(self.lora_dropout(x), a), b.astype(x.dtype)
         if x.ndim == 2:  # added where it is multiplied, which saves two passes over the result
             return paddle.addmm(out, low, b, alpha=self.scaling)

@@ -8,36 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer, PyLayerContext
 
-from vl2 import cpu_kernels, ways
-from vl2.arrays import empty, read, read_strided, written
 from vl2.constant_tensors import causal_mask
-from vl2.scratch import scratch
 
 # A longer segment is computed in blocks of QUERY_BLOCK queries: with fewer the calls cost more than the work saved.
 MAX_ROWS, QUERY_BLOCK = 1024, 512
-# The same of a causal segment where kernels add up: MKL multiplies a transposed matrix twice as fast in such blocks.
-KERNEL_BLOCK = 256
 
 Block = tuple[slice, int]  # queries of a segment, number of its first keys that they see
 
 
-def _segments(
-    q_lens: Sequence[int], k_lens: Sequence[int], causal: bool, kernels: bool
-) -> Iterator[tuple[slice, slice, list[Block]]]:
+def _segments(q_lens: Sequence[int], k_lens: Sequence[int], causal: bool) -> Iterator[tuple[slice, slice, list[Block]]]:
     """Of every segment its queries and keys (slices of the stream) and its blocks.
 
     A segment of up to MAX_ROWS queries is one block; a longer causal one is cut, which skips the keys after each block
     and bounds the score matrix.
     """
-    longest, step_of_longer = (KERNEL_BLOCK, KERNEL_BLOCK) if kernels and causal else (MAX_ROWS, QUERY_BLOCK)
     q_start = k_start = 0
     for q_len, k_len in zip(q_lens, k_lens, strict=True):
-        step = q_len if q_len <= longest else step_of_longer
+        step = q_len if q_len <= MAX_ROWS else QUERY_BLOCK
         blocks = []
         for start in range(0, q_len, step):
             stop = min(start + step, q_len)
@@ -46,22 +37,13 @@ def _segments(
         q_start, k_start = q_start + q_len, k_start + k_len
 
 
-def _weights(q_HnK: paddle.Tensor, k_HmK: paddle.Tensor, causal: bool) -> tuple[paddle.Tensor, list[paddle.Tensor]]:
-    """Softmax weights [H, n, m] in float32 of n scaled queries that are the last of m keys.
-
-    Where kernels compute them, also what `cpu_kernels.softmax` notes of each row, [H * n, 2].
-    """
+def _weights(q_HnK: paddle.Tensor, k_HmK: paddle.Tensor, causal: bool) -> paddle.Tensor:
+    """Softmax weights [H, n, m] in float32 of n scaled queries that are the last of m keys."""
     n, m = q_HnK.shape[1], k_HmK.shape[1]
-    if ways.takes_float32_kernels(q_HnK):
-        heads = q_HnK.shape[0]
-        (weights_Hnm, scores), (notes_R2, notes) = scratch("weights", heads, n, m), empty([heads * n, 2])
-        paddle.matmul(q_HnK, k_HmK, transpose_y=True, out=weights_Hnm)
-        cpu_kernels.softmax(scores.reshape(-1, m), n, n - 1 if causal else 0, notes)
-        return weights_Hnm, [notes_R2]
     scores_Hnm = paddle.matmul(q_HnK, k_HmK, transpose_y=True).astype("float32")
     if causal and n > 1:
         scores_Hnm = scores_Hnm.add_(causal_mask(n, m, scores_Hnm.place))
-    return F.softmax_(scores_Hnm, axis=-1), []
+    return F.softmax_(scores_Hnm, axis=-1)
 
 
 class PlainAttention(PyLayer):
@@ -88,33 +70,31 @@ class PlainAttention(PyLayer):
         q_HTK, k_HTK, v_HTV = _swapped(q_THK, scale), _swapped(k_THK), _swapped(v_THV)
         # Asked now: under recompute the saved tensors come back as other objects, whose flag says nothing.
         ctx.needs_grad = [not x.stop_gradient for x in (q_THK, k_THK, v_THV)]
-        outs, kept = [], []
-        for queries, keys, blocks in _segments(q_lens, k_lens, causal, ways.takes_float32_kernels(q_HTK)):
+        outs = []
+        for queries, keys, blocks in _segments(q_lens, k_lens, causal):
             q_HnK, k_HmK, v_HmV = q_HTK[:, queries], k_HTK[:, keys], v_HTV[:, keys]
             for rows, seen in blocks:
-                weights_Hnm, notes = _weights(q_HnK[:, rows], k_HmK[:, :seen], causal)
+                weights_Hnm = _weights(q_HnK[:, rows], k_HmK[:, :seen], causal)
                 outs.append(paddle.matmul(weights_Hnm.astype(v_THV.dtype), v_HmV[:, :seen]))
-                kept += notes
         out_THV = _swapped(outs[0] if len(outs) == 1 else paddle.concat(outs, axis=1))
         ctx.args = q_lens, k_lens, scale, causal
         # Detached: what is given would hold its own node, and both stay where no backward is run.
-        ctx.save_for_backward(q_HTK, k_HTK, v_HTV, out_THV.detach(), *kept)
+        ctx.save_for_backward(q_HTK, k_HTK, v_HTV, out_THV.detach())
         return out_THV
 
     @staticmethod
     def backward(ctx: PyLayerContext, grad_THV: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
         """Gradients of queries, keys and values; None where none is asked for."""
-        q_HTK, k_HTK, v_HTV, out_THV, *kept = ctx.saved_tensor()
+        q_HTK, k_HTK, v_HTV, out_THV = ctx.saved_tensor()
         q_lens, k_lens, scale, causal = ctx.args
         grad_HTV = _swapped(grad_THV)
         # sum_j weight_j * grad_weight_j of each query, which the softmax's backward subtracts
         mean_TH1 = (grad_THV * out_THV).sum(axis=-1, keepdim=True).astype("float32")
         mean_HT1 = mean_TH1.transpose([1, 0, 2]).contiguous()
         grads: tuple[list, list, list] = [], [], []
-        notes = iter(kept)
-        for queries, keys, blocks in _segments(q_lens, k_lens, causal, ways.takes_float32_kernels(q_HTK)):
+        for queries, keys, blocks in _segments(q_lens, k_lens, causal):
             segment = q_HTK[:, queries], grad_HTV[:, queries], mean_HT1[:, queries], k_HTK[:, keys], v_HTV[:, keys]
-            for total, part in zip(grads, _segment_grads(*segment, blocks, notes, causal), strict=True):
+            for total, part in zip(grads, _segment_grads(*segment, blocks, causal), strict=True):
                 total.append(part)
         grad_q, grad_k, grad_v = (parts[0] if len(parts) == 1 else paddle.concat(parts, axis=1) for parts in grads)
         arrived = zip((grad_q, grad_k, grad_v), (scale, 1.0, 1.0), ctx.needs_grad, strict=True)
@@ -123,11 +103,6 @@ class PlainAttention(PyLayer):
 
 def _swapped(x: paddle.Tensor, factor: float = 1.0) -> paddle.Tensor:
     """[A, B, K] -> [B, A, K], contiguous, times a factor."""
-    if ways.takes_float32_kernels(x):
-        numbers, (row, head) = read_strided(x)
-        swapped, out = empty([x.shape[1], x.shape[0], x.shape[2]])
-        cpu_kernels.swap(numbers, row, head, np.float32(factor), out)
-        return swapped
     return ((x * factor) if factor != 1.0 else x).transpose([1, 0, 2]).contiguous()
 
 
@@ -138,16 +113,15 @@ def _segment_grads(
     k_HmK: paddle.Tensor,
     v_HmV: paddle.Tensor,
     blocks: list[Block],
-    notes: Iterator[paddle.Tensor],
     causal: bool,
 ) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-    """Gradients of one segment's q, k and v; `notes` yields those of its blocks, where kernels took them."""
+    """Gradients of one segment's q, k and v."""
     grad_q: list[paddle.Tensor] = []
     grad_k: paddle.Tensor | None = None
     grad_v: paddle.Tensor | None = None
     for rows, seen in blocks:
         q, grad, k, v = q_HnK[:, rows], grad_HnV[:, rows], k_HmK[:, :seen], v_HmV[:, :seen]
-        weights_Hnm, scores_Hnm = _weights_and_scores_grad(q, k, v, grad, mean_Hn1[:, rows], notes, causal)
+        weights_Hnm, scores_Hnm = _weights_and_scores_grad(q, k, v, grad, mean_Hn1[:, rows], causal)
         grad_q.append(paddle.matmul(scores_Hnm, k))
         part_v = paddle.matmul(weights_Hnm, grad, transpose_x=True)
         part_k = paddle.matmul(scores_Hnm, q, transpose_x=True)
@@ -163,32 +137,17 @@ def _weights_and_scores_grad(
     v_HmV: paddle.Tensor,
     grad_HnV: paddle.Tensor,
     mean_Hn1: paddle.Tensor,
-    notes: Iterator[paddle.Tensor],
     causal: bool,
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
     """A block's softmax weights, and the gradient of its scores from that of its result; both [H, n, m]."""
-    n, m = q_HnK.shape[1], k_HmK.shape[1]
-    if ways.takes_float32_kernels(grad_HnV):
-        (weights_Hnm, scores), (grad_Hnm, grads) = (scratch(f, q_HnK.shape[0], n, m) for f in ("weights", "grads"))
-        paddle.matmul(q_HnK, k_HmK, transpose_y=True, out=weights_Hnm)
-        paddle.matmul(grad_HnV, v_HmV, transpose_y=True, out=grad_Hnm)
-        hidden, means = n - 1 if causal else 0, read(mean_Hn1).reshape(-1)
-        cpu_kernels.softmax_grad(scores.reshape(-1, m), grads.reshape(-1, m), n, hidden, read(next(notes)), means)
-        return weights_Hnm, grad_Hnm
-    weights_Hnm, _ = _weights(q_HnK, k_HmK, causal)
+    weights_Hnm = _weights(q_HnK, k_HmK, causal)
     scores_Hnm = paddle.matmul(grad_HnV, v_HmV, transpose_y=True).astype("float32")
     scores_Hnm = scores_Hnm.subtract_(mean_Hn1).multiply_(weights_Hnm)
     return weights_Hnm.astype(grad_HnV.dtype), scores_Hnm.astype(grad_HnV.dtype)
 
 
 def _add_first(total_HmK: paddle.Tensor | None, part_HsK: paddle.Tensor, like_HmK: paddle.Tensor) -> paddle.Tensor:
-    """The sum of a total, zeros where there is none yet, and of a part that is for its first rows.
-
-    Paddle's addition to a slice takes longer on a CPU than the product that made the part.
-    """
+    """The sum of a total, zeros where there is none yet, and of a part that is for its first rows."""
     total_HmK = paddle.zeros(like_HmK.shape, like_HmK.dtype) if total_HmK is None else total_HmK
-    if ways.takes_float32_kernels(part_HsK):
-        cpu_kernels.add_first(written(total_HmK), read(part_HsK))
-    else:
-        total_HmK[:, : part_HsK.shape[1]] += part_HsK
+    total_HmK[:, : part_HsK.shape[1]] += part_HsK
     return total_HmK

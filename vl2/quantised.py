@@ -24,7 +24,6 @@ import paddle
 
 from vl2 import ways, weight_kernels
 from vl2.arrays import empty, read
-from vl2.casts import cast
 from vl2.constant_tensors import byte_pairs
 from vl2.parameter_groups import group_of
 from vl2.weight_kernels import NF4_BLOCK, NF4_GROUP
@@ -132,13 +131,6 @@ def _some(stacked: paddle.Tensor, which: slice | paddle.Tensor) -> paddle.Tensor
 def stored(weight: paddle.Tensor) -> paddle.Tensor | Quantised:
     """What a parameter's numbers are kept in: itself, or what hangs on it."""
     return getattr(weight, "quantised", weight)
-
-
-def matrix_of(weight: paddle.Tensor | Quantised, dtype: paddle.dtype, index: int) -> paddle.Tensor:
-    """One matrix [I, O] of a frozen stacked weight, in the type that is computed in."""
-    if isinstance(weight, Quantised):
-        return weight.matrix(dtype, index)
-    return cast(weight[index], dtype)
 
 
 def needs_grad(operand: paddle.Tensor | Quantised | None) -> bool:

@@ -9,17 +9,15 @@ import math
 import threading
 
 import numpy as np
-import paddle
 
-from vl2.arrays import written
+from vl2.arrays import empty
 
-_CPU = paddle.CPUPlace()
 MOST = 1 << 24  # numbers of a room that is kept: one that was needed once, by a crowded expert, would stay for ever
 _kept = threading.local()
 
 
-def scratch(name: str, *shape: int) -> tuple[paddle.Tensor, np.ndarray]:
-    """Float32 room on the CPU, as a tensor and as the array that fills it, until its name is asked for again.
+def scratch(name: str, *shape: int) -> np.ndarray:
+    """Room for float32 numbers, until its name is asked for again.
 
     Args:
         name: of what it is for, among all that is computed at the same time on a thread.
@@ -27,12 +25,9 @@ def scratch(name: str, *shape: int) -> tuple[paddle.Tensor, np.ndarray]:
     """
     size = math.prod(shape)
     if size > MOST:
-        tensor = paddle.empty(shape, "float32", device=_CPU)
-        return tensor, written(tensor)
+        return empty(shape)[1]
     room = getattr(_kept, name, None)
     if room is None or room.size < size:
-        room = paddle.empty([size], "float32", device=_CPU)
+        room = empty([size])[1]
         setattr(_kept, name, room)
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    tensor = room.as_strided(list(shape), strides)
-    return tensor, written(tensor)
+    return room[:size].reshape(shape)

@@ -61,7 +61,16 @@ class VisionMLP(nn.Layer):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """[N, P, D] -> [N, P, D]."""
-        return self.fc2(F.gelu(self.fc1(x), approximate=True))
+        return self.fc2(_gelu(self.fc1(x)))
+
+
+def _gelu(x: paddle.Tensor) -> paddle.Tensor:
+    """In its tanh form. [N, P, D] -> [N, P, D]."""
+    if not ways.takes_float32_kernels(x) or not x.stop_gradient:
+        return F.gelu(x, approximate=True)
+    made, out = empty(x.shape)
+    cpu_kernels.gelu(read(x).reshape(-1, x.shape[-1]), out.reshape(-1, x.shape[-1]))
+    return made
 
 
 class VisionBlock(nn.Layer):

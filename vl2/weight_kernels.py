@@ -148,3 +148,25 @@ def widen_transposed(bits: np.ndarray, out: np.ndarray) -> None:
                 line_out = out[left + j, top : top + height]
                 for i in range(height):
                     line_out[i] = square[j, i]
+
+
+@kernel
+def _first_digits(x: np.float32) -> np.uint32:
+    return np.float32(x).view(np.uint32) & np.uint32(0xFFFF0000)
+
+
+@row_kernel
+def to_bfloat16_parts(x: np.ndarray, parts: np.ndarray, start: int, stop: int) -> None:
+    """Three bfloat16 numbers whose sum each number is, as their bits: float32 [n, k] -> uint16 [n, 3, k].
+
+    Each takes the first eight binary digits of what is left, so that no digit is rounded away.
+    """
+    for row in range(start, stop):
+        for i in range(x.shape[1]):
+            first = _first_digits(x[row, i])
+            left = x[row, i] - np.uint32(first).view(np.float32)
+            second = _first_digits(left)
+            third = _first_digits(left - np.uint32(second).view(np.float32))
+            parts[row, 0, i] = np.uint16(first >> np.uint32(16))
+            parts[row, 1, i] = np.uint16(second >> np.uint32(16))
+            parts[row, 2, i] = np.uint16(third >> np.uint32(16))

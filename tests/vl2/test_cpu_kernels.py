@@ -13,6 +13,7 @@ from vl2.expert_rows import combine, dispatch
 from vl2.gated import gated, gated_pair
 from vl2.norm import RMSNorm
 from vl2.rotation import rope_tables, rotate_half_split
+from vl2.vision import VisionMLP
 
 CLOSE = {"rtol": 0, "atol": 4e-6}
 
@@ -38,7 +39,7 @@ def test_attention(causal, q_lens, k_lens, monkeypatch):
     """Packs of one token, several segments, cached keys, and blocks of queries."""
     monkeypatch.setattr("vl2.plain_attention.MAX_ROWS", 16)
     monkeypatch.setattr("vl2.plain_attention.QUERY_BLOCK", 8)
-    monkeypatch.setattr("vl2.plain_attention.KERNEL_BLOCK", 7)
+    monkeypatch.setattr("vl2.kernel_attention.BLOCK", 7)
 
     def work(q, k, v):
         return attention(q, k, v, q_lens, k_lens, scale=0.4, causal=causal)
@@ -71,6 +72,23 @@ def test_gated_activations(monkeypatch):
     for work, shapes in ((pair, ([7, 18], [7, 1])), (two, ([3, 4, 9], [3, 4, 9]))):
         for kernel, plain in zip(*in_both_ways(monkeypatch, work, *shapes), strict=True):
             np.testing.assert_allclose(kernel, plain, rtol=1e-6, atol=2e-5)  # of values up to 20
+
+
+def test_gelu():
+    """In the form that the tower has; float64 is the measure."""
+    x = np.linspace(-12, 12, 4001, dtype=np.float32).reshape(1, -1)
+    found, exact = np.empty_like(x), x.astype(np.float64)
+    cpu_kernels.gelu(x, found)
+    u = np.sqrt(2 / np.pi) * (exact + 0.044715 * exact**3)
+    np.testing.assert_allclose(found, 0.5 * exact * (1 + np.tanh(u)), rtol=3e-6, atol=1e-7)
+    layer = VisionMLP(8, 24)
+    numbers = np.random.default_rng(0).normal(0, 1, (2, 3, 8)).astype(np.float32)
+    with paddle.no_grad():
+        ours = layer(paddle.to_tensor(numbers)).numpy()
+    theirs = layer(paddle.to_tensor(numbers, stop_gradient=False))
+    np.testing.assert_allclose(ours, theirs.numpy(), **CLOSE)
+    theirs.sum().backward()
+    assert layer.fc1.weight.grad is not None
 
 
 @pytest.mark.parametrize("heads", [1, 3])

@@ -17,9 +17,9 @@ from train.run.activations import PADDING, saved_numbers
 from train.run.memory import FLOAT32_BYTES, plan_weights
 from vl2.config import VisionConfig, VL2Config
 from vl2.dtypes import DTYPE_OF_SETTING, item_bytes
+from vl2.kernel_attention import BLOCK
 from vl2.language import HEAD_CHUNK
 from vl2.lora_settings import is_factor
-from vl2.plain_attention import KERNEL_BLOCK
 from vl2.quantised import SLICE, kept_in
 
 # Looked up, added or never computed with; vectors are too small to count.
@@ -37,9 +37,10 @@ _RECOMPUTED = 0.3  # of them are those of the second forward pass
 # float32, written and read. A kernel of a CPU writes the result alone.
 _MADE_WHOLE_BYTES, _MADE_WHOLE_LAUNCHES = 20, 8
 _UPDATE_LAUNCHES = 2  # of a tensor that trains
-# Fitted to one-thread steps of nano and of MHA and MLA at hidden 512, with and without recomputation, all within 20 %:
-# fresh pages and exponentials against a copy, and Python and autograd around an operation against the smallest one.
-_OVER_COPY, _OVER_SMALLEST = 1.8, 25
+# Fitted to steps of nano and of MHA and MLA at hidden 512, with and without recomputation, on one thread and on two, to
+# within 20 %: exponentials and fresh pages, but also numbers that are still in a cache, against a copy; and Python and
+# autograd around an operation against the smallest one.
+_OVER_COPY, _OVER_SMALLEST = 0.9, 30
 _CPU_EXPERT_LAUNCHES = 20  # of an expert, where they are computed one after the other
 
 
@@ -145,7 +146,7 @@ class PackCost:
 def pairs(lengths: np.ndarray) -> np.ndarray:
     """Pairs of a query and a key that are multiplied: of a block of queries all keys up to its end, float64 [N]."""
     lengths = lengths.astype(np.float64)
-    return lengths * np.minimum(lengths, (lengths + KERNEL_BLOCK) / 2)
+    return lengths * np.minimum(lengths, (lengths + BLOCK) / 2)
 
 
 def distinct_tiles(sizes: Sizes) -> np.ndarray:

@@ -35,8 +35,9 @@ from vl2.tiles import MAX_CROPPED_IMAGES, Grid, Resolution, tile_grid
 
 # Of vl2: what decides the tiles of a picture, and the rounding of what the tower makes of them.
 _DECIDING = (
-    *("tiles", "vision", "projector", "attention", "plain_attention", "linear", "casts"),
-    *("compiled", "cpu_kernels", "weight_kernels", "quantised", "ways"),
+    *("tiles", "vision", "projector", "attention", "plain_attention", "kernel_attention", "linear", "kernel_linear"),
+    *("products", "stored_products", "bfloat16_products", "quantised", "casts"),
+    *("compiled", "cpu_kernels", "weight_kernels", "ways"),
 )
 _NUMPY_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 
