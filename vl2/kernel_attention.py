@@ -18,10 +18,9 @@ from vl2.arrays import empty, read, read_strided
 from vl2.products import multiply
 from vl2.scratch import scratch
 
-# Queries of a causal segment that are computed together: keys after them are skipped, and their scores stay in a cache.
-BLOCK = 256
-SCORES = 1 << 20
-WIDE = 1024
+# Queries of a segment that are computed together: of a causal one fewer, for keys after them are skipped.
+BLOCK, WIDE = 256, 1024
+SCORES = 1 << 20  # of so many heads at a time that they are still in a cache when they are read; two heads at least
 
 
 class Block(NamedTuple):
@@ -60,6 +59,7 @@ class KernelAttention(PyLayer):
         causal: bool,
     ) -> paddle.Tensor:
         """See `vl2.attention.attention`."""
+        # Asked now: under recompute the saved tensors come back as other objects, whose flag says nothing.
         ctx.needs_grad = [not x.stop_gradient for x in (q_THK, k_THK, v_THV)]
         ctx.args = q_lens, k_lens, scale, causal
         # Heads first: MKL takes longer for rows that lie a power of two apart.
@@ -119,6 +119,7 @@ def _blocks(q_lens: Sequence[int], k_lens: Sequence[int], causal: bool) -> list[
 
 
 def _some_heads(heads: int, block: Block) -> list[slice]:
+    """Heads that are computed together: an even number, of which each of two threads takes half."""
     n, m = block.shape
     at_once = max(2, SCORES // (n * m) // 2 * 2)
     return [slice(start, min(heads, start + at_once)) for start in range(0, heads, at_once)]

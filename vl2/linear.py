@@ -1,6 +1,7 @@
 """Matrix products whose weight may be stored in a lower precision than the computation.
 
-Paddle has no bfloat16 kernels on CPU, so a frozen bfloat16 weight is cast where it is used. Shapes: [in, out].
+A frozen weight of another type is cast where it is used; on a CPU `vl2.kernel_linear` multiplies by it.
+Shapes: [in, out].
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 
 _ROWS, _AS_IT_IS, _TRANSPOSED = 101, 111, 112  # of CBLAS
-_FEW = 32  # columns
+_FEW = 32  # columns of a result that is made lying on its side
 _int, _float, _address = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
 
 

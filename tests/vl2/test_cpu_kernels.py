@@ -40,11 +40,13 @@ def test_attention(causal, q_lens, k_lens, monkeypatch):
     monkeypatch.setattr("vl2.plain_attention.MAX_ROWS", 16)
     monkeypatch.setattr("vl2.plain_attention.QUERY_BLOCK", 8)
     monkeypatch.setattr("vl2.kernel_attention.BLOCK", 7)
+    monkeypatch.setattr("vl2.kernel_attention.WIDE", 16)
+    monkeypatch.setattr("vl2.kernel_attention.SCORES", 100)  # two heads of five at a time
 
     def work(q, k, v):
         return attention(q, k, v, q_lens, k_lens, scale=0.4, causal=causal)
 
-    shapes = [sum(q_lens), 2, 6], [sum(k_lens), 2, 6], [sum(k_lens), 2, 5]
+    shapes = [sum(q_lens), 5, 6], [sum(k_lens), 5, 6], [sum(k_lens), 5, 5]
     for kernel, plain in zip(*in_both_ways(monkeypatch, work, *shapes), strict=True):
         np.testing.assert_allclose(kernel, plain, **CLOSE)
 
