@@ -1,9 +1,12 @@
-"""Products with bfloat16 weights as they are stored, as exact as float32's, on a CPU that multiplies bfloat16 (AMX).
+"""Products with bfloat16 weights as they are stored, to float32's rounding, on a CPU that multiplies bfloat16 (AMX).
 
 A float32 number is the sum of three bfloat16 numbers: its first eight binary digits, the next eight and the last eight.
 A product of bfloat16 numbers is exact in float32, where all are added up; so three products take the place of one, and
-no float32 copy of the weight is made. Where such a CPU has 16 times the rate, the three take half the time of the copy
-and its product, and a tenth where the rows are few. They are oneDNN's, from the library that Paddle comes with.
+no float32 copy of the weight is made. They are oneDNN's, from the library that Paddle comes with.
+
+On two cores that multiply bfloat16 at 4 to 5 times the rate of float32, the three took 0.4 to 0.6 of the time of the
+copy and its product, and a tenth of it for one row. The largest error was 1.1 to 1.5 times that of MKL's float32
+product in sums of up to 1,280 numbers, and 2.7 times in those of 4,304.
 """
 
 from __future__ import annotations

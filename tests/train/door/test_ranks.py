@@ -53,8 +53,6 @@ def main(argv):
     dist.barrier()
     if rank == 1:
         time.sleep(1)
-    if argv[2:]:
-        raise TypeError("a fault")
     print("done", rank)
     return 75
 run_cli(main)
@@ -147,12 +145,14 @@ def test_failed_process_takes_the_others_with_it(tmp_path):
 
 
 @pytest.mark.slow
-def test_taking_libraries_down_does_not_fail_a_run(tmp_path):
+@pytest.mark.parametrize(("end", "code"), [("return 75", 75), ("raise TypeError('a fault')", 1)])
+def test_taking_libraries_down_does_not_fail_a_run(tmp_path, end, code):
     """Rank 0 was aborted at its very end when another hung up after Paddle's log was gone and before its server was."""
-    launcher = start(tmp_path, LINGERS, "--nproc_per_node", "2", "--log_level", "WARNING")
+    launcher = start(tmp_path, LINGERS.replace("return 75", end), "--nproc_per_node", "2", "--log_level", "WARNING")
     said = launcher.communicate(timeout=90)[0].decode()
-    assert launcher.returncode == 75 and "killed" not in said, said
+    assert launcher.returncode == code and "killed" not in said, said
     assert said.count("done 0") == 1
+    assert ("TypeError: a fault" in said) is (code == 1)  # a fault of ours keeps its traceback
 
 
 def test_processes_whose_time_is_up_have_not_failed(capfd):
